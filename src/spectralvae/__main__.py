@@ -1,0 +1,5 @@
+"""`python -m spectralvae`."""
+
+from spectralvae.cli import main
+
+main()

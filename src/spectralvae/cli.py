@@ -1,0 +1,160 @@
+"""The commands: each reads its config, claims its output directory, and calls the module that does the work.
+
+Those modules are imported when their command runs: torch and xarray take seconds, ``--help`` must not.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from spectralvae import __version__
+from spectralvae.config import (
+    CommandConfig,
+    ConvertConfig,
+    PrepareConfig,
+    SimulateConfig,
+    TrainConfig,
+    may_change_on_resume,
+)
+from spectralvae.configfile import dump_config, load_config, to_yaml
+from spectralvae.console import new_console
+from spectralvae.errors import RunError, UserError
+from spectralvae.rundir import RunDir, Stopped
+
+app = typer.Typer(
+    name="spectralvae",
+    help="KL-autoencoders for hyperspectral scenes. Every command reads one YAML config.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The command's config.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="key.sub=value", help="Change a key of the config; may be repeated."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Clear an output_dir that this command made.")]
+Debug = Annotated[bool, typer.Option("--debug", help="200 steps on reduced data with everything written often.")]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
+
+console = new_console()
+C = TypeVar("C", bound=CommandConfig)
+
+
+def _read(schema: type[C], path: Path, settings: list[str] | None, print_config: bool, *, debug: bool = False) -> C:
+    config = load_config(schema, path, settings or [], debug=debug)
+    if print_config:
+        sys.stdout.write(to_yaml(dump_config(config)))
+        raise typer.Exit
+    return config
+
+
+def _claim(command: str, config: CommandConfig, **options: Any) -> RunDir:
+    run = RunDir(command, config, **options)
+    if run.finished:
+        console.print(f"{run.path}: this run is finished; nothing to do (--overwrite starts it afresh)")
+        raise typer.Exit
+    return run
+
+
+@app.command()
+def simulate(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
+    """Write synthetic TEMPO granules with known truth."""
+    cfg = _read(SimulateConfig, config, set_, print_config)
+    run = _claim("simulate", cfg, overwrite=overwrite)
+    from spectralvae.simulate import simulate_granules
+
+    with run:
+        paths = simulate_granules(
+            run.path,
+            seed=cfg.seed,
+            n_granules=cfg.n_granules,
+            shape=(cfg.shape[0], cfg.shape[1]),
+            n_channels=cfg.n_channels,
+            products=cfg.products,
+            invalid_fraction=cfg.invalid_fraction,
+        )
+    console.print(f"{run.path}: {len(paths)} files")
+
+
+@app.command()
+def prepare(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
+    """Turn scenes into a store: statistics, normalisation, split."""
+    cfg = _read(PrepareConfig, config, set_, print_config)
+    run = _claim("prepare", cfg, overwrite=overwrite, resumable=True)
+    from spectralvae.data.prepare import prepare as work
+
+    work(cfg, run, console)
+
+
+@app.command()
+def train(
+    config: Config,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train the network on a store; started again, it goes on where it was."""
+    cfg = _read(TrainConfig, config, set_, print_config, debug=debug)
+    run = _claim("train", cfg, overwrite=overwrite, resumable=True, may_differ=may_change_on_resume)
+    from spectralvae.training.trainer import train as work
+
+    work(cfg, run, console)
+
+
+@app.command()
+def convert(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
+    """Turn a model into an export folder, or into a file for mltools."""
+    cfg = _read(ConvertConfig, config, set_, print_config)
+    run = _claim("convert", cfg, overwrite=overwrite)
+    from spectralvae.export import convert as work
+
+    work(cfg, run, console)
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"spectralvae: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code (see README)."""
+    try:
+        result = app(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), 1)
+    except Stopped as stopped:
+        return stopped.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except typer.TyperException as error:  # wrong usage; without arguments the help is printed instead
+        return _fail(error.format_message(), 2) if error.format_message() else 2
+
+
+def main() -> None:
+    """Entry point of the `spectralvae` command."""
+    sys.exit(run())

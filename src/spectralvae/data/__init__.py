@@ -1,0 +1,1 @@
+"""From scenes to a store, and from a store to batches."""

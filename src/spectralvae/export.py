@@ -1,0 +1,138 @@
+"""Models for others: an export folder, or files that mltools loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from spectralvae import __version__, mltools
+from spectralvae.artifact import Artifact, pack_model, write_files
+from spectralvae.config import ConvertConfig, SpectraConfig, Wavelengths
+from spectralvae.data.normalize import Float64, Normalization
+from spectralvae.errors import ConfigError
+from spectralvae.inference import load_artifact
+from spectralvae.rundir import RunDir, write_atomic
+
+NO_NORMALIZATION = (
+    "This export holds no normalisation: it cannot encode scenes. Convert it again with "
+    "`normalization: {mean: mean_spectrum.pt, std: std_spectrum.pt}`."
+)
+
+
+def convert(config: ConvertConfig, run: RunDir, console: Console) -> None:
+    """Convert ``config.source`` into ``run``'s directory.
+
+    Raises:
+        InputError: a file is missing or damaged.
+        ConfigError: settings or statistics do not fit the weights.
+    """
+    artifact = load_artifact(config.source, config.model)
+    if config.normalization is not None:
+        if artifact.normalization is not None:
+            raise ConfigError(f"normalization: {config.source} holds its own; leave the section out")
+        normalization = foreign_normalization(config.normalization, artifact.model.encoder.shape[0])
+        artifact = replace(artifact, normalization=normalization)
+    if artifact.left_out:
+        console.print(f"left out, not part of the network: {', '.join(artifact.left_out)}")
+    with run:
+        if config.format == "mltools":
+            write_mltools(run.path, artifact, console)
+        else:
+            write_export(run.path, artifact)
+            console.print(f"{run.path}: export folder; load it with spectralvae.load_model({str(run.path)!r})")
+            if artifact.normalization is None:
+                console.print(f"[yellow]warning:[/] {NO_NORMALIZATION}")
+
+
+def foreign_normalization(config: SpectraConfig, n_channels: int) -> Normalization:
+    """The normalisation of mltools' two files.
+
+    Raises:
+        InputError: a file is missing, damaged or no spectrum.
+        ConfigError: the number of channels differs, or the spectra cannot normalise.
+    """
+    spectra = {"mean": mltools.read_spectrum(config.mean), "std": mltools.read_spectrum(config.std)}
+    for name, path in (("mean", config.mean), ("std", config.std)):
+        if len(spectra[name]) != n_channels:
+            raise ConfigError(
+                f"normalization.{name}: {path} has {len(spectra[name])} channels, but the weights take {n_channels}"
+            )
+    if (spectra["std"] <= 0).any():
+        channel = int(np.argmin(spectra["std"]))
+        raise ConfigError(
+            f"normalization.std: {config.std} holds {spectra['std'][channel]} at channel {channel}: not > 0"
+        )
+    return Normalization(
+        transform=config.transform,
+        mean=spectra["mean"],
+        std=spectra["std"],
+        clip=config.clip,
+        min_radiance=config.min_radiance,
+        band=config.band,
+        wavelength=_wavelengths(config.wavelength, n_channels),
+    )
+
+
+def _wavelengths(given: list[float] | Wavelengths | None, n_channels: int) -> Float64 | None:
+    if given is None:
+        return None
+    if isinstance(given, Wavelengths):
+        return np.linspace(given.first, given.last, n_channels)
+    if len(given) != n_channels:
+        raise ConfigError(f"normalization.wavelength: {len(given)} values for {n_channels} channels")
+    return np.array(given)
+
+
+def write_export(folder: Path, artifact: Artifact) -> None:
+    """Write an export folder: weights, settings, normalisation, manifest, model card."""
+    write_atomic(folder / "README.md", model_card(artifact))
+    write_files(folder, pack_model(artifact.model, artifact.settings, artifact.normalization, artifact.step))
+
+
+def model_card(artifact: Artifact) -> str:
+    """What a user of the export should know, as Markdown."""
+    n_parameters = sum(p.numel() for p in artifact.model.parameters())
+    encoder = artifact.model.encoder
+    normalization = artifact.normalization
+    lines = [
+        "# spectralvae model",
+        "",
+        "A KL-regularised autoencoder for hyperspectral scenes, in the architecture of mltools' `AutoencoderKL`.",
+        "",
+        f"- {n_parameters:,} parameters; {encoder.shape[0]} channels to {artifact.model.embed_dim} latent channels "
+        f"on a grid {artifact.model.scale} times smaller along each axis",
+        f"- from {artifact.path.name}" + (f", step {artifact.step}" if artifact.step is not None else ""),
+        f"- written by spectralvae {__version__}",
+        "",
+    ]
+    if normalization is None:
+        lines += [NO_NORMALIZATION, ""]
+    else:
+        span = "wavelengths unknown"
+        if normalization.wavelength is not None:
+            span = f"{normalization.wavelength[0]:.2f}-{normalization.wavelength[-1]:.2f} nm"
+        band = f", {normalization.band}" if normalization.band else ""
+        lines += [f"Input: {normalization.transform}, clipped to ±{normalization.clip:g}, {span}{band}.", ""]
+    lines += [
+        "```python",
+        "from spectralvae import load_model",
+        "",
+        'model = load_model("path/to/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_mltools(folder: Path, artifact: Artifact, console: Console) -> None:
+    """Write the weights, and the statistics where there are any, as mltools loads them."""
+    normalization = artifact.normalization
+    if normalization is not None:
+        for name, values in (("mean_spectrum", normalization.mean), ("std_spectrum", normalization.std)):
+            torch.save(torch.from_numpy(values), folder / f"{name}.pt")
+    mltools.save_weights(artifact.model, folder / "model.pt")
+    console.print(f"{folder / 'model.pt'}: {len(artifact.model.state_dict())} tensors with mltools' names")

@@ -1,0 +1,71 @@
+"""Models from wherever they are stored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from spectralvae import mltools
+from spectralvae.artifact import Artifact, is_artifact, read_artifact, verify
+from spectralvae.errors import ConfigError, InputError
+from spectralvae.model import AutoencoderKL
+from spectralvae.training.checkpoint import list_checkpoints
+
+
+def load_model(path: str | PathLike[str], model: Mapping[str, Any] | None = None) -> AutoencoderKL:
+    """Load a trained network.
+
+    Args:
+        path: a run directory (its newest checkpoint), one checkpoint, an export folder, or an mltools
+            ``.pt`` / ``.ckpt`` file.
+        model: for mltools files only: the `model:` section of a train config, as a dict. What the weights cannot
+            tell must be in it: n_attention_heads, norm_groups, norm_eps, act, conv_padding_mode.
+
+    Returns:
+        The network in eval mode, on the CPU, in float32.
+
+    Raises:
+        InputError: the file is missing or damaged; nothing older is taken in its place, but named.
+        ConfigError: ``model`` is missing, incomplete, or does not fit the weights.
+    """
+    artifact = load_artifact(path, model)
+    if artifact.left_out:
+        warnings.warn(f"{path}: left out, not part of the network: {', '.join(artifact.left_out)}", stacklevel=2)
+    return artifact.model
+
+
+def load_artifact(path: str | PathLike[str], model: Mapping[str, Any] | None = None) -> Artifact:
+    """As `load_model`, with the normalisation, the settings and the step."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_file():
+        network, settings, weights = mltools.load_foreign(path, model)
+        return Artifact(network, settings, None, None, path, weights.left_out)
+    if model is not None:
+        raise ConfigError(f"{path}: holds its own model settings; `model` is for mltools files only")
+    if is_artifact(path):
+        return read_artifact(path)[0]
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise InputError(f"{path}: is neither a checkpoint nor an export folder, nor a run with checkpoints/")
+    newest = checkpoints[-1]
+    try:
+        return read_artifact(newest)[0]
+    except InputError as error:
+        older = _newest_good(checkpoints[:-1])
+        remedy = f"the newest good one is {older}" if older else "no older checkpoint is good"
+        raise InputError(f"{error}; {remedy}") from error
+
+
+def _newest_good(checkpoints: list[Path]) -> Path | None:
+    for checkpoint in reversed(checkpoints):
+        try:
+            verify(checkpoint)
+        except InputError:
+            continue
+        return checkpoint
+    return None

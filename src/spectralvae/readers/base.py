@@ -1,0 +1,307 @@
+"""What every reader gives: one hyperspectral image of one file, read lazily, NaN where a sample is invalid.
+
+Shapes: ny rows, nx columns, nc channels; a scene is (ny, nx, nc).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import operator
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spectralvae.errors import ConfigError, InputError
+
+READABLE = "TEMPO L1 radiance (netCDF-4) and MATLAB .mat (v5, v7.3)"
+
+# In order: a sample is counted under the first rule that rejects it.
+RULES = ("fill", "undeclared_fill", "nan", "infinite", "flagged")
+
+# Fills that files hold without declaring them: TEMPO's own, and netCDF's default for floats.
+UNDECLARED_FILLS = (-1e30, 9.969209968386869e36)
+
+# Optional in every format: where a file has them they are read, else they are reported in `Scene.absent`.
+ANGLES = ("solar_zenith_angle", "viewing_zenith_angle", "relative_azimuth_angle")
+COORDINATES = ("latitude", "longitude", *ANGLES, "time")
+FLAG = "pixel_quality_flag"
+
+_MICROMETRES_BELOW = 20.0
+
+# What HDF5 and scipy raise over cut and overwritten files.
+_DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError, EOFError),
+    *(struct.error, zlib.error),
+)
+
+Window = tuple[int, int, int, int]
+Coordinate = tuple[tuple[str, ...], NDArray[Any]]
+
+
+class Scene(ABC):
+    """One hyperspectral image of one file (or of one region of it).
+
+    Making one reads only the file's structure and leaves no file open. Whatever reads data opens the file, `close`
+    (or leaving the ``with`` block) closes it, and a later read opens it again. A pickled scene has no open file.
+
+    Attributes:
+        path: The file.
+        format: "tempo" or "matlab".
+        band: The band group's name, None where the format has no bands.
+        region: (y0, y1, x0, x1), half-open pixel bounds in the file's full image, or None for all of it.
+        shape: (ny, nx, nc) of this scene, that is after `region`.
+        units: Units of the radiance, None where the file doesn't say.
+        time: Start of the scan, UTC, where known.
+        absent: The optional variables that the file lacks.
+    """
+
+    format: ClassVar[str]
+
+    def __init__(
+        self,
+        path: Path,
+        full_shape: tuple[int, int, int],
+        region: Sequence[int] | None,
+        *,
+        absent: tuple[str, ...],
+        band: str | None = None,
+        units: str | None = None,
+        time: dt.datetime | None = None,
+    ) -> None:
+        ny, nx, nc = full_shape
+        if 0 in full_shape:
+            raise InputError(f"{path}: the image is empty: (y, x, channel) = {full_shape}; every axis needs at least 1")
+        self.path = path
+        self.region = None if region is None else check_region(path, region, ny, nx)
+        self._window: Window = self.region or (0, ny, 0, nx)
+        y0, y1, x0, x1 = self._window
+        self.shape = (y1 - y0, x1 - x0, nc)
+        self.band = band
+        self.units = units
+        self.time = time
+        self.absent = absent
+        self._handle: Any = None
+
+    @property
+    def name(self) -> str:
+        """The file's stem, with the region's bounds where there is one."""
+        if self.region is None:
+            return self.path.stem
+        y0, y1, x0, x1 = self.region
+        return f"{self.path.stem}_y{y0}-{y1}_x{x0}-{x1}"
+
+    @property
+    @abstractmethod
+    def wavelength(self) -> NDArray[np.float64]:
+        """Wavelengths in nm, (nc,) or (nx, nc), NaN where the file has fill."""
+
+    @abstractmethod
+    def coordinates(self) -> dict[str, Coordinate]:
+        """Read geometry and time, of this scene's region.
+
+        Returns:
+            For each of `COORDINATES` that the file has: its dimensions, ("y", "x") or ("y",), and the float array,
+            NaN where invalid; degrees, and for `time` seconds since 1970-01-01 UTC.
+        """
+
+    @abstractmethod
+    def _open(self) -> Any:
+        """Open the file; what comes back has a `close` method."""
+
+    @abstractmethod
+    def _read_raw(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]:
+        """Read a window of the file's full image.
+
+        Returns:
+            values: (rows, columns, nc), any real dtype.
+            filled: Which values are declared fills; broadcasts to values.
+            flagged: Which samples the quality flag rejects, as values; None without a flag.
+        """
+
+    def read(self, rows: slice) -> tuple[NDArray[np.float32], dict[str, int]]:
+        """Read some rows, and only those.
+
+        Args:
+            rows: A slice without step over this scene's ny rows.
+
+        Returns:
+            radiance: (rows, nx, nc) float32 in C order, NaN where invalid.
+            counts: How many samples each of `RULES` rejected.
+
+        Raises:
+            InputError: The data cannot be read: the file is damaged.
+        """
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1, f"rows are read without a step, not {rows}"
+        y0, _, x0, x1 = self._window
+        return invalidate(*self._read_raw((y0 + start, y0 + max(start, stop), x0, x1)))
+
+    @property
+    def _file(self) -> Any:
+        if self._handle is None:
+            self._handle = self._open()
+        return self._handle
+
+    def close(self) -> None:
+        """Close the file, if it is open; the scene stays usable."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: (y, x, channel) = {self.shape}>"
+
+
+def invalidate(
+    raw: NDArray[Any], filled: NDArray[np.bool_], flagged: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], dict[str, int]]:
+    """Set every invalid sample to NaN and count them by rule.
+
+    Args:
+        raw: (rows, columns, nc), any real dtype.
+        filled: Declared fills; broadcasts to raw.
+        flagged: Samples rejected by a quality flag, as raw; None without a flag.
+
+    Returns:
+        values: As raw, float32 in C order.
+        counts: How many samples each of `RULES` rejected, each sample under the first rule that rejects it.
+    """
+    # Beyond float32 a number becomes infinite, and is then counted as such.
+    with np.errstate(over="ignore"):
+        values = np.array(raw, dtype=np.float32, order="C")
+    rejected = np.zeros(values.shape, dtype=np.bool_)
+    counts = dict.fromkeys(RULES, 0)
+    total = 0
+
+    def reject(rule: str, invalid: NDArray[np.bool_]) -> None:
+        nonlocal total
+        np.logical_or(rejected, invalid, out=rejected)
+        before, total = total, int(np.count_nonzero(rejected))
+        counts[rule] = total - before
+
+    reject("fill", filled)
+    reject("undeclared_fill", is_undeclared_fill(values))
+    reject("nan", np.isnan(values))
+    reject("infinite", np.isinf(values))
+    if flagged is not None:
+        reject("flagged", flagged)
+    values[rejected] = np.nan
+    return values, counts
+
+
+def is_undeclared_fill(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which values are, within float32 rounding, a fill that files hold without declaring it; same shape."""
+    invalid = np.zeros(values.shape, dtype=np.bool_)
+    for fill in UNDECLARED_FILLS:
+        low, high = sorted((fill * (1 - 2**-22), fill * (1 + 2**-22)))
+        invalid |= (values >= low) & (values <= high)
+    return invalid
+
+
+def check_region(path: Path, region: Sequence[int], ny: int, nx: int) -> Window:
+    """Check pixel bounds [y0, y1, x0, x1], half-open, against a scene of ny x nx pixels.
+
+    Raises:
+        ConfigError: They aren't four whole numbers with 0 <= y0 < y1 <= ny and 0 <= x0 < x1 <= nx.
+    """
+    y0, y1, x0, x1 = whole_numbers(path, "region", region, "[y0, y1, x0, x1]")
+    if not (0 <= y0 < y1 <= ny and 0 <= x0 < x1 <= nx):
+        raise ConfigError(
+            f"{path}: region {[y0, y1, x0, x1]} doesn't fit: the scene has {ny} x {nx} pixels (y, x);"
+            f" give [y0, y1, x0, x1] with 0 <= y0 < y1 <= {ny} and 0 <= x0 < x1 <= {nx}"
+        )
+    return y0, y1, x0, x1
+
+
+def whole_numbers(path: Path, key: str, value: object, form: str) -> tuple[int, ...]:
+    """Check that a value is a sequence of whole numbers of the given form, "[ny, nx]" say; return them.
+
+    Raises:
+        ConfigError: It isn't.
+    """
+    count = form.count(",") + 1
+    try:
+        if isinstance(value, str) or any(isinstance(v, bool) for v in value):  # type: ignore[attr-defined]
+            raise TypeError
+        numbers = tuple(operator.index(v) for v in value)  # type: ignore[attr-defined]
+    except TypeError:
+        numbers = ()
+    if len(numbers) != count:
+        raise ConfigError(f"{path}: {key} is {value!r}; give {count} whole numbers, {key}: {form}")
+    return numbers
+
+
+def check_wavelengths(path: Path, key: str, values: NDArray[np.float64], nc: int) -> NDArray[np.float64]:
+    """Check that values are wavelengths of nc channels in nm; return them.
+
+    Raises:
+        ConfigError: Their number is wrong, or they aren't finite, positive and strictly increasing, or not in nm.
+    """
+    if values.size != nc:
+        raise ConfigError(f"{path}: {key} has {values.size} values for {nc} channels; give {nc}, in nm")
+    if bad := int(np.count_nonzero(~np.isfinite(values))):
+        raise ConfigError(f"{path}: {key}: {bad} of {nc} values aren't finite; give all of them, in nm")
+    if bad := int(np.count_nonzero(values <= 0)):
+        raise ConfigError(f"{path}: {key}: {bad} of {nc} values aren't above 0; give them in nm")
+    steps = np.diff(values)
+    if bad := int(np.count_nonzero(steps <= 0)):
+        first = int(np.argmax(steps <= 0))
+        raise ConfigError(
+            f"{path}: {key} must increase from channel to channel, but doesn't at {bad} of {nc - 1} steps, first from"
+            f" {values[first]:g} to {values[first + 1]:g} nm"
+        )
+    if values.max() < _MICROMETRES_BELOW:
+        raise ConfigError(
+            f"{path}: {key} ends at {values.max():g}, under {_MICROMETRES_BELOW:g} nm, so it seems to be in"
+            " micrometres; give nm, wavelength: [...]"
+        )
+    return values
+
+
+def check_file(path: Path) -> None:
+    """Check that there is a file with something in it.
+
+    Raises:
+        InputError: There isn't.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: a directory, not a file; formats read now: {READABLE}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty (0 bytes), so it is damaged or truncated; fetch it again")
+
+
+@contextmanager
+def damage_named(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """Turn what libraries raise over a damaged file into an InputError that names the file.
+
+    Args:
+        path: The file.
+        more: A library's own exception classes.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: no permission to read it") from error
+    except (*_DAMAGE, *more) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: damaged or truncated, fetch it again ({reason})") from error

@@ -1,0 +1,342 @@
+"""MATLAB `.mat` files, version 5 (through scipy) and 7.3 (HDF5): one real 3-D or 2-D array is the scene.
+
+A 3-D array is (y, x, channel). A 2-D array is bands x pixels, the pixels stored column by column: pixel
+p = x * ny + y; its size comes from the user or from scalars of the file.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from spectralvae.errors import ConfigError, InputError
+from spectralvae.readers.base import (
+    COORDINATES,
+    FLAG,
+    Coordinate,
+    Scene,
+    Window,
+    check_wavelengths,
+    damage_named,
+    whole_numbers,
+)
+
+_NUMERIC = {"double", "single", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+_SIZE_NAMES = (("lines", "cols"), ("nrow", "ncol"), ("rows", "cols"))
+_WAVELENGTH_NAMES = {"wavelength", "wavelengths", "wl", "lambda"}
+
+# Name -> (shape as MATLAB shows it, MATLAB's class name).
+Listing = dict[str, tuple[tuple[int, ...], str]]
+
+
+class _Source(Protocol):
+    """An open .mat file of either version."""
+
+    def listing(self) -> Listing: ...
+    def array(self, name: str) -> NDArray[Any]: ...
+    def window(self, name: str, ny: int, window: Window) -> NDArray[Any]: ...
+    def close(self) -> None: ...
+
+
+class MatlabScene(Scene):
+    """The scene of a MATLAB file.
+
+    Candidates are its real numeric arrays: all 3-D ones, and 2-D ones of more than one band whose pixels are as many
+    as the size says; while no size is known, those with more columns than rows. The only candidate is taken; among
+    several one has to be named.
+
+    Args:
+        path: The file.
+        variable: The array's name; None takes the only candidate.
+        size: [ny, nx] of a 2-D array; None takes it from scalars lines/cols, nRow/nCol or rows/cols (any case).
+        wavelength: nc wavelengths in nm, or {"first": nm, "last": nm} for evenly spaced channels; None takes
+            them from a vector wavelength(s), wl or lambda (any case) in the file.
+        region: [y0, y1, x0, x1], half-open pixel bounds; None for the full image.
+
+    Raises:
+        InputError: No or several candidates, no wavelengths, or damage.
+        ConfigError: An argument doesn't fit the file.
+    """
+
+    format = "matlab"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        variable: str | None = None,
+        size: Sequence[int] | None = None,
+        wavelength: Sequence[float] | NDArray[Any] | Mapping[str, float] | None = None,
+        region: Sequence[int] | None = None,
+    ) -> None:
+        source = _open(path)
+        try:
+            with damage_named(path):
+                listing = source.listing()
+            ny_nx = _known_size(path, source, listing, size)
+            self._name = _choose_variable(path, listing, variable, ny_nx)
+            full_shape = _scene_shape(path, self._name, listing[self._name][0], ny_nx, size is not None)
+            self._ny = full_shape[0]
+            self._wavelength = _wavelengths(path, source, listing, wavelength, full_shape[2])
+        finally:
+            source.close()
+        super().__init__(path, full_shape, region, absent=(FLAG, *COORDINATES))
+
+    @property
+    def wavelength(self) -> NDArray[np.float64]:
+        return self._wavelength
+
+    def coordinates(self) -> dict[str, Coordinate]:
+        return {}
+
+    def _open(self) -> _Source:
+        return _open(self.path)
+
+    def _read_raw(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]:
+        source = self._file
+        with damage_named(self.path):
+            raw = source.window(self._name, self._ny, window)
+        return raw, np.zeros((), dtype=np.bool_), None
+
+
+def _open(path: Path) -> _Source:
+    if h5py.is_hdf5(path):
+        with damage_named(path):
+            return _Mat73(path)
+    return _Mat5(path)
+
+
+class _Mat5:
+    """Version 5. scipy loads whole arrays, so the scene is kept once it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import scipy.io
+        except ImportError as error:
+            raise InputError(
+                f'{path}: MATLAB files of version 5 need scipy; install it: pip install "spectralvae[formats]"'
+            ) from error
+        self._io = scipy.io
+        self._path = path
+        self._cube: NDArray[Any] | None = None
+
+    def listing(self) -> Listing:
+        # whosmat doesn't tell complex arrays apart; it lists the elements in the order of the file.
+        complex_ = list(_complex_elements(self._path))
+        return {
+            name: (tuple(int(n) for n in shape), f"complex {kind}" if is_complex else kind)
+            for (name, shape, kind), is_complex in zip(self._io.whosmat(self._path), complex_, strict=True)
+        }
+
+    def array(self, name: str) -> NDArray[Any]:
+        value = self._io.loadmat(self._path, variable_names=[name]).get(name)
+        # scipy gives a text in place of an array that it could not read.
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"{name} cannot be read")
+        return value
+
+    def window(self, name: str, ny: int, window: Window) -> NDArray[Any]:
+        if self._cube is None:
+            cube = self.array(name)
+            if cube.ndim == 2:
+                cube = cube.reshape(cube.shape[0], ny, -1, order="F").transpose(1, 2, 0)
+            self._cube = cube
+        y0, y1, x0, x1 = window
+        return self._cube[y0:y1, x0:x1]
+
+    def close(self) -> None:
+        self._cube = None
+
+
+class _Mat73:
+    """Version 7.3: HDF5, which shows MATLAB's dimensions in reverse. Only the rows asked for are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = h5py.File(path, "r")
+
+    def listing(self) -> Listing:
+        return {
+            name: (item.shape[::-1], self._kind(item)) if isinstance(item, h5py.Dataset) else ((), "struct or sparse")
+            for name, item in self._file.items()
+            if not name.startswith("#")  # MATLAB's own groups
+        }
+
+    @staticmethod
+    def _kind(item: Any) -> str:
+        """MATLAB's class name; files that h5py wrote have no such attribute."""
+        if "MATLAB_empty" in item.attrs:
+            return "empty"
+        if item.dtype.kind == "V" and item.dtype.names == ("real", "imag"):
+            return "complex"
+        stored = {"f8": "double", "f4": "single", "f2": "single"}.get(item.dtype.str[1:], item.dtype.name)
+        kind = item.attrs.get("MATLAB_class", stored)
+        return kind.decode() if isinstance(kind, bytes) else str(kind)
+
+    def array(self, name: str) -> NDArray[Any]:
+        return np.asarray(self._file[name][()]).T
+
+    def window(self, name: str, ny: int, window: Window) -> NDArray[Any]:
+        y0, y1, x0, x1 = window
+        item = self._file[name]
+        if item.ndim == 3:
+            return np.asarray(item[:, x0:x1, y0:y1]).transpose(2, 1, 0)
+        if y0 == y1:
+            return np.empty((0, x1 - x0, item.shape[1]), dtype=item.dtype)
+        runs = h5py.MultiBlockSlice(start=x0 * ny + y0, stride=ny, count=x1 - x0, block=y1 - y0)
+        pixels = np.asarray(item[runs, :])  # (x * y, channel)
+        return pixels.reshape(x1 - x0, y1 - y0, -1).transpose(1, 0, 2)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _complex_elements(path: Path) -> Iterator[bool]:
+    """Walk a version 5 file's elements: is each one complex? (MATLAB "MAT-File Format", 1-9 and 1-16.)
+
+    Raises:
+        ValueError: An element ends behind the file's end, or the file is no version 5.
+    """
+    end = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(128)
+        order = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}.get(header[124:128])
+        if order is None:
+            raise ValueError("no MATLAB file of version 5 or 7.3")
+        while tag := file.read(8):
+            kind, size = struct.unpack(f"{order}2I", tag)
+            start = file.tell()
+            if start + size > end:
+                raise ValueError(f"an array ends at byte {start + size} of {end}")
+            head = file.read(min(size, 4096))
+            if kind == 15:  # compressed: an element of its own, tag and all
+                head = zlib.decompressobj().decompress(head, 64)[8:]
+            (flags,) = struct.unpack(f"{order}I", head[8:12])
+            yield bool(flags & 0x0800)
+            file.seek(start + size)
+
+
+def _known_size(path: Path, source: _Source, listing: Listing, size: Sequence[int] | None) -> tuple[int, int] | None:
+    """(ny, nx), as the user or else the file's scalars give it; None where neither does."""
+    if size is not None:
+        ny, nx = whole_numbers(path, "size", size, "[ny, nx]")
+        if min(ny, nx) < 1:
+            raise ConfigError(f"{path}: size is {[ny, nx]}; both must be at least 1, size: [ny, nx]")
+        return ny, nx
+    scalars = {name.lower(): name for name, (shape, kind) in listing.items() if kind in _NUMERIC and set(shape) <= {1}}
+    found = {}
+    for names in _SIZE_NAMES:
+        if all(name in scalars for name in names):
+            with damage_named(path):
+                values = [source.array(scalars[name]).item() for name in names]
+            if any(value != int(value) or value < 1 for value in values):
+                raise InputError(f"{path}: {' and '.join(names)} are {values}, no size; give it, size: [ny, nx]")
+            found[int(values[0]), int(values[1])] = names
+    if len(found) > 1:
+        raise InputError(f"{path}: it gives several sizes, {', '.join(map(str, found))}; give one, size: [ny, nx]")
+    return next(iter(found), None)
+
+
+def _choose_variable(path: Path, listing: Listing, variable: str | None, ny_nx: tuple[int, int] | None) -> str:
+    """The name of the scene's array."""
+    candidates = [name for name, (shape, kind) in listing.items() if kind in _NUMERIC and _may_be_scene(shape, ny_nx)]
+    shapes = {name: " x ".join(map(str, shape)) for name, (shape, _) in listing.items()}
+    listed = ", ".join(f"{name} ({shapes[name]})" for name in candidates) or "none"
+    if variable is not None:
+        if variable not in listing:
+            raise ConfigError(f"{path}: no variable {variable!r} in it; what may be the scene: {listed}")
+        shape, kind = listing[variable]
+        if kind not in _NUMERIC or len(shape) not in (2, 3):
+            raise ConfigError(
+                f"{path}: variable {variable!r} is {kind} ({shapes[variable] or 'no array'}); a scene is a real numeric"
+                f" array in 3-D, or in 2-D (bands x pixels); what may be the scene: {listed}"
+            )
+        return variable
+    if not candidates:
+        everything = ", ".join(f"{name} ({shapes[name]} {kind})" for name, (_, kind) in listing.items())
+        known = f"pixels counting {ny_nx[0]} x {ny_nx[1]}" if ny_nx else "more pixels than bands"
+        raise InputError(
+            f"{path}: no array in it may be the scene: none is real, numeric and 3-D, or 2-D (bands x pixels) with"
+            f" {known}; it holds {everything or 'nothing'}"
+        )
+    if len(candidates) > 1:
+        largest = max(candidates, key=lambda name: np.prod(listing[name][0]))
+        raise InputError(f"{path}: {len(candidates)} arrays may be the scene: {listed}; name one, variable: {largest}")
+    return candidates[0]
+
+
+def _may_be_scene(shape: tuple[int, ...], ny_nx: tuple[int, int] | None) -> bool:
+    if len(shape) == 3:
+        return True
+    if len(shape) != 2 or shape[0] < 2:
+        return False
+    return shape[1] == ny_nx[0] * ny_nx[1] if ny_nx else shape[1] > shape[0]
+
+
+def _scene_shape(
+    path: Path, name: str, shape: tuple[int, ...], ny_nx: tuple[int, int] | None, from_user: bool
+) -> tuple[int, int, int]:
+    """(ny, nx, nc) of an array, checked against the size."""
+    text = " x ".join(map(str, shape))
+    if len(shape) == 3:
+        if from_user and ny_nx != shape[:2]:
+            raise ConfigError(
+                f"{path}: size is {list(ny_nx or ())}, but {name} is {text} (y, x, channel); leave it out"
+            )
+        return shape[0], shape[1], shape[2]
+    if ny_nx is None:
+        raise ConfigError(
+            f"{path}: {name} is {text} (bands x pixels) and nothing says how the {shape[1]} pixels lie;"
+            " give size: [ny, nx]"
+        )
+    ny, nx = ny_nx
+    if ny * nx != shape[1]:
+        raise ConfigError(
+            f"{path}: {name} is {text} (bands x pixels), {shape[1]} pixels, but the size {ny} x {nx} makes {ny * nx};"
+            " give the right size: [ny, nx]"
+        )
+    return ny, nx, shape[0]
+
+
+def _wavelengths(
+    path: Path,
+    source: _Source,
+    listing: Listing,
+    given: Sequence[float] | NDArray[Any] | Mapping[str, float] | None,
+    nc: int,
+) -> NDArray[np.float64]:
+    """(nc,) wavelengths in nm, the user's or else the file's."""
+    if given is not None:
+        return check_wavelengths(path, "wavelength", _given_wavelengths(path, given, nc), nc)
+    names = [n for n, (shape, kind) in listing.items() if n.lower() in _WAVELENGTH_NAMES and kind in _NUMERIC]
+    remedy = "give them in nm, wavelength: [...] or wavelength: {first: 401, last: 889}"
+    if not names:
+        raise InputError(f"{path}: no wavelengths in it for its {nc} channels, and they are never invented; {remedy}")
+    if len(names) > 1:
+        raise InputError(f"{path}: several vectors may be the wavelengths: {', '.join(names)}; {remedy}")
+    with damage_named(path):
+        values = source.array(names[0]).astype(np.float64)
+    if max(values.shape, default=1) != values.size:
+        raise InputError(f"{path}: {names[0]} has shape {values.shape}, no vector; {remedy}")
+    return check_wavelengths(path, names[0], values.ravel(), nc)
+
+
+def _given_wavelengths(path: Path, given: object, nc: int) -> NDArray[np.float64]:
+    """The user's wavelengths as a vector."""
+    if isinstance(given, Mapping) and set(given) != {"first", "last"}:
+        raise ConfigError(f"{path}: wavelength has the keys {sorted(map(str, given))}; needed: first, last (nm)")
+    try:
+        if isinstance(given, Mapping):
+            return np.linspace(float(given["first"]), float(given["last"]), nc)
+        values = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: wavelength is {given!r}; needed: {nc} numbers in nm, or first and last") from error
+    if values.ndim != 1:
+        raise ConfigError(f"{path}: wavelength has shape {values.shape}; needed: {nc} numbers in nm")
+    return values

@@ -1,0 +1,281 @@
+"""TEMPO level-1 radiance granules (netCDF-4): `radiance` and `nominal_wavelength` of one band group.
+
+Dimensions are known by name and may stand in any order; whatever is optional may be missing.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from spectralvae.errors import ConfigError, InputError
+from spectralvae.readers.base import (
+    COORDINATES,
+    FLAG,
+    READABLE,
+    Coordinate,
+    Scene,
+    Window,
+    damage_named,
+    is_undeclared_fill,
+)
+
+DEFAULT_BAND = "band_290_490_nm"
+
+# Bits of pixel_quality_flag that make a sample invalid: missing, bad pixel, processing error, saturated.
+# The others (transient, RTS, noise underflow, correction errors) are warnings over usable samples.
+REJECTED_FLAG_BITS = (0, 1, 2, 5)
+
+Y, X, C = "mirror_step", "xtrack", "spectral_channel"
+_REQUIRED = {"radiance": (Y, X, C), "nominal_wavelength": (X, C)}
+_OPTIONAL: dict[str, tuple[str, ...]] = {FLAG: (Y, X, C), **dict.fromkeys(COORDINATES, (Y, X)), "time": (Y,)}
+_NANOMETRES = {"nm", "nanometer", "nanometers", "nanometre", "nanometres"}
+
+_BAND = re.compile(r"band_\d+_\d+_nm")
+_NAME_TIME = re.compile(r"_(\d{8}T\d{6})Z(?![0-9A-Za-z])")
+_TIME_UNITS = re.compile(r"(s|seconds?|minutes?|hours?|days?) since (.+)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+class TempoScene(Scene):
+    """One band of a TEMPO level-1 granule: y = mirror_step, x = xtrack.
+
+    Args:
+        path: The file.
+        band: The band group; None takes the file's only one, or `band_290_490_nm` where there are more.
+        region: [y0, y1, x0, x1], half-open pixel bounds; None for the full image.
+
+    Raises:
+        InputError: No TEMPO level-1 radiance, a required variable is missing, dimensions don't fit, or damage.
+        ConfigError: The file has no such band, or the region doesn't fit.
+    """
+
+    format = "tempo"
+
+    def __init__(self, path: Path, *, band: str | None = None, region: Sequence[int] | None = None) -> None:
+        with _open(path) as file, damage_named(path):
+            band = _choose_band(path, file, band)
+            sizes, absent = _check_layout(path, file, band)
+            super().__init__(
+                path,
+                (sizes[Y], sizes[X], sizes[C]),
+                region,
+                absent=absent,
+                band=band,
+                units=_text(file[band]["radiance"].attrs.get("units", "")) or None,
+                time=_scan_start(path, None if "time" in absent else file["time"]),
+            )
+
+    @property
+    def wavelength(self) -> NDArray[np.float64]:
+        # Read on each call: kept, it would hold 17 MB for every granule of a long list.
+        with damage_named(self.path):
+            variable = self._variable("nominal_wavelength")
+            wanted = (X, C)[-variable.ndim :]
+            return _decode(variable, _slab(variable, wanted, self._window)).astype(np.float64)
+
+    def coordinates(self) -> dict[str, Coordinate]:
+        coordinates: dict[str, Coordinate] = {}
+        for name in COORDINATES:
+            if name in self.absent:
+                continue
+            with damage_named(self.path):
+                variable = self._variable(name)
+                values = _decode(variable, _slab(variable, _OPTIONAL[name], self._window))
+                if name == "time":
+                    coordinates[name] = ("y",), _unix_seconds(self.path, variable, values)
+                else:
+                    coordinates[name] = ("y", "x"), values
+        return coordinates
+
+    def _open(self) -> h5py.File:
+        return _open(self.path)
+
+    def _variable(self, name: str) -> h5py.Dataset:
+        return self._file[_place(self.band, name)]
+
+    def _read_raw(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]:
+        with damage_named(self.path):
+            radiance = self._variable("radiance")
+            raw = _slab(radiance, (Y, X, C), window)
+            filled = _is_declared_fill(radiance, raw)
+            flagged = None
+            if FLAG not in self.absent:
+                flag = self._variable(FLAG)
+                flagged = _is_rejected(flag, _slab(flag, (Y, X, C), window))
+            return _unpack(radiance, raw), filled, flagged
+
+
+def _open(path: Path) -> h5py.File:
+    # h5py, for h5netcdf takes a variable's shape from dimensions found by name (so a size that differs is not seen),
+    # and reads all of a variable that is shorter than its unlimited dimension.
+    with damage_named(path):
+        return h5py.File(path, "r")
+
+
+def _dims(variable: h5py.Dataset) -> tuple[str, ...]:
+    """The names of a netCDF-4 variable's dimensions, which are scales attached to its axes; "?" where there is none."""
+    return tuple(str(axis[len(axis) - 1].name).split("/")[-1] if len(axis) else "?" for axis in variable.dims)
+
+
+def _place(band: str | None, name: str) -> str:
+    return name if name == "time" else f"{band}/{name}"
+
+
+def _choose_band(path: Path, file: h5py.File, band: str | None) -> str:
+    """The band group to read; refuses a file that is no TEMPO level-1 radiance."""
+    bands = sorted(name for name, item in file.items() if _BAND.fullmatch(name) and isinstance(item, h5py.Group))
+    if not bands:
+        raise InputError(f"{path}: {_what_it_is(file)}; formats read now: {READABLE}")
+    if band is not None and band not in bands:
+        raise ConfigError(f"{path}: no band {band!r} in it; its bands: {', '.join(bands)}")
+    if band is None and len(bands) > 1 and DEFAULT_BAND not in bands:
+        raise ConfigError(f"{path}: it holds several bands, name one of them with band: {', '.join(bands)}")
+    return band or (DEFAULT_BAND if DEFAULT_BAND in bands else bands[0])
+
+
+def _what_it_is(file: h5py.File) -> str:
+    """Say what a file without a band group is."""
+    collection = _text(file.attrs.get("collection_shortname", ""))
+    title = _text(file.attrs.get("title", ""))
+    if "product" in file and "TEMPO" in collection + title:
+        return f"a TEMPO level-2 product ({collection or title}), which holds no radiance"
+    return "an HDF5/netCDF-4 file that is no TEMPO L1 radiance: it has no group band_290_490_nm or band_540_740_nm"
+
+
+def _check_layout(path: Path, file: h5py.File, band: str) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Check that all variables are there and fit each other.
+
+    Returns:
+        sizes: Of each dimension of the radiance.
+        absent: The optional variables that the file lacks; a time without units is as good as none.
+    """
+    sizes: dict[str, int] = {}
+    absent = []
+    for name, dims in (_REQUIRED | _OPTIONAL).items():
+        place = _place(band, name)
+        group = file if name == "time" else file[band]
+        if not isinstance(group.get(name), h5py.Dataset) or (name == "time" and "units" not in group[name].attrs):
+            if name in _REQUIRED:
+                raise InputError(f"{path}: no variable {place!r} in it, which is required")
+            absent.append(name)
+            continue
+        variable = group[name]
+        found = _dims(variable)
+        accepted = ({X, C}, {C}) if name == "nominal_wavelength" else (set(dims),)
+        if set(found) not in accepted or len(set(found)) != len(found):
+            raise InputError(
+                f"{path}: {place} has dimensions ({', '.join(found)}); needed, in any order: {', '.join(dims)}"
+            )
+        if variable.dtype.kind not in "iuf":
+            raise InputError(f"{path}: {place} holds {variable.dtype}, not numbers")
+        for dim, size in zip(found, variable.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise InputError(
+                    f"{path}: {place} has {size} along {dim}, but the radiance has {sizes[dim]}; they must be equal"
+                )
+    units = _text(file[band]["nominal_wavelength"].attrs.get("units", "nm"))
+    if units.lower() not in _NANOMETRES:
+        raise InputError(f"{path}: {band}/nominal_wavelength is in {units!r}; only nm is read")
+    return sizes, tuple(absent)
+
+
+def _slab(variable: h5py.Dataset, dims: tuple[str, ...], window: Window) -> NDArray[Any]:
+    """Read a window of a variable, its axes in the order of dims; other dimensions it doesn't have."""
+    y0, y1, x0, x1 = window
+    cut = {Y: slice(y0, y1), X: slice(x0, x1), C: slice(None)}
+    stored = _dims(variable)
+    raw = np.asarray(variable[tuple(cut[d] for d in stored)])
+    return raw.transpose([stored.index(d) for d in dims])
+
+
+def _is_declared_fill(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which raw values equal the variable's _FillValue or one of its missing_values; same shape."""
+    filled = np.zeros(raw.shape, dtype=np.bool_)
+    for name in ("_FillValue", "missing_value"):
+        for fill in np.ravel(variable.attrs.get(name, ())):
+            if raw.dtype.kind == "f":
+                # In float32, for -1e30 declared in one precision and stored in the other is still the fill.
+                with np.errstate(over="ignore"):
+                    filled |= raw.astype(np.float32, copy=False) == np.float32(fill)
+                if np.isnan(fill):
+                    filled |= np.isnan(raw)
+            else:
+                filled |= raw == fill
+    return filled
+
+
+def _unpack(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[Any]:
+    """Apply the variable's scale_factor and add_offset, where it has them."""
+    if "scale_factor" not in variable.attrs and "add_offset" not in variable.attrs:
+        return raw
+    scale, offset = (float(np.ravel(variable.attrs.get(k, d))[0]) for k, d in (("scale_factor", 1), ("add_offset", 0)))
+    return raw.astype(np.float64) * scale + offset
+
+
+def _decode(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[Any]:
+    """Raw values as float32 or float64, unpacked, NaN where they are fill or not finite; same shape."""
+    invalid = _is_declared_fill(variable, raw)
+    if raw.dtype.kind == "f":
+        invalid |= is_undeclared_fill(raw) | ~np.isfinite(raw)
+    unpacked = _unpack(variable, raw)
+    values = unpacked.astype(np.float32 if unpacked.dtype == np.float32 else np.float64)
+    values[invalid] = np.nan
+    return values
+
+
+def _is_rejected(variable: h5py.Dataset, flags: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which flags have a bit of `REJECTED_FLAG_BITS`, or are themselves fill; same shape."""
+    rejected = _is_declared_fill(variable, flags)
+    if flags.dtype.kind == "f":
+        # Subsetted files may hold flags as floats, NaN where there is none.
+        missing = ~np.isfinite(flags) | is_undeclared_fill(flags)
+        rejected |= missing
+        flags = np.where(missing, 0, flags).astype(np.int64)
+    rejected |= (flags & sum(1 << bit for bit in REJECTED_FLAG_BITS)) != 0
+    return rejected
+
+
+def _scan_start(path: Path, time: h5py.Dataset | None) -> dt.datetime | None:
+    """Start of the scan: the time in the file's name, which is the granule's identity, or the first valid `time`."""
+    if match := _NAME_TIME.search(path.name):
+        try:
+            return dt.datetime.strptime(match[1] + "+0000", "%Y%m%dT%H%M%S%z")
+        except ValueError as error:
+            raise InputError(f"{path}: {match[1]}Z in its name is no date and time; correct the name") from error
+    if time is None:
+        return None
+    seconds = _unix_seconds(path, time, _decode(time, np.asarray(time[...])))
+    seconds = seconds[np.isfinite(seconds)]
+    return _EPOCH + dt.timedelta(seconds=float(seconds[0])) if seconds.size else None
+
+
+def _unix_seconds(path: Path, time: h5py.Dataset, values: NDArray[Any]) -> NDArray[np.float64]:
+    """Times in the variable's own units as seconds since 1970-01-01 UTC.
+
+    Leap seconds are not counted, as in CF; real granules count them since 1980, and so run 18 s ahead of UTC (2024).
+    """
+    units = _text(time.attrs["units"])
+    match = _TIME_UNITS.fullmatch(units.strip())
+    try:
+        base = dt.datetime.fromisoformat(match[2].removesuffix("UTC").strip()) if match else None
+    except ValueError:
+        base = None
+    if match is None or base is None:
+        raise InputError(f"{path}: time has units {units!r}; needed: seconds (minutes, hours, days) since YYYY-MM-DD")
+    base = base.replace(tzinfo=base.tzinfo or dt.UTC)
+    return values.astype(np.float64) * _SECONDS[match[1][0]] + (base - _EPOCH).total_seconds()
+
+
+def _text(attribute: Any) -> str:
+    """An attribute as text; files hold them as str, bytes or arrays of one."""
+    value = np.ravel(attribute)[0] if np.size(attribute) else ""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,207 @@
+"""A command's output directory: who may write into it, when it is resumed, what state it is in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+from spectralvae import __version__
+from spectralvae.config import CommandConfig
+from spectralvae.configfile import dump_config, to_yaml
+from spectralvae.errors import ConfigError, RunError
+
+TOOL = "spectralvae"
+State = Literal["running", "stopped", "finished", "failed"]
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file that is either whole or not there: temporary name, fsync, replace."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Stopped(Exception):
+    """A signal asked the command to stop, and it has saved its work; ``exit_code`` 75 or 130."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"stopped, exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _no_exceptions(key: str, old: Any, new: Any) -> bool:
+    return False
+
+
+class RunDir:
+    """The output directory of one run of one command.
+
+    Built before any input is touched, so that a directory that cannot be used is refused first;
+    entered (``with run:``) once all inputs are known to be good: only then is it made, cleared or
+    written to. Leaving it records the state.
+
+    Args:
+        command: name of the command.
+        config: its config.
+        overwrite: clear a directory that the same command made.
+        resumable: an unfinished run of the same config may go on.
+        may_differ: (key, old, new) -> whether a resumed run may have the new value.
+
+    Raises:
+        ConfigError: the directory is not this command's to use, or the configs differ.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        config: CommandConfig,
+        *,
+        overwrite: bool,
+        resumable: bool = False,
+        may_differ: Callable[[str, Any, Any], bool] = _no_exceptions,
+    ) -> None:
+        self.path = config.output_dir
+        self.command = command
+        self.config = dump_config(config)
+        self.record: dict[str, Any] = {}
+        self.changed: dict[str, list[Any]] = {}
+        self.finished = False
+        self.resuming = False
+        self._lock: IO[str] | None = None
+        self._clear = False
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir: {self.path} is a file, not a directory")
+        if not self.path.exists() or not any(p.name != ".lock" for p in self.path.iterdir()):
+            return
+        record = self._read_record()
+        if record is None or record.get("command") != command:
+            made_by = (
+                f"was made by {TOOL} {record['command']}" if record else "is not empty and was not made by this tool"
+            )
+            raise ConfigError(f"output_dir: {self.path} {made_by}: choose another directory (nothing was changed)")
+        if overwrite:
+            self._clear = True
+            return
+        old = _flatten(record["config"])
+        new = _flatten(self.config)
+        differing = {
+            key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+        }
+        refused = [key for key, (a, b) in differing.items() if not may_differ(key, a, b)]
+        if refused:
+            listed = "; ".join(f"{key}: {differing[key][0]!r} there, {differing[key][1]!r} here" for key in refused)
+            raise ConfigError(
+                f"output_dir: {self.path} holds a run of another config ({listed}): "
+                "choose another directory, or start afresh with --overwrite"
+            )
+        self.record, self.changed = record, differing
+        self.finished = record["state"] == "finished" and not differing
+        self.resuming = not self.finished
+        if self.resuming and not resumable:
+            raise ConfigError(
+                f"output_dir: {self.path} holds a run of `{command}` that did not finish "
+                f"(state: {record['state']}): start afresh with --overwrite"
+            )
+
+    def _read_record(self) -> dict[str, Any] | None:
+        path = self.path / "run.json"
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"output_dir: {path} is damaged ({error}): choose another directory") from error
+        return record if isinstance(record, dict) and record.get("tool") == TOOL else None
+
+    def __enter__(self) -> Self:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if self._clear:
+            for child in self.path.iterdir():
+                if child.name == ".lock":
+                    continue
+                shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+        starts = self.record.get("starts", [])
+        start: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "argv": sys.argv[1:],
+            "host": socket.gethostname(),
+        }
+        if self.changed:
+            start["changed"] = self.changed
+        self.record = {
+            **self.record,
+            "tool": TOOL,
+            "version": __version__,
+            "python": platform.python_version(),
+            "command": self.command,
+            "state": "running",
+            "config": self.config,
+            "starts": [*starts, start],
+        }
+        self.record.pop("error", None)
+        self._write_record()
+        write_atomic(self.path / "config.yaml", to_yaml(self.config))
+        return self
+
+    def _take_lock(self) -> None:
+        self._lock = (self.path / ".lock").open("a")
+        try:
+            # lockf, not flock: a flock would outlive a SIGKILL in forked children
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ConfigError(
+                f"output_dir: {self.path} is in use by another running `{self.command}`: "
+                "wait for it, stop it, or choose another directory"
+            ) from error
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to run.json."""
+        self.record.update(facts)
+        self._write_record()
+
+    def _write_record(self) -> None:
+        write_atomic(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        state: State = "finished"
+        if isinstance(error, (Stopped, KeyboardInterrupt)):
+            state = "stopped"
+        elif error is not None:
+            state = "failed"
+            self.record["error"] = f"{type(error).__name__}: {error}"
+        self.record["starts"][-1]["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            self.note(state=state)
+        except OSError as problem:  # a full disk must not hide the first error
+            if error is None:
+                raise RunError(f"{self.path / 'run.json'}: cannot be written: {problem}") from problem
+        finally:
+            assert self._lock is not None
+            self._lock.close()

@@ -1,0 +1,132 @@
+"""Checkpoints of a run: write, find, restore, thin out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from spectralvae.artifact import pack_model, pack_tensors, read_artifact, tensors_of, write_folder
+from spectralvae.data.normalize import Normalization
+from spectralvae.errors import InputError
+from spectralvae.model import AutoencoderKL
+
+_NAME = re.compile(r"step=(\d{6,})")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step={step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """All checkpoints of a run, by step; whether they are whole is not looked at."""
+    found = [(int(m[1]), p) for p in (run / "checkpoints").glob("step=*") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: AutoencoderKL,
+    settings: Mapping[str, Any],
+    normalization: Normalization,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of a step.
+
+    Args:
+        run: the run's directory.
+        step: how many updates the weights have seen.
+        model, settings, normalization: what `load_model` needs.
+        optimizer: AdamW over ``model.parameters()``.
+        state: whatever else the trainer wants back, as JSON values.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    moments = {
+        f"{key}.{names[id(p)]}": value for p, entries in optimizer.state.items() for key, value in entries.items()
+    }
+    files = pack_model(model, settings, normalization, step)
+    files["optimizer.safetensors"] = pack_tensors(moments)
+    files["random.safetensors"] = pack_tensors(_random_states())
+    files["trainer.json"] = (json.dumps({"step": step, **state}, indent=2) + "\n").encode()
+    path = checkpoint_path(run, step)
+    write_folder(path, files)
+    return path
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def newest_valid(run: Path, console: Console) -> Path | None:
+    """The newest checkpoint that is whole, None if there is none.
+
+    A damaged one is passed over with a warning: resuming is the one place where that is right, since the
+    alternative is a run that cannot go on.
+    """
+    for path in reversed(list_checkpoints(run)):
+        try:
+            read_artifact(path)
+        except InputError as error:
+            console.print(f"[bold red]WARNING: damaged checkpoint passed over:[/] {error}")
+            continue
+        return path
+    return None
+
+
+def restore(path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights, optimizer and random states back as they were.
+
+    Returns:
+        ``state`` as it was saved, with ``step``.
+    """
+    artifact, contents = read_artifact(path)
+    model.load_state_dict(artifact.model.state_dict())  # copies into the tensors that are there: layout kept
+    moments = tensors_of(contents["optimizer.safetensors"])
+    for name, parameter in model.named_parameters():
+        if f"step.{name}" not in moments:
+            continue  # never had a gradient
+        # AdamW steps, as its state is kept, want "step" as it is, and the moments laid out as the parameter:
+        # contiguous moments beside a channels_last parameter give wrong updates without an error.
+        entries = {"step": moments[f"step.{name}"]}
+        if optimizer.defaults.get("fused"):
+            entries["step"] = entries["step"].to(parameter.device)
+        for key in _MOMENTS:
+            entries[key] = torch.empty_like(parameter).copy_(moments[f"{key}.{name}"])
+            assert entries[key].stride() == parameter.stride()
+        optimizer.state[parameter] = entries
+    random = tensors_of(contents["random.safetensors"])
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    state: dict[str, Any] = json.loads(contents["trainer.json"])
+    return state
+
+
+def thin_out(run: Path, keep_last: int | None, keep_every: int | None) -> None:
+    """Delete old checkpoints; the newest was verified when it was written.
+
+    Args:
+        run: the run's directory.
+        keep_last: keep so many newest; None keeps all.
+        keep_every: keep those at multiples of this, too.
+    """
+    if keep_last is None:
+        return
+    for path in list_checkpoints(run)[:-keep_last]:
+        step = int(path.name.removeprefix("step="))
+        if keep_every is None or step % keep_every:
+            shutil.rmtree(path)

@@ -1,0 +1,66 @@
+"""Which device a run takes, and whether it fits."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from spectralvae.errors import ConfigError
+
+
+def choose_device(name: str, console: Console) -> torch.device:
+    """The device called ``name``; auto takes the CUDA device with the most free memory, else the CPU.
+
+    Raises:
+        ConfigError: a named device is absent.
+    """
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        if n == 0:
+            console.print("device: cpu (auto: no CUDA device)")
+            return torch.device("cpu")
+        free = [torch.cuda.mem_get_info(i)[0] for i in range(n)]
+        best = max(range(n), key=lambda i: free[i])
+        console.print(
+            f"device: cuda:{best}, {torch.cuda.get_device_name(best)} "
+            f"(auto: {free[best] / 1e9:.1f} GB free, the most of {n})"
+        )
+        return torch.device("cuda", best)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= n:
+        raise ConfigError(f"training.device: {name} is absent: this machine has {n} CUDA devices; use auto or cpu")
+    console.print(f"device: {name} (named in the config)")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")  # what a SLURM job or container may use
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        available = min(available, int(text) - used)
+    return available
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process took at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def report_first_step(device: torch.device, console: Console) -> None:
+    """Print what the first step took beside what is left; tight memory is said now, not hours later."""
+    peak, free = peak_memory(device), available_memory(device)
+    console.print(f"first step: peak memory {peak / 1e9:.2f} GB on {device}, {free / 1e9:.1f} GB still free")
+    if free < 0.1 * peak:
+        console.print(
+            "[bold yellow]WARNING:[/] memory is nearly used up: lower data.batch_size before the run dies of it"
+        )

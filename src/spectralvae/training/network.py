@@ -1,0 +1,57 @@
+"""The network of a run: its settings, and weights to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from spectralvae.config import TrainConfig
+from spectralvae.configfile import dump_config
+from spectralvae.data.store import Store
+from spectralvae.errors import ConfigError
+from spectralvae.inference import load_artifact
+from spectralvae.model import AutoencoderKL
+
+# May differ between a run and the weights it starts from: they are no part of the weights' meaning.
+FREE_SETTINGS = ("shape", "dropout_prob", "kl_weight", "nll_loss_type", "logvar_init")
+
+
+def network_settings(config: TrainConfig, store: Store) -> dict[str, Any]:
+    """The complete `model:` section: its shape follows from store and tile size.
+
+    Raises:
+        ConfigError: a given shape says otherwise.
+    """
+    settings = dump_config(config.model)
+    shape = [store.normalization.n_channels, config.data.tile_size, config.data.tile_size]
+    if settings["shape"] not in (None, shape):
+        raise ConfigError(
+            f"model.shape: {settings['shape']} does not follow from store and data.tile_size: "
+            f"these give {shape}; leave it out"
+        )
+    return {**settings, "shape": shape}
+
+
+def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Path:
+    """Put the weights of another run, checkpoint, export or mltools file into the network.
+
+    Returns:
+        Which checkpoint or file they came from.
+
+    Raises:
+        InputError: ``path`` is missing or damaged.
+        ConfigError: it holds another network.
+    """
+    source = load_artifact(path, settings if path.is_file() else None)
+    differing = [
+        f"{key}: {source.settings[key]} there, {settings[key]} here"
+        for key in source.settings.keys() & settings.keys() - set(FREE_SETTINGS)
+        if source.settings[key] != settings[key]
+    ]
+    channels = source.model.encoder.shape[0], model.encoder.shape[0]
+    if channels[0] != channels[1]:
+        differing.append(f"channels: {channels[0]} there, {channels[1]} here")
+    if differing:
+        raise ConfigError(f"training.init_from: {path} is another network ({'; '.join(sorted(differing))})")
+    model.load_state_dict(source.model.state_dict())
+    return source.path
