@@ -1,9 +1,17 @@
-"""Shared by all tests: where the real files are, and the golden table at the end of a run."""
+"""Shared by all tests: where the real files are, writers of tiny inputs, and the golden table at the end of a run."""
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import h5netcdf
+import numpy as np
 import pytest
+
+from spectralvae.data import store
+from spectralvae.data.normalize import Normalization
+from spectralvae.data.statistics import Moments
+from spectralvae.data.store import SceneRecord, Store, ZWriter
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +21,95 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real files at {folder}: set SPECTRALVAE_REAL_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_granule() -> Callable[..., Path]:
+    """A function that writes arrays as a small TEMPO level-1 file."""
+    return _write_granule
+
+
+def _write_granule(
+    path: Path,
+    radiance: np.ndarray,
+    *,
+    wavelength: np.ndarray | None = None,
+    flag: np.ndarray | None = None,
+    fill: float | None = None,
+    band: str = "band_290_490_nm",
+    units: str = "photons/s/cm^2/nm/sr",
+    seconds: np.ndarray | None = None,
+    geometry: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Write (y, x, channel) radiance and flag, (x, channel) wavelength, seconds since 1980-01-06, (y, x) geometry.
+
+    `fill` is declared as the radiance's _FillValue. What is None is left out, but for the wavelength: 300 nm and on.
+    """
+    ny, nx, nc = radiance.shape
+    if wavelength is None:
+        wavelength = np.broadcast_to(300 + 0.2 * np.arange(nc), (nx, nc))
+    dims = ("mirror_step", "xtrack", "spectral_channel")
+    with h5netcdf.File(path, "w") as file:
+        file.dimensions = {"mirror_step": ny, "xtrack": nx}
+        if seconds is not None:
+            time = file.create_variable("time", dims[:1], data=np.asarray(seconds, np.float64))
+            time.attrs["units"] = "seconds since 1980-01-06T00:00:00Z"
+        group = file.create_group(band)
+        group.dimensions = {"spectral_channel": nc}
+        fillvalue = None if fill is None else np.float32(fill)
+        variable = group.create_variable("radiance", dims, np.float32, fillvalue=fillvalue)
+        variable[...] = radiance.astype(np.float32)
+        variable.attrs["units"] = units
+        group.create_variable("nominal_wavelength", dims[1:], data=wavelength.astype(np.float32))
+        if flag is not None:
+            group.create_variable("pixel_quality_flag", dims, data=flag.astype(np.uint16))
+        for name, values in (geometry or {}).items():
+            group.create_variable(name, dims[:2], data=values.astype(np.float32))
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_store() -> Callable[..., Store]:
+    """A function that writes arrays of z as a finished store."""
+    return _make_store
+
+
+def _make_store(
+    path: Path,
+    scenes: Mapping[str, np.ndarray],
+    *,
+    val: tuple[str, ...] = (),
+    dtype: str = "float16",
+    arrays: Mapping[str, store.NamedArray] | None = None,
+) -> Store:
+    """Write (y, x, channel) z of each named scene, with more arrays beside each; mean = 1, 2, ..., std = 2, 3, ..."""
+    records = []
+    for name, z in scenes.items():
+        folder = store.scene_folder(path, name)
+        with ZWriter(folder, z.shape, dtype, {}) as writer:
+            writer.write(z)
+        n_invalid = np.isnan(z).sum(axis=-1, dtype=np.int32)
+        record = SceneRecord(
+            id=name,
+            source=f"{name}.nc",
+            region=None,
+            shape=list(z.shape),
+            source_bytes=1,
+            sha256="0" * 64,
+            time=None,
+            split="val" if name in val else "train",
+            invalid={},
+            absent=[],
+            z_sha256=writer.sha256,
+        )
+        store.write_scene_group(folder, record, {"n_invalid": (("y", "x"), n_invalid), **(arrays or {})})
+        records.append(record)
+    nc = records[0].shape[2]
+    normalization = Normalization(
+        "zscore", 1.0 + np.arange(nc), 2.0 + np.arange(nc), 10.0, None, None, 400.0 + np.arange(nc)
+    )
+    store.finish_store(path, records, normalization, Moments.of(np.ones((2, nc))), dtype)
+    return Store(path)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.mltools import (
-    build_model,
     load_foreign,
     read_spectrum,
     read_weights,
@@ -24,6 +23,7 @@ from spectralvae.mltools import (
     save_weights,
 )
 from spectralvae.model import AutoencoderKL
+from spectralvae.settings import build_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["attention_everywhere", "default_small", "volume_3d", "wide_kernel"]

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from spectralvae import __version__
 from spectralvae.data.normalize import Normalization
-from spectralvae.errors import InputError
-from spectralvae.mltools import build_model
+from spectralvae.errors import ConfigError, InputError
 from spectralvae.model import AutoencoderKL
 from spectralvae.rundir import write_atomic
+from spectralvae.settings import build_model
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -67,7 +67,17 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
 def pack_model(
     model: AutoencoderKL, settings: Mapping[str, Any], normalization: Normalization | None, step: int | None
 ) -> dict[str, bytes]:
-    """The files of an artifact, less the manifest: name -> content."""
+    """The files of an artifact, less the manifest.
+
+    Args:
+        model: the weights, in any memory layout, on any device.
+        settings: the complete `model:` section.
+        normalization: what its input must go through, where known.
+        step: of the training run, where known.
+
+    Returns:
+        name -> content.
+    """
     config = {
         "format": FORMAT,
         "spectralvae_version": __version__,
@@ -89,26 +99,65 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write an artifact so that ``folder`` is either whole or not there.
 
     Temporary name, fsync of every file and of the folder, check of what was written, rename. A folder of that
-    name is replaced.
+    name is replaced. What a kill may leave beside it has a name that begins with a dot.
+
+    Args:
+        folder: where it is to lie.
+        files: name -> content, as from ``pack_model``.
+
+    Raises:
+        InputError: what was written is not what is read back.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    write_files(temporary, files)
-    if folder.exists():
-        shutil.rmtree(folder)  # a folder cannot be renamed onto one that is not empty
-    temporary.rename(folder)
+    try:
+        write_files(temporary, files)
+        _move_into_place(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _move_into_place(temporary: Path, folder: Path) -> None:
+    """Rename ``temporary`` to ``folder``; the folder of that name goes only once the new one has its name."""
+    old = hidden_old(folder)
+    try:
+        if folder.exists():  # a folder cannot be renamed onto one that is not empty
+            if old.exists():
+                shutil.rmtree(old)
+            folder.rename(old)
+        temporary.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     _fsync_folder(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def hidden_old(folder: Path) -> Path:
+    """The name under which a folder waits for its deletion, so that it is never seen half deleted."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write an artifact's files into a folder that is there, the manifest last, and check what was written."""
+    """Write an artifact's files into a folder that is there, the manifest last, and check what was written.
+
+    Args:
+        folder: which becomes an artifact.
+        files: name -> content, as from ``pack_model``.
+
+    Raises:
+        InputError: what was written is not what is read back.
+    """
     entries = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in files.items()}
-    manifest = {"format": FORMAT, "files": entries, "digest": _digest(entries)}
+    manifest = {"format": FORMAT, "files": entries}
     for name, content in files.items():
         write_atomic(folder / name, content)
-    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_atomic(folder / MANIFEST, json.dumps({**manifest, "digest": _digest(manifest)}, indent=2) + "\n")
     verify(folder)
     _fsync_folder(folder)
 
@@ -125,8 +174,8 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _digest(entries: Mapping[str, Any]) -> str:
-    return _sha256(json.dumps(entries, sort_keys=True).encode())
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(manifest, sort_keys=True).encode())
 
 
 def verify(folder: Path) -> dict[str, bytes]:
@@ -136,27 +185,48 @@ def verify(folder: Path) -> dict[str, bytes]:
         name -> content.
 
     Raises:
-        InputError: a file is missing or damaged, the manifest included.
+        InputError: a file is missing or damaged, the manifest included, or of a newer format.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        entries = manifest["files"]
-        if manifest["digest"] != _digest(entries):
-            raise InputError(f"{folder / MANIFEST}: is damaged: its digest does not fit")
-        if manifest["format"] != FORMAT:
-            raise InputError(f"{folder}: has format {manifest['format']}; this version reads format {FORMAT}")
-        contents = {name: (folder / name).read_bytes() for name in entries}
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename}: is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: is damaged ({type(error).__name__}: {error})") from error
-    for name, content in contents.items():
-        if _sha256(content) != entries[name]["sha256"]:
+    contents = {}
+    for name, entry in _read_manifest(folder / MANIFEST).items():
+        content = _read_bytes(folder / name)
+        if _sha256(content) != entry["sha256"]:
             raise InputError(
                 f"{folder / name}: is damaged: its {len(content)} bytes are not the "
-                f"{entries[name]['bytes']} bytes that were written (SHA-256 differs)"
+                f"{entry['bytes']} bytes that were written (SHA-256 differs)"
             )
+        contents[name] = content
     return contents
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: is missing: the folder is incomplete") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a manifest, name -> bytes and sha256."""
+    try:
+        manifest = json.loads(_read_bytes(path))
+        digest = manifest.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
+    if digest != _digest(manifest):  # the same rule in every format
+        raise InputError(f"{path}: is damaged: its digest does not fit")
+    if manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: has format {manifest.get('format')}, but this version ({__version__}) reads format {FORMAT}: "
+            "update spectralvae"
+        )
+    entries: dict[str, dict[str, Any]] = manifest["files"]
+    for name in entries:
+        if name != Path(name).name:  # a name from a stranger must not lead out of the folder
+            raise InputError(f"{path}: names {name!r}, which is no file of its folder")
+    return entries
 
 
 def read_artifact(folder: Path) -> tuple[Artifact, dict[str, bytes]]:
@@ -171,17 +241,29 @@ def read_artifact(folder: Path) -> tuple[Artifact, dict[str, bytes]]:
     contents = verify(folder)
     try:
         config = json.loads(contents["config.json"])
+        if config["format"] != FORMAT:
+            raise ValueError(f"config.json has format {config['format']}, not {FORMAT}: update spectralvae")
         model = build_model(config["model"])
         model.load_state_dict(load_tensors(contents["model.safetensors"]))
         normalization = None
         if config["normalization"] is not None:
             arrays = load_arrays(contents["normalization.safetensors"])
-            normalization = Normalization.from_parts(config["normalization"], arrays)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            normalization = _unpack_normalization(config["normalization"], arrays, model.encoder.shape[0])
+        return Artifact(model.eval(), config["model"], normalization, config["step"], folder), contents
+    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{folder}: does not hold a model of this version ({type(error).__name__}: {error})"
         ) from error
-    return Artifact(model.eval(), config["model"], normalization, config["step"], folder), contents
+
+
+def _unpack_normalization(settings: Mapping[str, Any], arrays: Mapping[str, Any], n_channels: int) -> Normalization:
+    """The normalisation in its files; ValueError where it is not one of ``n_channels``."""
+    for name in ("mean", "std", *(["wavelength"] if "wavelength" in arrays else [])):
+        if arrays[name].shape != (n_channels,):
+            raise ValueError(f"{name} of the normalisation has shape {arrays[name].shape}, not ({n_channels},)")
+    if settings["transform"] not in ("log_zscore", "zscore"):
+        raise ValueError(f"the normalisation has an unknown transform, {settings['transform']!r}")
+    return Normalization.from_parts(settings, arrays)
 
 
 def tensors_of(content: bytes) -> dict[str, Tensor]:
@@ -190,5 +272,5 @@ def tensors_of(content: bytes) -> dict[str, Tensor]:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Whether a folder is a checkpoint or an export."""
-    return (folder / MANIFEST).is_file()
+    """Whether a folder is a checkpoint or an export, be it damaged."""
+    return any((folder / name).exists() for name in (MANIFEST, "config.json", "model.safetensors"))

@@ -141,7 +141,7 @@ def _fail(message: str, code: int) -> int:
 def run(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code (see README)."""
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments, prog_name="spectralvae", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _fail(str(error), 2)
@@ -153,6 +153,8 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except typer.TyperException as error:  # wrong usage; without arguments the help is printed instead
         return _fail(error.format_message(), 2) if error.format_message() else 2
+    except OSError as error:  # a full disk, a lost file system: what went wrong is not in the program
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
 
 
 def main() -> None:

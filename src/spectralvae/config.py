@@ -32,14 +32,14 @@ class Section(BaseModel):
 class CommandConfig(Section):
     """What every command's config has."""
 
-    output_dir: ConfigPath = Field(description="the command's own folder; must not hold anything else")
+    output_dir: ConfigPath = Field(description="folder for the results of this command and of nothing else")
 
 
 class Wavelengths(Section):
     """Evenly spaced channel centres."""
 
-    first: float = Field(gt=0, description="centre of the first channel, nm")
-    last: float = Field(gt=0, description="centre of the last channel, nm")
+    first: float = Field(gt=0, description="centre of the first channel in nm")
+    last: float = Field(gt=0, description="centre of the last channel in nm")
 
 
 # --- simulate ---------------------------------------------------------------------------------
@@ -49,15 +49,20 @@ class SimulateConfig(CommandConfig):
     """`spectralvae simulate`: TEMPO-format granules with known truth."""
 
     seed: Seed = Field(0, description="the same seed gives the same granules")
-    n_granules: PositiveInt = Field(2, description="one scan a day each")
+    n_granules: PositiveInt = Field(2, description="how many granules; each is one scan, on a day of its own")
     shape: list[PositiveInt] = Field(
-        [131, 256], min_length=2, max_length=2, description="[mirror_step, xtrack]; a real granule has [131, 2048]"
+        [131, 256],
+        min_length=2,
+        max_length=2,
+        description="pixels [mirror_step, xtrack] of a granule; a real one has [131, 2048]",
     )
-    n_channels: int = Field(1028, ge=16, description="spectral channels over 290-490 nm")
+    n_channels: int = Field(1028, ge=16, description="spectral channels, evenly over 290-490 nm")
     products: list[Product] = Field(
         ["NO2", "HCHO", "O3TOT", "CLDO4"], description="level-2 products to write beside level 1"
     )
-    invalid_fraction: float = Field(0.02, ge=0, lt=1, description="share of pixels that are swath-edge fill")
+    invalid_fraction: float = Field(
+        0.02, ge=0, lt=1, description="share of pixels without data (fill values at the edges of the swath)"
+    )
 
 
 # --- prepare ----------------------------------------------------------------------------------
@@ -88,12 +93,15 @@ class NormalizationConfig(Section):
     """How radiance becomes z."""
 
     transform: Literal["log_zscore", "zscore"] = Field(
-        "log_zscore", description="log_zscore for radiance over decades; zscore for reflectance"
+        "log_zscore",
+        description="log_zscore (z-score of the logarithm) for radiance, which spans decades; zscore for reflectance",
     )
     min_radiance: float | None = Field(
-        None, gt=0, description="log_zscore only: smaller values are invalid; default 1.0"
+        None,
+        gt=0,
+        description="log_zscore only: smaller values are invalid; in the units of the file; if left out, 1.0",
     )
-    clip: float = Field(10.0, gt=0, description="z is clipped to [-clip, clip]")
+    clip: float = Field(10.0, gt=0, le=1000, description="z is clipped to [-clip, clip], in standard deviations")
 
     @model_validator(mode="before")
     @classmethod
@@ -113,12 +121,20 @@ class SplitConfig(Section):
     """Which scenes are kept for validation."""
 
     by: Literal["scene", "day"] | None = Field(
-        None, description="what is never divided; default: day (UTC - 6 h) for TEMPO, else scene"
+        None,
+        description="what is never divided between training and validation; if left out, day (of UTC - 6 h) for TEMPO, "
+        "else scene",
     )
-    val_fraction: float = Field(0.2, ge=0, lt=1, description="share of scenes or days; 0 = no validation")
-    seed: Seed = Field(0, description="of the choice")
-    train: list[str] | None = Field(None, description="instead: names or globs of the training scenes")
-    val: list[str] | None = Field(None, description="... and of the validation scenes")
+    val_fraction: float = Field(
+        0.2, ge=0, lt=1, description="share of scenes or days kept for validation; 0 = no validation"
+    )
+    seed: Seed = Field(0, description="another seed chooses other scenes or days")
+    train: list[str] | None = Field(
+        None, description="instead of by and val_fraction: names or globs of the training scenes"
+    )
+    val: list[str] | None = Field(
+        None, description="given together with train: names or globs of the validation scenes"
+    )
 
     @model_validator(mode="after")
     def _lists_come_in_pairs(self) -> SplitConfig:
@@ -130,11 +146,11 @@ class SplitConfig(Section):
 class PrepareConfig(CommandConfig):
     """`spectralvae prepare`: scenes to a store (output_dir is the store)."""
 
-    inputs: list[InputSpec] = Field(min_length=1, description="files, globs, or {path, variable, ...}")
+    inputs: list[InputSpec] = Field(min_length=1, description="files, globs, or mappings with the keys below")
     band: str | None = Field(None, description="TEMPO: band_290_490_nm (default) or band_540_740_nm")
     normalization: NormalizationConfig = NormalizationConfig()
     split: SplitConfig = SplitConfig()
-    dtype: Literal["float16", "float32"] = Field("float16", description="of z in the store")
+    dtype: Literal["float16", "float32"] = Field("float16", description="type of z in the store")
 
 
 # --- train ------------------------------------------------------------------------------------
@@ -143,12 +159,17 @@ class PrepareConfig(CommandConfig):
 class DataConfig(Section):
     """What the network sees."""
 
-    store: ConfigPath = Field(description="output_dir of `prepare`")
-    batch_size: PositiveInt = Field(32, description="tiles a step")
-    tile_size: PositiveInt = Field(64, description="pixels along y and x")
+    store: ConfigPath = Field(description="the store: output_dir of `prepare`")
+    batch_size: PositiveInt = Field(32, description="tiles in one step")
+    tile_size: PositiveInt = Field(
+        64,
+        description="pixels of a tile along y and along x; a multiple of 2^(levels - 1): 4 with the default chs",
+    )
     num_workers: Annotated[int, Field(ge=0)] = Field(2, description="reader threads; 0 reads between the steps")
-    max_invalid_fraction: float = Field(0.5, ge=0, le=1, description="tiles with more invalid samples are not drawn")
-    n_val_tiles: PositiveInt = Field(64, description="at most so many validation tiles, evenly over the fixed grid")
+    max_invalid_fraction: float = Field(
+        0.5, ge=0, le=1, description="tiles with a larger share of invalid samples are not used"
+    )
+    n_val_tiles: PositiveInt = Field(64, description="at most so many validation tiles, always the same")
     max_scenes: PositiveInt | None = Field(None, description="use only the first so many training scenes")
 
 
@@ -156,63 +177,110 @@ class ModelConfig(Section):
     """The network (defaults: the 27.3 M parameters of the TEMPO run) and its loss."""
 
     shape: list[PositiveInt] | None = Field(
-        None, min_length=3, max_length=3, description="[channel, y, x]; follows from store and tile_size"
+        None,
+        min_length=3,
+        max_length=3,
+        description="[channel, y, x] of the input; follows from store and tile_size, so it is best left out",
     )
-    chs: list[PositiveInt] = Field([512, 256, 128], min_length=1, description="channels a level, full size first")
-    attn_sizes: list[PositiveInt] = Field([], description="sizes at which residual blocks are followed by attention")
+    chs: list[PositiveInt] = Field(
+        [512, 256, 128],
+        min_length=1,
+        description="features at each level, full resolution first; each level halves the size of the one before",
+    )
+    attn_sizes: list[PositiveInt] = Field(
+        [], description="sizes y (in pixels) at which residual blocks are followed by attention"
+    )
     mid_attn: bool = Field(True, description="attention between the middle blocks")
-    num_res_blocks: PositiveInt = Field(1, description="residual blocks a level")
-    dropout_prob: float = Field(0.0, ge=0, lt=1)
-    z_channels: PositiveInt = Field(32, description="channels of the encoder's output")
-    double_z: Literal[True] = Field(True, description="mean and logvar; false cannot work")
-    n_attention_heads: PositiveInt = Field(4, description="must divide the last of chs")
-    norm_groups: PositiveInt = Field(8, description="of every GroupNorm; must divide every entry of chs")
-    norm_eps: float = Field(1e-6, gt=0)
-    norm_affine: bool = True
-    act: Literal["gelu", "relu", "silu"] = "gelu"
-    conv_kernel_size: PositiveInt = Field(3, description="odd")
-    conv_padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
-    embed_dim: PositiveInt = Field(32, description="channels of the latents")
-    kl_weight: float = Field(1e-6, ge=0)
-    nll_loss_type: Literal["l1", "l2"] = "l1"
-    logvar_init: float = Field(0.0, description="start of the learned log-variance of the likelihood")
+    num_res_blocks: PositiveInt = Field(1, description="residual blocks at each level")
+    dropout_prob: float = Field(0.0, ge=0, lt=1, description="share of features that training drops at random")
+    z_channels: PositiveInt = Field(
+        32, description="features of the encoder's output (mean and logvar have so many each)"
+    )
+    double_z: Literal[True] = Field(
+        True, description="the encoder gives mean and logvar of the latents; anything else cannot work"
+    )
+    n_attention_heads: PositiveInt = Field(4, description="heads of each attention block; must divide the last of chs")
+    norm_groups: PositiveInt = Field(
+        8, description="groups of each normalisation layer; must divide every entry of chs"
+    )
+    norm_eps: float = Field(1e-6, gt=0, description="added to the variance in normalisation layers")
+    norm_affine: bool = Field(True, description="normalisation layers learn a scale and an offset")
+    act: Literal["gelu", "relu", "silu"] = Field("gelu", description="activation function")
+    conv_kernel_size: PositiveInt = Field(3, description="pixels along y and x of each convolution; odd")
+    conv_padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = Field(
+        "zeros", description="what convolutions see beyond the edge of a tile"
+    )
+    embed_dim: PositiveInt = Field(32, description="latent channels")
+    kl_weight: float = Field(1e-6, ge=0, description="weight of the KL term of the loss")
+    nll_loss_type: Literal["l1", "l2"] = Field(
+        "l1", description="the reconstruction term of the loss: absolute (l1) or squared (l2) differences of z"
+    )
+    logvar_init: float = Field(
+        0.0, description="log-variance of the reconstruction term before training; it is learned"
+    )
 
 
 class OptimizerConfig(Section):
     """AdamW."""
 
-    lr: float = Field(1e-4, gt=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.95], min_length=2, max_length=2)
-    weight_decay: float = Field(0.05, ge=0)
+    lr: float = Field(1e-4, gt=0, description="learning rate, constant")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.95],
+        min_length=2,
+        max_length=2,
+        description="decay of the running mean of the gradient and of its square",
+    )
+    weight_decay: float = Field(0.05, ge=0, description="pull of the weights towards 0, times lr in each step")
 
 
 class TrainingConfig(Section):
     """The run. Every `*_every` counts steps."""
 
-    n_steps: PositiveInt = 200_000
-    save_every: PositiveInt = Field(5000, description="checkpoint and reconstruction figure")
-    val_every: PositiveInt = 50
-    log_every: PositiveInt = 10
-    plot_every: PositiveInt = Field(50, description="rewrite the plots in summary/")
-    grad_clip: float = Field(1.0, gt=0, description="largest norm of all gradients together")
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    compile: bool = Field(False, description="torch.compile the loss")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    n_steps: PositiveInt = Field(200_000, description="updates of the weights; a finished run goes on if this grows")
+    save_every: PositiveInt = Field(5000, description="steps between checkpoints, each with a reconstruction figure")
+    val_every: PositiveInt = Field(50, description="steps between validations")
+    log_every: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
+    plot_every: PositiveInt = Field(50, description="steps between updates of the plots in summary/")
+    grad_clip: float = Field(1.0, gt=0, description="longer gradients (norm over all weights) are scaled down to this")
+    precision: Literal["32-true", "bf16-mixed"] = Field(
+        "32-true", description="of the arithmetic: float32, or bfloat16 where it is safe (recent GPUs; faster)"
+    )
+    compile: bool = Field(
+        False, description="compile the network first (torch.compile): minutes at the start, faster steps"
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto (the GPU with the most free memory, else the CPU), cpu, cuda or cuda:N",
+    )
     init_from: ConfigPath | None = Field(
         None, description="start from these weights: a run, checkpoint, export, or mltools file"
     )
-    keep_last: PositiveInt | None = Field(None, description="keep so many newest checkpoints; default: all")
-    keep_every: PositiveInt | None = Field(None, description="also keep those at multiples of this")
+    keep_last: PositiveInt | None = Field(None, description="keep only so many newest checkpoints; if left out, all")
+    keep_every: PositiveInt | None = Field(
+        None, description="beside keep_last: keep the checkpoints at multiples of so many steps, too"
+    )
 
 
 class TrainConfig(CommandConfig):
     """`spectralvae train`."""
 
-    seed: Seed = Field(0, description="of weights, tiles and noise")
+    seed: Seed = Field(0, description="of the first weights, the choice of tiles, and the noise in the latents")
     data: DataConfig
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _tiles_can_be_halved(self) -> TrainConfig:
+        factor = 2 ** (len(self.model.chs) - 1)
+        if self.data.tile_size % factor:
+            raise ValueError(
+                f"data.tile_size: {self.data.tile_size} is not a multiple of {factor}, which the "
+                f"{len(self.model.chs)} levels of model.chs need; nearest: "
+                f"{max(1, round(self.data.tile_size / factor)) * factor}"
+            )
+        return self
 
 
 DEBUG_OVERRIDES: dict[str, Any] = {
@@ -241,8 +309,8 @@ def may_change_on_resume(key: str, old: Any, new: Any) -> bool:
 class SpectraConfig(NormalizationConfig):
     """The statistics that belong to foreign weights."""
 
-    mean: ConfigPath = Field(description="mltools' mean_spectrum.pt")
-    std: ConfigPath = Field(description="mltools' std_spectrum.pt")
+    mean: ConfigPath = Field(description="mean of each channel: mltools' mean_spectrum.pt")
+    std: ConfigPath = Field(description="standard deviation of each channel: mltools' std_spectrum.pt")
     wavelength: list[float] | Wavelengths | None = Field(
         None, description="channel centres in nm: a list, or {first, last} evenly spaced"
     )
@@ -255,4 +323,7 @@ class ConvertConfig(CommandConfig):
     source: ConfigPath = Field(description="mltools .pt/.ckpt, or a run, checkpoint or export of ours")
     model: dict[str, Any] | None = Field(None, description="mltools files: the `model:` section, as for train")
     normalization: SpectraConfig | None = Field(None, description="mltools files: the statistics of the same training")
-    format: Literal["export", "mltools"] = "export"
+    format: Literal["export", "mltools"] = Field(
+        "export",
+        description="export: a folder with weights, settings, normalisation and model card; mltools: .pt files",
+    )

@@ -20,26 +20,29 @@ class _Loader(yaml.SafeLoader):
     """safe_load with three mends: `1e-4` is a number, dates stay strings, a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
+        key_nodes = [key for key, _ in node.value if not key.tag.endswith(":merge")]  # `<<: *anchor`
+        keys = [self.construct_object(key, deep=True) for key in key_nodes]
+        for i, (key, key_node) in enumerate(zip(keys, key_nodes, strict=True)):
+            if key in keys[:i]:
                 mark = key_node.start_mark
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """safe_dump, with quotes where `_Loader` would take a string for a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:[0-9][0-9_]*)?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*\.(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9][0-9_]*)?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*\.(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -110,6 +113,8 @@ def describe_errors(schema: type[BaseModel], error: ValidationError) -> str:
     for details in error.errors(include_url=False):
         # a union reports under the names of its members, which are no keys of the user's
         location = tuple(part for part in details["loc"] if isinstance(part, int) or _is_key(part))
+        if details["type"] == "extra_forbidden" and location[-1:] != details["loc"][-1:]:
+            location += details["loc"][-1:]  # an unknown key may look like such a name
         found[location] = _describe(schema, location, details)
     # a union also reports that its other members do not fit: only the deepest complaint helps
     lines = [
@@ -125,7 +130,7 @@ def _is_key(part: str) -> bool:
 
 
 def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details: ErrorDetails) -> str:
-    key = ".".join(map(str, location)) or "(whole file)"
+    key = ".".join(map(str, location))
     if details["type"] == "missing":
         return f"{key}: this key is required"
     if details["type"] == "extra_forbidden":
@@ -136,7 +141,8 @@ def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details:
     message = re.sub(r"a valid dictionary or .*", "a mapping of keys to values", message)
     value = details["input"]
     shown = "" if isinstance(value, (dict, BaseModel)) else f"{value!r} is not allowed: "
-    return f"{key}: {shown}{message[0].lower()}{message[1:]}"
+    text = f"{shown}{message[0].lower()}{message[1:]}"
+    return f"{key}: {text}" if key else text  # a check of several keys together names them itself
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str | int]) -> list[str]:
@@ -157,4 +163,4 @@ def dump_config(config: BaseModel) -> dict[str, Any]:
 
 def to_yaml(values: Mapping[str, Any]) -> str:
     """YAML text of plain values, in their order."""
-    return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)

@@ -7,8 +7,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def new_console() -> Console:
-    """For results: no line is cut, no number is coloured."""
-    return Console(highlight=False, soft_wrap=True)
+    """For results: lines are neither cut nor coloured, and no part of a path is taken for markup."""
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def warn(console: Console, message: str) -> None:
+    """Print what the user should not overlook."""
+    console.print(f"WARNING: {message}", style="bold yellow")
 
 
 def new_progress(*fields: str) -> Progress:

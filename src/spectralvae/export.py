@@ -12,6 +12,7 @@ from rich.console import Console
 from spectralvae import __version__, mltools
 from spectralvae.artifact import Artifact, pack_model, write_files
 from spectralvae.config import ConvertConfig, SpectraConfig, Wavelengths
+from spectralvae.console import warn
 from spectralvae.data.normalize import Float64, Normalization
 from spectralvae.errors import ConfigError
 from spectralvae.inference import load_artifact
@@ -24,12 +25,19 @@ NO_NORMALIZATION = (
 
 
 def convert(config: ConvertConfig, run: RunDir, console: Console) -> None:
-    """Convert ``config.source`` into ``run``'s directory.
+    """Convert ``config.source`` into ``run``'s directory, which is touched only once all inputs are known to be good.
+
+    Args:
+        config: of the command.
+        run: its output directory.
+        console: where to print.
 
     Raises:
         InputError: a file is missing or damaged.
-        ConfigError: settings or statistics do not fit the weights.
+        ConfigError: settings or statistics do not fit the weights, or the source lies where the result is to go.
     """
+    if config.source.resolve().is_relative_to(run.path.resolve()):
+        raise ConfigError(f"output_dir: {run.path} holds the source, {config.source}: choose another directory")
     artifact = load_artifact(config.source, config.model)
     if config.normalization is not None:
         if artifact.normalization is not None:
@@ -43,13 +51,17 @@ def convert(config: ConvertConfig, run: RunDir, console: Console) -> None:
             write_mltools(run.path, artifact, console)
         else:
             write_export(run.path, artifact)
-            console.print(f"{run.path}: export folder; load it with spectralvae.load_model({str(run.path)!r})")
+            console.print(f"{run.path}: export folder; load it with spectralvae.load_model('{run.path}')")
             if artifact.normalization is None:
-                console.print(f"[yellow]warning:[/] {NO_NORMALIZATION}")
+                warn(console, NO_NORMALIZATION)
 
 
 def foreign_normalization(config: SpectraConfig, n_channels: int) -> Normalization:
     """The normalisation of mltools' two files.
+
+    Args:
+        config: names the files, and what they don't say.
+        n_channels: of the weights.
 
     Raises:
         InputError: a file is missing, damaged or no spectrum.
@@ -132,7 +144,15 @@ def write_mltools(folder: Path, artifact: Artifact, console: Console) -> None:
     """Write the weights, and the statistics where there are any, as mltools loads them."""
     normalization = artifact.normalization
     if normalization is not None:
+        empty = np.flatnonzero(np.isnan(normalization.mean))
+        if len(empty):
+            warn(
+                console,
+                f"channels {empty.tolist()} had no valid sample: their statistics are NaN, and so is all that "
+                "mltools makes of them, since it knows no mask",
+            )
         for name, values in (("mean_spectrum", normalization.mean), ("std_spectrum", normalization.std)):
             torch.save(torch.from_numpy(values), folder / f"{name}.pt")
     mltools.save_weights(artifact.model, folder / "model.pt")
-    console.print(f"{folder / 'model.pt'}: {len(artifact.model.state_dict())} tensors with mltools' names")
+    n_tensors = len(artifact.model.state_dict())
+    console.print(f"{folder / 'model.pt'}: {n_tensors} tensors with mltools' names")

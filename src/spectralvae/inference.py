@@ -38,7 +38,14 @@ def load_model(path: str | PathLike[str], model: Mapping[str, Any] | None = None
 
 
 def load_artifact(path: str | PathLike[str], model: Mapping[str, Any] | None = None) -> Artifact:
-    """As `load_model`, with the normalisation, the settings and the step."""
+    """As `load_model`, with the normalisation, the settings and the step.
+
+    Args:
+        path, model: as of `load_model`.
+
+    Raises:
+        InputError, ConfigError: as `load_model`.
+    """
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
@@ -47,25 +54,26 @@ def load_artifact(path: str | PathLike[str], model: Mapping[str, Any] | None = N
         return Artifact(network, settings, None, None, path, weights.left_out)
     if model is not None:
         raise ConfigError(f"{path}: holds its own model settings; `model` is for mltools files only")
-    if is_artifact(path):
-        return read_artifact(path)[0]
-    checkpoints = list_checkpoints(path)
-    if not checkpoints:
+    checkpoints = [] if is_artifact(path) else list_checkpoints(path)
+    if not checkpoints and not is_artifact(path):
         raise InputError(f"{path}: is neither a checkpoint nor an export folder, nor a run with checkpoints/")
-    newest = checkpoints[-1]
+    folder = checkpoints[-1] if checkpoints else path
     try:
-        return read_artifact(newest)[0]
+        return read_artifact(folder)[0]
     except InputError as error:
-        older = _newest_good(checkpoints[:-1])
-        remedy = f"the newest good one is {older}" if older else "no older checkpoint is good"
-        raise InputError(f"{error}; {remedy}") from error
+        raise InputError(f"{error}{_remedy(folder)}") from error
 
 
-def _newest_good(checkpoints: list[Path]) -> Path | None:
-    for checkpoint in reversed(checkpoints):
+def _remedy(damaged: Path) -> str:
+    """Which older checkpoint of the same run is good; nothing for an export."""
+    damaged = damaged.absolute()
+    checkpoints = list_checkpoints(damaged.parent.parent)
+    if damaged not in checkpoints:
+        return ""
+    for checkpoint in reversed(checkpoints[: checkpoints.index(damaged)]):
         try:
             verify(checkpoint)
         except InputError:
             continue
-        return checkpoint
-    return None
+        return f"; the newest good one before it is {checkpoint}"
+    return "; no older checkpoint is good"

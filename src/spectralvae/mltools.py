@@ -12,14 +12,8 @@ for the deepest level of each.
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
-import pickle
-import re
-import warnings
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,23 +23,14 @@ import torch
 from torch import Tensor
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.model import ACTIVATIONS, NLL_LOSS_TYPES, PADDING_MODES, AutoencoderKL
+from spectralvae.model import AutoencoderKL
+from spectralvae.settings import LIMITS, build_model, check_settings, construct
+from spectralvae.torchfile import check_size, load_torch_file
 
 CONTAINERS = ("state_dict", "model_state_dict")
 PREFIXES = ("vae", "model", "module", "_orig_mod")
 HEADS = ("l2_head", "no2_probe")
 EXACT_IN_FLOAT32 = (torch.float16, torch.bfloat16, torch.float32)
-
-# Metric lists beside the weights hold numpy scalars. The function that restores them is found through a scalar,
-# since its module is private and was renamed in numpy 2. Numbers and booleans only: the state of a
-# void or object dtype from a stranger's file could make numpy follow forged pointers.
-_NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
-_NUMPY_GLOBALS: list[Any] = [
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]},
-]
 
 
 @dataclass(frozen=True)
@@ -100,54 +85,6 @@ def _listed(keys: list[str]) -> str:
     return ", ".join(key[:120] for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
 
 
-def _check_zip(path: Path) -> None:
-    """Compare every byte with its checksum, which ``torch.load`` does not: a flipped bit is a wrong weight."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name.rpartition("/")[2] for name in archive.namelist()}
-        if "data.pkl" not in members or "constants.pkl" in members:
-            raise InputError(f"{path}: is a zip file, but not of torch.save (nor may it be TorchScript)")
-        # torch.save never compresses; a file that unpacks to more than its size is a trap for memory
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise InputError(
-                f"{path}: is a compressed archive, which torch.save never writes; save it anew with torch.save"
-            )
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise InputError(f"{path}: is damaged: the checksum of {damaged!r} does not match; copy the file again")
-
-
-def _load(path: Path) -> Any:
-    """Whatever ``torch.save`` put into ``path``: tensors, plain values and numpy scalars only.
-
-    Raises:
-        InputError: for a file that is missing, damaged, not of torch.save, or needs pickle code, which is not run.
-    """
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise InputError(f"{path}: {what}; give a file written by torch.save (.pt, .pth, .ckpt)")
-    advice = "save the bare weights in the program that wrote it: torch.save(model.state_dict(), FILE)"
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic == b"PK\x03\x04":
-            _check_zip(path)
-        elif magic[:1] == b"\x80" and magic[:2] != b"\x80\x02":
-            raise InputError(f"{path}: is a plain pickle, whose code is never run; {advice}")
-        elif magic[:1] != b"\x80":
-            raise InputError(f"{path}: is not a file of torch.save; give a .pt, .pth or .ckpt written by torch.save")
-        with torch.serialization.safe_globals(_NUMPY_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about oddities of the file; the user gets one line
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        needs = f" ({name[1]})" if name else ""
-        raise InputError(f"{path}: needs pickle code{needs}, which is never run; {advice}") from error
-    except Exception as error:  # damaged bytes make torch and zipfile raise almost any class
-        raise InputError(f"{path}: is damaged or cut short ({type(error).__name__}); copy the file again") from error
-
-
 def _find_state_dict(path: Path, content: Any) -> dict[Any, Any]:
     """The state dict in what a file holds: bare, or inside one of CONTAINERS."""
     if not isinstance(content, dict):
@@ -162,12 +99,6 @@ def _find_state_dict(path: Path, content: Any) -> dict[Any, Any]:
             f"its keys: {_listed([repr(key) for key in content]) or 'none'}"
         )
     return found
-
-
-def _check_size(path: Path, values: list[Any]) -> None:
-    """A small file can claim huge tensors by repeating one value: refuse before any of them is unfolded."""
-    if sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor)) > path.stat().st_size:
-        raise InputError(f"{path}: claims tensors larger than the file; save contiguous copies with torch.save")
 
 
 def _exact_float32(path: Path, key: str, value: Any) -> Tensor:
@@ -246,16 +177,6 @@ def _structure(path: Path, state_dict: Mapping[str, Tensor]) -> _Structure:
     return _Structure(told, conv_in[1], len(conv_in) - 2, any_key(".net2.3."), frozenset(attended))
 
 
-def _construct(settings: Mapping[str, Any], device: str) -> AutoencoderKL:
-    """The network of complete settings on ``device``; raises the ValueErrors of the network."""
-    params = {key: value for key, value in settings.items() if key != "logvar_init"}
-    rest = {key: params.pop(key) for key in ("embed_dim", "kl_weight", "nll_loss_type")}
-    smallest = 2 ** (len(params["chs"]) - 1)
-    params["shape"] = [smallest if size is None else size for size in params["shape"]]
-    with torch.device(device), torch.random.fork_rng(devices=[]):
-        return AutoencoderKL(params, **rest)
-
-
 def _check_keys(path: Path, state_dict: Mapping[str, Tensor]) -> list[str]:
     """Compare keys and shapes with those of the network that they tell of, and return its keys in order."""
     found = _structure(path, state_dict)
@@ -269,7 +190,7 @@ def _check_keys(path: Path, state_dict: Mapping[str, Tensor]) -> list[str]:
         "nll_loss_type": "l1",
     }
     try:
-        expected = {key: value.shape for key, value in _construct(settings, "meta").state_dict().items()}
+        expected = {key: value.shape for key, value in construct(settings, "meta").state_dict().items()}
     except ValueError as error:
         raise InputError(f"{path}: the shapes of its weights are of no AutoencoderKL: {error}") from error
     misshapen = [
@@ -295,78 +216,12 @@ def read_weights(path: str | os.PathLike[str]) -> ForeignWeights:
     Raises:
         InputError: for a file that cannot be read safely, and for stray, missing, misshapen or unusable weights.
     """
-    path = Path(path)
-    state_dict = _find_state_dict(path, _load(path))
+    path = Path(path).expanduser()
+    state_dict = _find_state_dict(path, load_torch_file(path))
     names, left_out = _clean_keys(path, state_dict)
-    _check_size(path, [state_dict[name] for name in names.values()])
+    check_size(path, [state_dict[name] for name in names.values()])
     weights = {key: _exact_float32(path, name, state_dict[name]) for key, name in names.items()}
     return ForeignWeights(path, {key: weights[key] for key in _check_keys(path, weights)}, left_out)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_shape(value: Any) -> bool:
-    known = isinstance(value, list) and len(value) in (3, 4) and _is_whole(value[0])
-    return known and (all(map(_is_whole, value[1:])) or all(size is None for size in value[1:]))
-
-
-def _is_wholes(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_whole, value))
-
-
-def _one_of(choices: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices
-
-
-_WHOLE = ("a whole number from 1", _is_whole)
-_BOOL: tuple[str, Callable[[Any], bool]] = ("true or false", lambda value: isinstance(value, bool))
-_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "shape": ("[C, H, W] or [C, D, H, W], whole numbers from 1, or with null for all sizes but C", _is_shape),
-    "chs": ("a list of whole numbers from 1", lambda value: _is_wholes(value) and len(value) > 0),
-    "attn_sizes": ("a list of whole numbers from 1", _is_wholes),
-    "mid_attn": _BOOL,
-    "num_res_blocks": _WHOLE,
-    "dropout_prob": ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
-    "z_channels": _WHOLE,
-    "double_z": ("true (the network knows nothing else)", lambda value: value is True),
-    "n_attention_heads": _WHOLE,
-    "norm_groups": _WHOLE,
-    "norm_eps": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "norm_affine": _BOOL,
-    "act": _one_of(tuple(ACTIVATIONS)),
-    "conv_kernel_size": _WHOLE,
-    "conv_padding_mode": _one_of(PADDING_MODES),
-    "embed_dim": _WHOLE,
-    "kl_weight": ("a number from 0", lambda value: _is_number(value) and value >= 0),
-    "nll_loss_type": _one_of(NLL_LOSS_TYPES),
-    "logvar_init": ("a number", _is_number),
-}
-
-
-def _check_values(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings given, with lists for tuples and without a ``shape`` of null."""
-    if not isinstance(model, Mapping):
-        raise ConfigError(f"model must be a mapping of settings, not a {type(model).__name__}")
-    given: dict[str, Any] = {}
-    for key, value in model.items():
-        if key not in _LIMITS:
-            near = difflib.get_close_matches(str(key), _LIMITS, n=1) or list(_LIMITS)
-            hint = f"did you mean {near[0]}?" if len(near) == 1 else f"the known ones are {', '.join(near)}"
-            raise ConfigError(f"model.{key} is not a setting of the network; {hint}")
-        value = list(value) if isinstance(value, tuple) else value
-        if key == "shape" and value is None:
-            continue
-        limit, is_legal = _LIMITS[key]
-        if not is_legal(value):
-            raise ConfigError(f"model.{key} = {value!r} must be {limit}")
-        given[key] = value
-    return given
 
 
 def _mismatches(found: _Structure, given: dict[str, Any]) -> list[str]:
@@ -411,7 +266,7 @@ def resolve_settings(weights: ForeignWeights, model: Mapping[str, Any] | None) -
     """
     path, found = weights.path, _structure(weights.path, weights.state_dict)
     try:
-        given = _check_values({} if model is None else model)
+        given = check_settings({} if model is None else model)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     needed = ["n_attention_heads"] * found.has_attention + ["norm_groups", "act", "conv_padding_mode", "norm_eps"]
@@ -437,36 +292,12 @@ def resolve_settings(weights: ForeignWeights, model: Mapping[str, Any] | None) -
         "nll_loss_type": "l1",
     }
     settings = defaults | found.told | given
-    settings = {key: settings[key] for key in _LIMITS if key != "logvar_init"}
+    settings = {key: settings[key] for key in LIMITS if key != "logvar_init"}
     try:
-        _construct(settings, "meta")
+        construct(settings, "meta")
     except ValueError as error:
         raise ConfigError(f"{path}: model: {error}") from error
     return settings
-
-
-def build_model(settings: Mapping[str, Any]) -> AutoencoderKL:
-    """Build the network of complete settings, leaving torch's global random state as it was.
-
-    Args:
-        settings: as from ``resolve_settings``; sizes of ``shape`` that are None become the smallest legal ones
-            (without attention in levels, no weight depends on them). ``logvar_init`` may be among them.
-
-    Raises:
-        ConfigError: for settings that are missing, unknown or out of limits.
-    """
-    settings = _check_values(settings)
-    missing = [key for key in _LIMITS if key not in settings and key != "logvar_init"]
-    if missing:
-        raise ConfigError(f"model: {', '.join(missing)} must be given to build the network")
-    if settings["attn_sizes"] and settings["shape"][1] is None:
-        raise ConfigError(f"model.shape = {settings['shape']} must hold sizes, since attn_sizes is not empty")
-    try:
-        model = _construct(settings, "cpu")
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
-    torch.nn.init.constant_(model.logvar, settings.get("logvar_init", 0.0))
-    return model
 
 
 def load_foreign(
@@ -495,7 +326,7 @@ def save_weights(model: AutoencoderKL, path: str | os.PathLike[str]) -> None:
         model: any dtype, layout and device; the file holds contiguous float32 of the CPU.
         path: the .pt file; its directory must exist.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     state_dict = {
         key: value.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
         for key, value in model.state_dict().items()
@@ -523,12 +354,12 @@ def read_spectrum(path: str | os.PathLike[str]) -> np.ndarray[tuple[int], np.dty
     Raises:
         InputError: for anything else.
     """
-    path = Path(path)
-    spectrum = _load(path)
+    path = Path(path).expanduser()
+    spectrum = load_torch_file(path)
     if not isinstance(spectrum, Tensor) or spectrum.dtype not in (*EXACT_IN_FLOAT32, torch.float64):
         what = str(spectrum.dtype) if isinstance(spectrum, Tensor) else type(spectrum).__name__
         raise InputError(f"{path}: holds {what}, not one tensor of floating-point numbers, the spectrum (channels,)")
-    _check_size(path, [spectrum])
+    check_size(path, [spectrum])
     plain = spectrum.layout == torch.strided and not spectrum.is_meta
     if not plain or spectrum.numel() == 0 or spectrum.numel() != max(spectrum.shape, default=0):
         raise InputError(f"{path}: a tensor of shape {tuple(spectrum.shape)} is not a spectrum (channels,)")

@@ -92,12 +92,11 @@ class RunDir:
         self.resuming = False
         self._lock: IO[str] | None = None
         self._clear = False
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output_dir: {self.path} is a file, not a directory")
+        self._check_place()
+        record = self._found = self._read_record()
         if not self.path.exists() or not any(p.name != ".lock" for p in self.path.iterdir()):
             return
-        record = self._read_record()
-        if record is None or record.get("command") != command:
+        if record is None or record["command"] != command:
             made_by = (
                 f"was made by {TOOL} {record['command']}" if record else "is not empty and was not made by this tool"
             )
@@ -107,6 +106,7 @@ class RunDir:
             return
         old = _flatten(record["config"])
         new = _flatten(self.config)
+        old["output_dir"] = new["output_dir"]  # wherever it is and however it is called: it is this directory
         differing = {
             key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
         }
@@ -118,13 +118,21 @@ class RunDir:
                 "choose another directory, or start afresh with --overwrite"
             )
         self.record, self.changed = record, differing
-        self.finished = record["state"] == "finished" and not differing
+        # a finished run goes on for more steps only: else config.yaml would tell of a run that never was
+        self.finished = record["state"] == "finished" and "training.n_steps" not in differing
         self.resuming = not self.finished
         if self.resuming and not resumable:
             raise ConfigError(
                 f"output_dir: {self.path} holds a run of `{command}` that did not finish "
                 f"(state: {record['state']}): start afresh with --overwrite"
             )
+
+    def _check_place(self) -> None:
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists() or p.is_symlink())
+        if not nearest.is_dir():
+            raise ConfigError(f"output_dir: {self.path}: {nearest} is not a directory: choose another directory")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"output_dir: {self.path}: no permission to write in {nearest}: choose another directory")
 
     def _read_record(self) -> dict[str, Any] | None:
         path = self.path / "run.json"
@@ -134,16 +142,30 @@ class RunDir:
             record = json.loads(path.read_text())
         except ValueError as error:
             raise ConfigError(f"output_dir: {path} is damaged ({error}): choose another directory") from error
-        return record if isinstance(record, dict) and record.get("tool") == TOOL else None
+        if not isinstance(record, dict) or record.get("tool") != TOOL:
+            return None
+        missing = [key for key in ("command", "config", "state", "starts") if key not in record]
+        if missing:
+            raise ConfigError(f"output_dir: {path} is damaged (no {', '.join(missing)}): choose another directory")
+        return record
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._lock = self._take_lock()
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        if self._read_record() != self._found:
+            raise ConfigError(
+                f"output_dir: {self.path} was used by another `{self.command}` meanwhile: look at it and start again"
+            )
         if self._clear:
-            for child in self.path.iterdir():
-                if child.name == ".lock":
-                    continue
-                shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+            self._delete_all()
         starts = self.record.get("starts", [])
         start: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -165,19 +187,28 @@ class RunDir:
         self.record.pop("error", None)
         self._write_record()
         write_atomic(self.path / "config.yaml", to_yaml(self.config))
-        return self
 
-    def _take_lock(self) -> None:
-        self._lock = (self.path / ".lock").open("a")
+    def _take_lock(self) -> IO[str]:
+        lock = (self.path / ".lock").open("a")
         try:
             # lockf, not flock: a flock would outlive a SIGKILL in forked children
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.close()
+            lock.close()
             raise ConfigError(
                 f"output_dir: {self.path} is in use by another running `{self.command}`: "
                 "wait for it, stop it, or choose another directory"
             ) from error
+        return lock
+
+    def _delete_all(self) -> None:
+        # cut off in the middle, it must still be known as ours (run.json goes last), and never as finished
+        assert self._found is not None
+        write_atomic(self.path / "run.json", json.dumps({**self._found, "state": "failed"}))
+        for child in sorted(self.path.iterdir(), key=lambda child: child.name == "run.json"):
+            if child.name == ".lock":
+                continue
+            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 
     def note(self, **facts: Any) -> None:
         """Add facts to run.json."""

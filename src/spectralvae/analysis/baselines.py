@@ -17,8 +17,8 @@ class PixelPCA:
     """Principal components of spectra.
 
     Attributes:
-        mean: (channel); NaN for channels that no training pixel has.
-        components: (k, channel), orthonormal over the other channels, 0 there.
+        mean: (channel).
+        components: (k, channel), orthonormal.
     """
 
     mean: NDArray[np.float64]
@@ -26,43 +26,33 @@ class PixelPCA:
 
     @classmethod
     def fit(cls, tiles: Iterable[NDArray[Any]], n_components: int) -> PixelPCA:
-        """Fit on the complete pixels of tiles.
-
-        A pixel is complete if all channels are valid that any pixel of the first tile has valid.
+        """Fit on the pixels without an invalid sample; the covariance is summed tile by tile, in float64.
 
         Args:
-            tiles: (..., channel) each, NaN = invalid.
+            tiles: (..., channel) each, NaN = invalid; leave out channels that are invalid everywhere.
             n_components: k.
 
         Raises:
             InputError: there are too few complete pixels.
         """
-        sums: dict[str, Any] = {}
+        n, total, products = 0, np.zeros(1), np.zeros((1, 1))
         for tile in tiles:
             pixels = tile.reshape(-1, tile.shape[-1]).astype(np.float64)
-            if not sums:
-                alive = np.flatnonzero(np.isfinite(pixels).any(axis=0))
-                sums = {"n": 0, "x": np.zeros(len(alive)), "xx": np.zeros((len(alive), len(alive)))}
-            complete = pixels[:, alive]
-            complete = complete[np.isfinite(complete).all(axis=1)]
-            sums["n"] += len(complete)
-            sums["x"] += complete.sum(axis=0)
-            sums["xx"] += complete.T @ complete
-        if not sums or sums["n"] <= n_components:
-            raise InputError(f"PCA: too few complete pixels to fit {n_components} components on")
-        mean = sums["x"] / sums["n"]
-        covariance = sums["xx"] / sums["n"] - np.outer(mean, mean)
-        vectors = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
-        all_means, components = np.full(pixels.shape[1], np.nan), np.zeros((vectors.shape[1], pixels.shape[1]))
-        all_means[alive], components[:, alive] = mean, vectors.T
-        return cls(all_means, components)
+            pixels = pixels[np.isfinite(pixels).all(axis=1)]
+            n += len(pixels)
+            total = total + pixels.sum(axis=0)
+            products = products + pixels.T @ pixels
+        if n <= n_components:
+            raise InputError(f"PCA: too few complete pixels ({n}) to fit {n_components} components on")
+        mean = np.asarray(total / n)
+        covariance = products / n - np.outer(mean, mean)
+        return cls(mean, np.linalg.eigh(covariance)[1].T[::-1][:n_components])
 
     def reconstruct(self, tile: NDArray[Any], k: int) -> NDArray[np.float64]:
         """(..., channel) -> the same from k components; an invalid sample counts as the mean."""
-        mean = np.nan_to_num(self.mean)
-        deviation = np.where(np.isfinite(tile), tile.astype(np.float64) - mean, 0.0)
+        deviation = np.where(np.isfinite(tile), tile.astype(np.float64) - self.mean, 0.0)
         basis = self.components[:k]
-        return np.asarray(deviation @ basis.T @ basis + mean)
+        return np.asarray(deviation @ basis.T @ basis + self.mean)
 
 
 def reference_errors(
@@ -77,6 +67,9 @@ def reference_errors(
 
     Returns:
         ``mean`` (predicting z = 0, the mean of the training set) and ``pca_k``.
+
+    Raises:
+        InputError: there are too few complete training pixels, or no valid validation sample.
     """
     pca = PixelPCA.fit(training, max(components))
     squares = dict.fromkeys(("mean", *(f"pca_{k}" for k in components)), 0.0)
@@ -88,4 +81,6 @@ def reference_errors(
         squares["mean"] += float((z**2).sum())
         for k in components:
             squares[f"pca_{k}"] += float(((pca.reconstruct(tile, k)[valid] - z) ** 2).sum())
+    if not n_valid:
+        raise InputError("baselines: the validation tiles hold no valid sample to judge on")
     return {name: total / n_valid for name, total in squares.items()}

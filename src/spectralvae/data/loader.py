@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -45,41 +46,24 @@ def make_sampler(
     Raises:
         ConfigError: a scene is smaller than a tile, or no tile anywhere is valid enough.
     """
-    found = []
-    for scene in scenes:
-        ny, nx, nc = store.scenes[scene].shape
-        if min(ny, nx) < tile_size:
-            raise ConfigError(
-                f"data.tile_size: {tile_size} is larger than scene {store.scenes[scene].id} ({ny} x {nx} pixels)"
-            )
-        positions = sampling.admissible_positions(store.n_invalid(scene), nc, tile_size, max_invalid_fraction)
-        found.append((scene, nx - tile_size + 1, positions))
+    found = _admissible(store, scenes, tile_size, max_invalid_fraction)
     if not any(len(positions) for _, _, positions in found):
-        raise ConfigError(
-            f"data.max_invalid_fraction: {max_invalid_fraction} leaves no tile of {tile_size} x {tile_size} "
-            f"in the {len(found)} training scenes of {store.path}"
-        )
+        raise _no_tile_left(store, scenes, tile_size, max_invalid_fraction)
     return CropSampler(seed, found)
 
 
-def validation_crops(store: Store, *, tile_size: int, max_invalid_fraction: float, at_most: int) -> list[Crop]:
-    """The fixed validation tiles: a grid over the validation scenes, thinned evenly.
+def grid_crops(
+    store: Store, scenes: Sequence[int], *, tile_size: int, max_invalid_fraction: float, at_most: int
+) -> list[Crop]:
+    """Fixed tiles: a grid over some scenes of a store, thinned evenly.
 
     Raises:
-        ConfigError: there are validation scenes, but no tile of theirs will do.
+        ConfigError: a scene is smaller than a tile, or there are scenes, but no tile of theirs will do.
     """
     crops = []
-    scenes = store.indices("val")
-    for scene in scenes:
-        ny, nx, nc = store.scenes[scene].shape
-        if min(ny, nx) < tile_size:
-            raise ConfigError(
-                f"data.tile_size: {tile_size} is larger than validation scene {store.scenes[scene].id} "
-                f"({ny} x {nx} pixels)"
-            )
-        positions = sampling.admissible_positions(store.n_invalid(scene), nc, tile_size, max_invalid_fraction)
+    for scene, width, positions in _admissible(store, scenes, tile_size, max_invalid_fraction):
+        ny, nx, _ = store.scenes[scene].shape
         admissible = set(positions.tolist())
-        width = nx - tile_size + 1
         crops += [
             Crop(scene, y, x)
             for y in sampling.grid(ny, tile_size)
@@ -87,10 +71,33 @@ def validation_crops(store: Store, *, tile_size: int, max_invalid_fraction: floa
             if y * width + x in admissible
         ]
     if scenes and not crops:
-        raise ConfigError(
-            f"data.max_invalid_fraction: {max_invalid_fraction} leaves no tile in the validation scenes of {store.path}"
-        )
+        raise _no_tile_left(store, scenes, tile_size, max_invalid_fraction)
     return [crops[i] for i in sampling.evenly(len(crops), at_most)]
+
+
+def _admissible(
+    store: Store, scenes: Sequence[int], tile_size: int, max_invalid_fraction: float
+) -> list[tuple[int, int, NDArray[np.int64]]]:
+    """(scene, width of its positions, admissible positions) of each scene."""
+    found = []
+    for scene in scenes:
+        record = store.scenes[scene]
+        ny, nx, nc = record.shape
+        if min(ny, nx) < tile_size:
+            raise ConfigError(
+                f"data.tile_size: {tile_size} is larger than {record.split} scene {record.id} ({ny} x {nx} pixels)"
+            )
+        positions = sampling.admissible_positions(store.n_invalid(scene), nc, tile_size, max_invalid_fraction)
+        found.append((scene, nx - tile_size + 1, positions))
+    return found
+
+
+def _no_tile_left(store: Store, scenes: Sequence[int], tile_size: int, max_invalid_fraction: float) -> ConfigError:
+    split = store.scenes[scenes[0]].split
+    return ConfigError(
+        f"data.max_invalid_fraction: {max_invalid_fraction} leaves no tile of {tile_size} x {tile_size} "
+        f"in the {len(scenes)} {split} scenes of {store.path}"
+    )
 
 
 def read_crops(store: Store, crops: Sequence[Crop], tile_size: int) -> Tensor:

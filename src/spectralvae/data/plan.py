@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from spectralvae.config import InputSpec, PrepareConfig, SplitConfig
+from spectralvae.console import warn
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import Scene, open_reader
 
@@ -83,11 +84,12 @@ def _open(path: Path, spec: InputSpec, band: str | None, region: Sequence[int] |
 
 def _check_distinct(planned: Sequence[PlannedScene]) -> None:
     """No pixel may be in two scenes, else the validation would see what was trained on."""
+    files = [p.scene.path.resolve() for p in planned]
     for i, a in enumerate(planned):
-        for b in planned[:i]:
+        for j, b in enumerate(planned[:i]):
             if a.id == b.id:
                 raise ConfigError(f"inputs: {b.scene.path} and {a.scene.path} give two scenes named {a.id}")
-            if a.scene.path.resolve() == b.scene.path.resolve() and _overlap(a.scene, b.scene):
+            if files[i] == files[j] and _overlap(a.scene, b.scene):
                 raise ConfigError(f"inputs: {a.scene.path} is given twice, and the regions share pixels")
 
 
@@ -108,12 +110,19 @@ def split_scenes(planned: list[PlannedScene], config: PrepareConfig, console: Co
     if split.train is not None and split.val is not None:
         for p in planned:
             p.split = _listed_split(p, split.train, split.val)
+        for pattern in (*split.train, *split.val):
+            if not any(_matches(p, pattern) for p in planned):
+                raise ConfigError(f"split: no scene matches {pattern!r}; take it out, or correct it")
     elif split.val_fraction == 0:
         for p in planned:
             p.split = "train"
     elif len(planned) == 1:
         planned = _cut(planned[0], config.band, split.val_fraction)
-        console.print(f"one scene only: its last {planned[1].scene.shape[0]} rows or columns are kept for validation")
+        train, val = (p.scene for p in planned)
+        assert train.region and val.region
+        along_y = train.region[0] != val.region[0]
+        kept = f"{val.shape[0]} rows" if along_y else f"{val.shape[1]} columns"
+        console.print(f"one scene only: its last {kept} are kept for validation")
     else:
         groups = _groups(planned, split, console)
         names = sorted(set(groups))
@@ -129,14 +138,16 @@ def split_scenes(planned: list[PlannedScene], config: PrepareConfig, console: Co
 
 def _listed_split(p: PlannedScene, train: Sequence[str], val: Sequence[str]) -> str:
     found = [
-        name
-        for name, patterns in (("train", train), ("val", val))
-        if any(fnmatchcase(p.id, pattern) or fnmatchcase(p.scene.path.name, pattern) for pattern in patterns)
+        name for name, patterns in (("train", train), ("val", val)) if any(_matches(p, pattern) for pattern in patterns)
     ]
     if len(found) != 1:
         where = "neither in train nor in val" if not found else "in train and in val"
         raise ConfigError(f"split: scene {p.id} is {where}: every scene belongs to exactly one")
     return found[0]
+
+
+def _matches(p: PlannedScene, pattern: str) -> bool:
+    return fnmatchcase(p.id, pattern) or fnmatchcase(p.scene.path.name, pattern)
 
 
 def _groups(planned: Sequence[PlannedScene], split: SplitConfig, console: Console) -> list[str]:
@@ -150,9 +161,9 @@ def _groups(planned: Sequence[PlannedScene], split: SplitConfig, console: Consol
             raise ConfigError(f"split.by: day, but {p.scene.path} has no time; use `by: scene` or lists")
         days.append(str(local_day(p)))
     if len(set(days)) == 1:
-        console.print(
-            f"[yellow]warning:[/] all scenes are of {days[0]}: split by scan, "
-            "so validation sees places and weather that training saw"
+        warn(
+            console,
+            f"all scenes are of {days[0]}: split by scan, so validation sees places and weather that training saw",
         )
         return [p.id for p in planned]
     return days

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from spectralvae.config import NormalizationConfig, PrepareConfig
-from spectralvae.console import new_progress
+from spectralvae.console import new_progress, warn
 from spectralvae.data import store
 from spectralvae.data.normalize import Float64, Normalization, reject_small, transform_values
 from spectralvae.data.plan import PlannedScene, check_wavelengths, plan_scenes
@@ -21,7 +22,7 @@ from spectralvae.data.statistics import Moments
 from spectralvae.data.store import SceneRecord, ZWriter
 from spectralvae.errors import ConfigError
 from spectralvae.readers import Scene
-from spectralvae.rundir import RunDir
+from spectralvae.rundir import RunDir, write_atomic
 
 BLOCK_BYTES = 16e6  # of float32 read at a time
 BELOW_MINIMUM = "below_min_radiance"
@@ -41,6 +42,7 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
     with run:
         scratch = run.path / ".partial"
         scratch.mkdir(exist_ok=True)
+        check_same_plan(planned, run.path, scratch)
         with new_progress() as progress:
             moments = training_moments(training, config.normalization, scratch, progress)
             normalization = Normalization(
@@ -58,6 +60,40 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
         shutil.rmtree(scratch)
         run.note(store_hash=digest)
         report(records, run.path, console)
+
+
+def check_same_plan(planned: Sequence[PlannedScene], root: Path, scratch: Path) -> None:
+    """An interrupted preparation goes on only from the same files, split alike.
+
+    A file that appeared under a glob meanwhile would move scenes between training and validation, and change the
+    statistics, while scenes already written keep the old ones.
+
+    Raises:
+        ConfigError: a file is new, gone or changed since the preparation began.
+    """
+    plan = {
+        p.id: [str(p.scene.path), p.split, p.scene.path.stat().st_size, p.scene.path.stat().st_mtime_ns]
+        for p in planned
+    }
+    begun = scratch / "plan.json"
+    if begun.is_file():
+        before = json.loads(begun.read_text())
+        changed = {scene for scene in before.keys() & plan.keys() if before[scene] != plan[scene]}
+        for how, scenes in (
+            ("is new", plan.keys() - before.keys()),
+            ("is gone", before.keys() - plan.keys()),
+            ("has changed", changed),
+        ):
+            if scenes:
+                raise ConfigError(
+                    f"inputs: scene {min(scenes)} {how} since the preparation in {root} began: "
+                    "start afresh with --overwrite"
+                )
+        return
+    (root / "zarr.json").unlink(missing_ok=True)
+    if (root / "scenes").exists():
+        shutil.rmtree(root / "scenes")
+    write_atomic(begun, json.dumps(plan))
 
 
 def check_transform(scene: Scene, normalization: NormalizationConfig) -> None:
@@ -135,7 +171,8 @@ def checked_statistics(moments: Moments, wavelength: Float64, console: Console) 
     dead = np.flatnonzero(moments.count == 0)
     if len(dead) == len(moments.count):
         raise ConfigError("inputs: the training scenes hold no valid sample")
-    flat = np.flatnonzero((moments.count > 0) & (moments.m2 == 0))
+    # not m2 == 0: rounding of the mean leaves a little of it
+    flat = np.flatnonzero((moments.count > 0) & (moments.minimum == moments.maximum))
     if len(flat):
         raise ConfigError(
             f"inputs: channel {flat[0]} ({wavelength[flat[0]]:.2f} nm) has the same value in all its "
@@ -143,9 +180,7 @@ def checked_statistics(moments: Moments, wavelength: Float64, console: Console) 
         )
     if len(dead):
         named = ", ".join(f"{c} ({wavelength[c]:.2f} nm)" for c in dead[:10]) + (", ..." if len(dead) > 10 else "")
-        console.print(
-            f"[yellow]warning:[/] {len(dead)} channels have no valid training sample and stay masked: {named}"
-        )
+        warn(console, f"{len(dead)} channels have no valid training sample and stay masked: {named}")
     mean = np.where(moments.count > 0, moments.mean, np.nan)
     return mean, moments.std
 

@@ -80,6 +80,11 @@ class CropSampler:
         self._ends = np.cumsum([len(positions) for _, _, positions in self._scenes])
         assert self._scenes, "no admissible position in any scene"
 
+    @property
+    def scenes(self) -> list[int]:
+        """The scenes that have admissible positions, as indices in the store."""
+        return [scene for scene, _, _ in self._scenes]
+
     def __len__(self) -> int:
         """How many positions there are."""
         return int(self._ends[-1])

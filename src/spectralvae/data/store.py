@@ -47,6 +47,8 @@ UNITS = {
     "wavelength": "nm",
 }
 
+ROOT_ARRAYS = ("mean", "std", "wavelength", "count", "minimum", "maximum")
+
 NamedArray = tuple[tuple[str, ...], NDArray[Any]]  # dimensions and values
 
 
@@ -195,6 +197,15 @@ def _group_json(attributes: Mapping[str, Any], members: Mapping[str, Any]) -> st
     return json.dumps(group) + "\n"
 
 
+def content_hash(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of the root's attributes (but for the hash itself) and of its arrays."""
+    hashed = {name: value for name, value in attributes.items() if name != "hash"}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
 def finish_store(
     path: Path, records: list[SceneRecord], normalization: Normalization, moments: Moments, dtype: str
 ) -> str:
@@ -221,10 +232,7 @@ def finish_store(
         "dtype": dtype,
         "scenes": table,
     }
-    digest = hashlib.sha256(json.dumps(attributes, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    attributes["hash"] = digest.hexdigest()
+    attributes["hash"] = content_hash(attributes, arrays)
 
     members: dict[str, Any] = {name: json.loads((path / name / "zarr.json").read_text()) for name in arrays}
     empty = {"kind": "inline", "must_understand": False, "metadata": {}}
@@ -267,16 +275,16 @@ class Store:
             attributes = json.loads(root.read_text())["attributes"]
             if attributes.get("spectralvae_store") != FORMAT:
                 raise InputError(f"store {path}: is a Zarr group, but no spectralvae store of format {FORMAT}")
-            arrays = {
-                name: np.asarray(zarr.open_array(path / name, mode="r")[:], np.float64)
-                for name in ("mean", "std", "wavelength")
-            }
+            arrays = {name: np.asarray(zarr.open_array(path / name, mode="r")[:]) for name in ROOT_ARRAYS}
             self.normalization = Normalization.from_parts(attributes["normalization"], arrays)
             self.scenes = [SceneRecord(**scene) for scene in attributes["scenes"]]
             self.hash: str = attributes["hash"]
             self.dtype = np.dtype(attributes["dtype"])
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
             raise InputError(f"store {path}: is damaged ({type(error).__name__}: {error}); prepare it again") from error
+        # zarr reads a lost chunk as zeros, without a word
+        if content_hash(attributes, arrays) != self.hash:
+            raise InputError(f"store {path}: is damaged (statistics or table do not match its hash); prepare it again")
 
     def indices(self, split: str) -> list[int]:
         """Which scenes belong to a split."""

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from spectralvae.artifact import pack_model, pack_tensors, read_artifact, tensors_of, write_folder
+from spectralvae.artifact import hidden_old, pack_model, pack_tensors, read_artifact, tensors_of, write_folder
+from spectralvae.console import warn
 from spectralvae.data.normalize import Normalization
 from spectralvae.errors import InputError
 from spectralvae.model import AutoencoderKL
@@ -50,6 +51,9 @@ def save_checkpoint(
         model, settings, normalization: what `load_model` needs.
         optimizer: AdamW over ``model.parameters()``.
         state: whatever else the trainer wants back, as JSON values.
+
+    Returns:
+        Where it lies.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     moments = {
@@ -61,6 +65,8 @@ def save_checkpoint(
     files["trainer.json"] = (json.dumps({"step": step, **state}, indent=2) + "\n").encode()
     path = checkpoint_path(run, step)
     write_folder(path, files)
+    for leftover in path.parent.glob(".step=*"):  # of a kill; only now, when what they may hold is not needed
+        shutil.rmtree(leftover)
     return path
 
 
@@ -75,14 +81,23 @@ def newest_valid(run: Path, console: Console) -> Path | None:
     """The newest checkpoint that is whole, None if there is none.
 
     A damaged one is passed over with a warning: resuming is the one place where that is right, since the
-    alternative is a run that cannot go on.
+    alternative is a run that cannot go on. It is renamed, or it would stay the run's newest, and `thin_out` would
+    delete the good ones in its favour.
     """
+    damaged: list[Path] = []
     for path in reversed(list_checkpoints(run)):
         try:
             read_artifact(path)
         except InputError as error:
-            console.print(f"[bold red]WARNING: damaged checkpoint passed over:[/] {error}")
+            warn(console, f"damaged checkpoint passed over: {error}")
+            damaged.append(path)
             continue
+        for bad in damaged:
+            aside = bad.with_name(f"damaged_{bad.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            bad.rename(aside)
+            console.print(f"renamed to {aside}")
         return path
     return None
 
@@ -90,12 +105,23 @@ def newest_valid(run: Path, console: Console) -> Path | None:
 def restore(path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put weights, optimizer and random states back as they were.
 
+    Args:
+        path: the checkpoint.
+        model: of the same settings, where and in the memory layout in which it is to train.
+        optimizer: AdamW over ``model.parameters()``.
+
     Returns:
         ``state`` as it was saved, with ``step``.
+
+    Raises:
+        InputError: the checkpoint is damaged, or an export, which holds no optimizer.
     """
     artifact, contents = read_artifact(path)
+    if "optimizer.safetensors" not in contents:
+        raise InputError(f"{path}: is an export without optimizer state: a run can start from it, but not go on")
     model.load_state_dict(artifact.model.state_dict())  # copies into the tensors that are there: layout kept
     moments = tensors_of(contents["optimizer.safetensors"])
+    optimizer.state.clear()
     for name, parameter in model.named_parameters():
         if f"step.{name}" not in moments:
             continue  # never had a gradient
@@ -117,7 +143,7 @@ def restore(path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer) 
 
 
 def thin_out(run: Path, keep_last: int | None, keep_every: int | None) -> None:
-    """Delete old checkpoints; the newest was verified when it was written.
+    """Delete old checkpoints; the newest was verified when it was written, or `newest_valid` has renamed it.
 
     Args:
         run: the run's directory.
@@ -129,4 +155,6 @@ def thin_out(run: Path, keep_last: int | None, keep_every: int | None) -> None:
     for path in list_checkpoints(run)[:-keep_last]:
         step = int(path.name.removeprefix("step="))
         if keep_every is None or step % keep_every:
-            shutil.rmtree(path)
+            doomed = hidden_old(path)
+            path.rename(doomed)
+            shutil.rmtree(doomed)

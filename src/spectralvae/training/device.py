@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from spectralvae.console import warn
 from spectralvae.errors import ConfigError
 
 
@@ -61,6 +62,4 @@ def report_first_step(device: torch.device, console: Console) -> None:
     peak, free = peak_memory(device), available_memory(device)
     console.print(f"first step: peak memory {peak / 1e9:.2f} GB on {device}, {free / 1e9:.1f} GB still free")
     if free < 0.1 * peak:
-        console.print(
-            "[bold yellow]WARNING:[/] memory is nearly used up: lower data.batch_size before the run dies of it"
-        )
+        warn(console, "memory is nearly used up: lower data.batch_size before the run dies of it")

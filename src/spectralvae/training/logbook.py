@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from spectralvae.rundir import write_atomic
@@ -51,9 +52,9 @@ class Logbook:
                 kind = "val" if name.startswith("val_") else "train"
                 self._writer.add_scalar(f"{kind}/{name.removeprefix('val_')}", value, row["step"])
 
-    def picture(self, name: str, figure: Figure, step: int) -> None:
-        """Show a figure in TensorBoard. It must be saved before: drawing it leaves it unusable."""
-        self._writer.add_figure(name, figure, step)
+    def picture(self, name: str, png: bytes, step: int) -> None:
+        """Show a picture in TensorBoard."""
+        self._writer.add_image(name, imread(io.BytesIO(png)), step, dataformats="HWC")
 
     def first(self, key: str) -> float | None:
         """The first value of a metric."""

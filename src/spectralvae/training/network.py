@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from spectralvae.config import TrainConfig
 from spectralvae.configfile import dump_config
@@ -12,12 +15,17 @@ from spectralvae.errors import ConfigError
 from spectralvae.inference import load_artifact
 from spectralvae.model import AutoencoderKL
 
-# May differ between a run and the weights it starts from: they are no part of the weights' meaning.
-FREE_SETTINGS = ("shape", "dropout_prob", "kl_weight", "nll_loss_type", "logvar_init")
+# May differ between a run and the weights it starts from: they are no part of the weights' meaning. The first three
+# decide which layers there are, but only together: the layers are compared instead.
+FREE_SETTINGS = ("shape", "attn_sizes", "dropout_prob", "kl_weight", "nll_loss_type", "logvar_init")
 
 
 def network_settings(config: TrainConfig, store: Store) -> dict[str, Any]:
     """The complete `model:` section: its shape follows from store and tile size.
+
+    Args:
+        config: of the run.
+        store: the data.
 
     Raises:
         ConfigError: a given shape says otherwise.
@@ -35,6 +43,11 @@ def network_settings(config: TrainConfig, store: Store) -> dict[str, Any]:
 def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Path:
     """Put the weights of another run, checkpoint, export or mltools file into the network.
 
+    Args:
+        model: takes the weights, into the tensors that it has.
+        settings: its complete `model:` section.
+        path: where the weights come from.
+
     Returns:
         Which checkpoint or file they came from.
 
@@ -51,7 +64,22 @@ def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Pa
     channels = source.model.encoder.shape[0], model.encoder.shape[0]
     if channels[0] != channels[1]:
         differing.append(f"channels: {channels[0]} there, {channels[1]} here")
+    if not differing:
+        differing = _differing_weights(source.model.state_dict(), model.state_dict())
     if differing:
         raise ConfigError(f"training.init_from: {path} is another network ({'; '.join(sorted(differing))})")
     model.load_state_dict(source.model.state_dict())
     return source.path
+
+
+def _differing_weights(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> list[str]:
+    """The layers that only one of two networks has, in words."""
+    found = [
+        f"{len(keys)} weights only {where}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+        for where, keys in (
+            ("there", [key for key in there if key not in here]),
+            ("here", [key for key in here if key not in there]),
+        )
+        if keys
+    ]
+    return ["other layers by attn_sizes, shape or dropout_prob", *found] if found else []

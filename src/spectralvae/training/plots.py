@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
 from spectralvae.rundir import write_atomic
 
@@ -24,12 +25,13 @@ CURVES = (
 )
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG that is either whole or not there."""
+def save_figure(figure: Figure, path: Path) -> bytes:
+    """Write a PNG that is either whole or not there; returns its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], folder: Path, references: Mapping[str, float]) -> None:
@@ -51,7 +53,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], metric: str, title: str, refer
     Where values are not all positive (the likelihood loss goes negative once logvar is learned) a logarithmic axis
     would drop them without a word; the axis becomes symlog, and its label says so.
     """
-    last = rows[-1]["step"] if rows else 0
+    last = rows[-1]["step"]
     late = last > LINEAR_UNTIL
     shown = [row for row in rows if row["step"] >= LINEAR_UNTIL] if late else list(rows)
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -61,7 +63,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], metric: str, title: str, refer
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAIN_COLOR, lw=1, label="training batch")
     if val:
-        axes.plot(*zip(*val, strict=True), "o", color=VAL_COLOR, ms=4, label="validation")
+        axes.plot(*zip(*val, strict=True), "o", color=VAL_COLOR, ms=4, label="validation", clip_on=False)
     values = np.array([value for _, value in (*train, *val)])
     for (label, value), style in zip(references.items(), ("--", "-.", ":"), strict=False):
         axes.axhline(value, color="0.45", ls=style, lw=1, label=f"{label}: {value:.3g}")
@@ -69,10 +71,11 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], metric: str, title: str, refer
     if late:
         axes.set_xscale("log")
         axes.set_xlim(LINEAR_UNTIL, last * 1.05)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         _set_value_scale(axes, values, metric)
     axes.grid(True, which="major", color="0.88")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return figure
 
 

@@ -20,8 +20,8 @@ from spectralvae.console import new_progress
 from spectralvae.data.loader import Batch, TileStream, make_sampler
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, RunError
-from spectralvae.mltools import build_model
 from spectralvae.rundir import RunDir, Stopped, write_atomic
+from spectralvae.settings import build_model
 from spectralvae.training import plots
 from spectralvae.training.checkpoint import list_checkpoints, newest_valid, restore, save_checkpoint, thin_out
 from spectralvae.training.device import choose_device, report_first_step
@@ -261,8 +261,7 @@ class Trainer:
         save_checkpoint(self.path, self.step, self.model, self.settings, normalization, self.optimizer, state)
         thin_out(self.path, training.keep_last, training.keep_every)
         figure = self.validation.draw(self.model, self._to_device, self._autocast(), self.step)
-        plots.save_figure(figure, self._figure_path())
-        self.log.picture("reconstructions", figure, self.step)
+        self.log.picture("reconstructions", plots.save_figure(figure, self._figure_path()), self.step)
 
     def _figure_path(self) -> Path:
         return self.path / "figures" / f"reconstructions_step={self.step:06d}.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from spectralvae.analysis.baselines import reference_errors
 from spectralvae.data import sampling
-from spectralvae.data.loader import read_crops, validation_crops
+from spectralvae.data.loader import grid_crops, read_crops
 from spectralvae.data.sampling import Crop, CropSampler
 from spectralvae.data.store import Store
 from spectralvae.model import AutoencoderKL
@@ -29,7 +30,7 @@ class Validation:
 
     Args:
         store: the data.
-        sampler: the training tiles; the first ones serve for PCA, and for pictures without validation scenes.
+        sampler: the training tiles: its scenes serve for PCA, its first tiles for pictures without validation.
         tile_size: pixels along y and x.
         batch_size: tiles at a time.
         max_invalid_fraction: tiles with more invalid samples are left out.
@@ -38,6 +39,7 @@ class Validation:
 
     Attributes:
         crops: the tiles; empty if the store keeps nothing for validation.
+        reference_crops: the training tiles that PCA is fitted on.
     """
 
     def __init__(
@@ -53,9 +55,9 @@ class Validation:
     ) -> None:
         self.store, self.sampler = store, sampler
         self.tile_size, self.batch_size, self.noise_shape = tile_size, batch_size, noise_shape
-        self.crops = validation_crops(
-            store, tile_size=tile_size, max_invalid_fraction=max_invalid_fraction, at_most=at_most
-        )
+        on_grid = partial(grid_crops, store, tile_size=tile_size, max_invalid_fraction=max_invalid_fraction)
+        self.crops = on_grid(store.indices("val"), at_most=at_most)
+        self.reference_crops = on_grid(sampler.scenes, at_most=REFERENCE_TILES)
 
     def _read(self, crops: list[Crop]) -> Tensor:
         return read_crops(self.store, crops, self.tile_size)
@@ -89,9 +91,10 @@ class Validation:
         }
 
     def reference_errors(self) -> dict[str, float]:
-        """Errors of predicting the mean, and of PCA per pixel fitted on the first training tiles of the run."""
-        training = (self._read([self.sampler.crop(i)])[0].numpy() for i in range(REFERENCE_TILES))
-        validation = (tile.numpy() for tiles, _ in self._batches() for tile in tiles)
+        """Errors of predicting the mean, and of PCA per pixel fitted on a grid of tiles over the training scenes."""
+        live = np.isfinite(self.store.normalization.mean)  # the others are masked everywhere
+        training = (self._read([crop])[0].numpy()[..., live] for crop in self.reference_crops)
+        validation = (tile.numpy()[..., live] for tiles, _ in self._batches() for tile in tiles)
         return reference_errors(training, validation)
 
     @torch.no_grad()

@@ -1,0 +1,54 @@
+"""Which device is taken, and that too little memory is said."""
+
+import pytest
+import torch
+
+from spectralvae.console import new_console
+from spectralvae.errors import ConfigError
+from spectralvae.training import device
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    free = [4e9, 30e9, 7e9]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (int(free[i]), int(80e9)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU number {i}")
+
+
+def test_auto_takes_the_gpu_with_most_free_memory(three_gpus, capsys):
+    assert device.choose_device("auto", new_console()) == torch.device("cuda:1")
+    printed = capsys.readouterr().out
+    assert "GPU number 1" in printed
+    assert "30.0 GB free" in printed
+
+
+def test_auto_without_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.choose_device("auto", new_console()) == torch.device("cpu")
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_named_device_is_taken_or_refused(three_gpus):
+    assert device.choose_device("cuda:2", new_console()) == torch.device("cuda:2")
+    assert device.choose_device("cuda", new_console()) == torch.device("cuda:0")
+    assert device.choose_device("cpu", new_console()) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="cuda:3 is absent: this machine has 3 CUDA devices"):
+        device.choose_device("cuda:3", new_console())
+
+
+@pytest.mark.parametrize(("free", "warned"), [(50e9, False), (1e9, True)])
+def test_tight_memory_is_said_after_the_first_step(monkeypatch, capsys, free, warned):
+    monkeypatch.setattr(device, "peak_memory", lambda _: int(20e9))
+    monkeypatch.setattr(device, "available_memory", lambda _: int(free))
+    device.report_first_step(torch.device("cpu"), new_console())
+    printed = capsys.readouterr().out
+    assert "peak memory 20.00 GB" in printed
+    assert ("WARNING" in printed) == warned
+
+
+def test_memory_of_this_process():
+    cpu = torch.device("cpu")
+    assert device.peak_memory(cpu) > 1e7
+    assert device.available_memory(cpu) > 0

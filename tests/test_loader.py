@@ -1,0 +1,250 @@
+"""The loader: batches are slices of the store, the same for any number of threads and from any step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spectralvae.data import loader, sampling
+from spectralvae.data.loader import Batch, TileStream, grid_crops, make_sampler, read_crops
+from spectralvae.data.sampling import Crop
+from spectralvae.data.store import Store
+from spectralvae.errors import ConfigError, InputError
+
+NC, TILE, BATCH, SEED = 5, 4, 6, 11
+NOISE = (3, 2, 2)
+SCENES = {"a": (12, 9), "b": (8, 15), "v": (11, 10)}
+
+
+def z_of(name: str, dtype: str) -> np.ndarray:
+    """Every sample has a value of its own, some are NaN; a corner of each scene is lost altogether."""
+    ny, nx = SCENES[name]
+    first = 600 * list(SCENES).index(name)
+    z = (first + np.arange(ny * nx * NC, dtype=np.float64)).reshape(ny, nx, NC)
+    z = z.astype(dtype)
+    z[np.random.default_rng(first).random(z.shape) < 0.05] = np.nan
+    z[:5, :4] = np.nan
+    return z
+
+
+@pytest.fixture(params=["float16", "float32"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, make_store: Callable[..., Store]) -> Store:
+    dtype = request.param
+    return make_store(tmp_path / "store", {n: z_of(n, dtype) for n in SCENES}, val=("v",), dtype=dtype)
+
+
+def stream(store: Store, **settings: int) -> TileStream:
+    sampler = make_sampler(store, store.indices("train"), seed=SEED, tile_size=TILE, max_invalid_fraction=0.5)
+    return TileStream(store, sampler, batch_size=BATCH, tile_size=TILE, noise_shape=NOISE, **settings)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return (
+        (a.step, a.crops) == (b.step, b.crops)
+        and a.tiles.numpy().tobytes() == b.tiles.numpy().tobytes()  # bytes: NaN must be equal as well
+        and a.noise.numpy().tobytes() == b.noise.numpy().tobytes()
+    )
+
+
+def reader_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("tiles")]
+
+
+def test_batch_is_turned_slices_of_the_store(store: Store) -> None:
+    names = list(SCENES)
+    seen = set()
+    for step, batch in enumerate(islice(stream(store), 20)):
+        assert batch.step == step
+        assert batch.tiles.shape == (BATCH, TILE, TILE, NC)
+        assert batch.tiles.numpy().dtype == store.dtype
+        for crop, tile in zip(batch.crops, batch.tiles.numpy(), strict=True):
+            z = z_of(names[crop.scene], str(store.dtype))
+            truth = z[crop.y : crop.y + TILE, crop.x : crop.x + TILE]
+            if crop.flip:
+                truth = np.flipud(truth)
+            truth = np.rot90(truth, crop.turns)
+            np.testing.assert_array_equal(tile, truth)
+            assert np.isnan(truth).mean() <= 0.5
+            seen.add((crop.scene, crop.flip, crop.turns))
+    assert seen == {(s, flip, turns) for s in (0, 1) for flip in (False, True) for turns in range(4)}
+
+
+def test_sample_i_is_crop_i_with_noise_i(store: Store) -> None:
+    ours = stream(store)
+    for batch in islice(ours, 5):
+        for j in range(BATCH):
+            i = batch.step * BATCH + j
+            assert batch.crops[j] == ours.sampler.crop(i)
+            truth = sampling.noise(SEED, sampling.NOISE, i, NOISE)
+            np.testing.assert_array_equal(batch.noise[j].numpy(), truth)
+    assert batch.noise.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+@pytest.mark.parametrize("first_step", [0, 7])
+def test_same_batches_for_any_threads_from_any_step(store: Store, num_workers: int, first_step: int) -> None:
+    expected = list(islice(stream(store), 12))[first_step:]
+    found = list(islice(stream(store, num_workers=num_workers, first_step=first_step), 12 - first_step))
+    assert [b.step for b in found] == list(range(first_step, 12))
+    assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_stream_can_be_read_again(store: Store) -> None:
+    ours = stream(store, num_workers=2)
+    first, again = (list(islice(ours, 3)) for _ in range(2))
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_batches_already_given_are_not_written_to_again(store: Store) -> None:
+    batches = stream(store, num_workers=4)
+    iterator = iter(batches)
+    first = next(iterator)
+    before = first.tiles.clone(), first.noise.clone()
+    for _ in range(8):
+        next(iterator)
+    iterator.close()
+    assert before[0].numpy().tobytes() == first.tiles.numpy().tobytes()
+    assert torch.equal(before[1], first.noise)
+
+
+def test_permuted_tiles_are_channels_last(store: Store) -> None:
+    """So that the network's layout costs no copy."""
+    batch = next(iter(stream(store)))
+    images = batch.tiles.permute(0, 3, 1, 2)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.data_ptr() == batch.tiles.data_ptr()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_data_loader_takes_the_stream(store: Store, num_workers: int) -> None:
+    """As an iterable data set of whole batches, without a length."""
+    ours = stream(store, num_workers=num_workers)
+    assert not hasattr(ours, "__len__")
+    found = list(islice(torch.utils.data.DataLoader(ours, batch_size=None), 2))
+    assert all(same(a, b) for a, b in zip(found, islice(stream(store), 2), strict=True))
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+def test_leaving_early_leaves_no_threads(store: Store) -> None:
+    iterator = iter(stream(store, num_workers=4))
+    next(iterator)
+    assert reader_threads()
+    iterator.close()
+    assert reader_threads() == []
+    for _ in stream(store, num_workers=4):
+        break
+    assert reader_threads() == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_error_of_a_reader_reaches_the_caller(store: Store, num_workers: int) -> None:
+    (file,) = (store.path / "scenes" / "b" / "z" / "c").rglob("0/0/0")
+    with file.open("r+b") as f:
+        f.truncate(100)
+    ours = stream(store, num_workers=num_workers)
+    with pytest.raises(InputError, match="shorter") as caught:
+        list(islice(ours, 20))
+    assert str(file) in str(caught.value)
+    assert reader_threads() == []
+
+
+def test_reading_ahead_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow training step must not let the readers fill the memory."""
+    made = []
+    new_batch = TileStream._new_batch
+    monkeypatch.setattr(TileStream, "_new_batch", lambda self, step: made.append(step) or new_batch(self, step))
+    iterator = iter(stream(store, num_workers=4))
+    next(iterator)
+    assert made == list(range(1 + loader.BATCHES_AHEAD))
+    next(iterator)
+    assert made == list(range(2 + loader.BATCHES_AHEAD))
+    iterator.close()
+
+
+# --- samplers and validation tiles --------------------------------------------------------------
+
+
+def test_sampler_draws_from_its_scenes_only(store: Store) -> None:
+    sampler = make_sampler(store, [1], seed=0, tile_size=TILE, max_invalid_fraction=0.5)
+    assert {sampler.crop(i).scene for i in range(100)} == {1}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
+def test_no_inadmissible_tile(store: Store, fraction: float) -> None:
+    """Counted in the data themselves."""
+    allowed = {
+        (s, y, x)
+        for s, name in enumerate(list(SCENES)[:2])
+        for z in [z_of(name, str(store.dtype))]
+        for y in range(z.shape[0] - TILE + 1)
+        for x in range(z.shape[1] - TILE + 1)
+        if np.isnan(z[y : y + TILE, x : x + TILE]).mean() <= fraction
+    }
+    if not allowed:
+        with pytest.raises(ConfigError):
+            make_sampler(store, [0, 1], seed=0, tile_size=TILE, max_invalid_fraction=fraction)
+        return
+    sampler = make_sampler(store, [0, 1], seed=0, tile_size=TILE, max_invalid_fraction=fraction)
+    assert len(sampler) == len(allowed)
+    assert {(c.scene, c.y, c.x) for c in map(sampler.crop, range(2000))} <= allowed
+
+
+def test_too_large_tile_is_refused(store: Store) -> None:
+    for call in (
+        lambda: make_sampler(store, [0, 1], seed=0, tile_size=9, max_invalid_fraction=0.5),
+        lambda: grid_crops(store, store.indices("val"), tile_size=11, max_invalid_fraction=0.5, at_most=8),
+    ):
+        with pytest.raises(ConfigError, match=r"data\.tile_size: (9|11) is larger") as caught:
+            call()
+        assert "scene b (8 x 15 pixels)" in str(caught.value) or "scene v (11 x 10 pixels)" in str(caught.value)
+
+
+def test_nothing_admissible_is_refused(tmp_path: Path, make_store: Callable[..., Store]) -> None:
+    z = np.zeros((6, 6, NC), np.float16)
+    z[::2] = np.nan
+    store = make_store(tmp_path / "store", {"a": z, "v": z}, val=("v",))
+    for call in (
+        lambda: make_sampler(store, [0], seed=0, tile_size=4, max_invalid_fraction=0.25),
+        lambda: grid_crops(store, store.indices("val"), tile_size=4, max_invalid_fraction=0.25, at_most=8),
+    ):
+        with pytest.raises(ConfigError, match=r"data\.max_invalid_fraction: 0\.25 leaves no tile") as caught:
+            call()
+        assert str(store.path) in str(caught.value)
+    assert len(make_sampler(store, [0], seed=0, tile_size=4, max_invalid_fraction=0.5)) == 9
+
+
+def test_validation_tiles(store: Store) -> None:
+    z = z_of("v", str(store.dtype))
+    crops = grid_crops(store, store.indices("val"), tile_size=3, max_invalid_fraction=0.5, at_most=100)
+    grid = [(y, x) for y in (0, 3, 6, 8) for x in (0, 3, 6, 7)]  # 11 x 10 pixels, the last tiles moved back
+    good = [(y, x) for y, x in grid if np.isnan(z[y : y + 3, x : x + 3]).mean() <= 0.5]
+    assert len(good) < len(grid)
+    assert crops == [Crop(2, y, x) for y, x in good]
+    assert grid_crops(store, store.indices("val"), tile_size=3, max_invalid_fraction=0.5, at_most=100) == crops
+    fewer = grid_crops(store, store.indices("val"), tile_size=3, max_invalid_fraction=0.5, at_most=5)
+    assert len(fewer) == 5
+    assert set(fewer) < set(crops)
+    tiles = read_crops(store, fewer, 3).numpy()
+    for crop, tile in zip(fewer, tiles, strict=True):
+        np.testing.assert_array_equal(tile, z[crop.y : crop.y + 3, crop.x : crop.x + 3])
+
+
+def test_no_validation_scenes_no_validation_tiles(tmp_path: Path, make_store: Callable[..., Store]) -> None:
+    store = make_store(tmp_path / "store", {"a": np.zeros((6, 6, NC), np.float16)})
+    assert grid_crops(store, store.indices("val"), tile_size=4, max_invalid_fraction=0.5, at_most=8) == []
+
+
+def test_reading_leaves_the_random_state_alone(store: Store) -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    next(iter(stream(store, num_workers=2)))
+    grid_crops(store, store.indices("val"), tile_size=3, max_invalid_fraction=0.5, at_most=3)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,313 @@
+"""The store: what is written is what zarr and xarray read, and nothing but a finished store opens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+from spectralvae.data import store as store_module
+from spectralvae.data.store import Store, ZWriter
+from spectralvae.errors import InputError
+
+NY, NX, NC = 9, 7, 6
+DTYPES = ("float16", "float32")
+MakeStore = Callable[..., Store]
+
+
+def z_of(seed: int, dtype: str, shape: tuple[int, int, int] = (NY, NX, NC)) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    z = rng.normal(0, 2, shape).astype(dtype)
+    z[rng.random(shape) < 0.1] = np.nan
+    return z
+
+
+def geometry() -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    rng = np.random.default_rng(9)
+    latitude = rng.uniform(20, 60, (NY, NX)).astype(np.float32)
+    latitude[0, 0], latitude[0, 1] = 0, np.nan  # zero is a latitude, and must not be taken for fill
+    time = 1717276174.25 + 2.5 * np.arange(NY)
+    time[3] = np.nan
+    return {
+        "latitude": (("y", "x"), latitude),
+        "time": (("y",), time),
+        "wavelength": (("x", "channel"), 300 + 0.01 * np.arange(NX)[:, None] + 0.2 * np.arange(NC)),
+    }
+
+
+@pytest.fixture
+def two(tmp_path: Path, make_store: MakeStore) -> Store:
+    """Scenes a (train) and b (val), float16, with geometry."""
+    scenes = {"a": z_of(0, "float16"), "b": z_of(1, "float16")}
+    return make_store(tmp_path / "store", scenes, val=("b",), arrays=geometry())
+
+
+def z_file(store: Store, name: str) -> Path:
+    """The only file of a scene's z that holds data."""
+    (file,) = (p for p in (store.path / "scenes" / name / "z").rglob("*") if p.is_file() and p.name != "zarr.json")
+    return file
+
+
+# --- z --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pieces", [[], [1], [2, 3, 8], list(range(1, NY))])
+def test_z_written_in_pieces_reads_back_in_zarr(tmp_path: Path, dtype: str, pieces: list[int]) -> None:
+    z = z_of(0, dtype)
+    with ZWriter(tmp_path, z.shape, dtype, {"units": "1"}) as writer:
+        returned = [writer.write(piece.astype(np.float64)) for piece in np.split(z, pieces)]
+    array = zarr.open_array(tmp_path / "z", mode="r")
+    assert array.dtype == dtype
+    assert array[:].tobytes() == z.tobytes() == np.concatenate(returned).tobytes()
+    assert array[4, 3].tobytes() == z[4, 3].tobytes()  # one pixel's spectrum
+    assert array[NY - 1, NX - 1, NC - 1] == z[-1, -1, -1] or np.isnan(z[-1, -1, -1])
+    assert array[2:5, 1:6:2, 3].tobytes() == np.ascontiguousarray(z[2:5, 1:6:2, 3]).tobytes()
+    assert writer.sha256 == hashlib.sha256(z.tobytes()).hexdigest()
+    assert array.metadata.dimension_names == ("y", "x", "channel")
+    assert np.isnan(array.fill_value)
+    assert array.attrs["units"] == "1"
+
+
+def test_z_begins_with_the_plain_array(two: Store) -> None:
+    """Readers in other languages may map the file: raw, row-major, little-endian."""
+    raw = np.fromfile(z_file(two, "a"), "<f2", count=NY * NX * NC).reshape(NY, NX, NC)
+    assert raw.tobytes() == z_of(0, "float16").tobytes()
+
+
+def test_float64_is_rounded_to_nearest(tmp_path: Path) -> None:
+    z = np.random.default_rng(0).uniform(-10, 10, (4, 5, 6))
+    with ZWriter(tmp_path, z.shape, "float16", {}) as writer:
+        stored = writer.write(z)
+    assert np.abs(stored.astype(np.float64) - z).max() <= 2.0**-8  # half of the spacing between 8 and 16
+    assert stored.tobytes() == z.astype(np.float16).tobytes()
+
+
+def test_writer_cut_off_leaves_no_readable_z(tmp_path: Path) -> None:
+    z = z_of(0, "float16")
+    with pytest.raises(RuntimeError, match="stop"), ZWriter(tmp_path, z.shape, "float16", {}) as writer:  # noqa: PT012
+        writer.write(z)
+        raise RuntimeError("stop")
+    array = zarr.open_array(tmp_path / "z", mode="r")
+    with pytest.raises(ValueError, match="checksum"):
+        array[:]
+
+
+def test_missing_rows_are_our_own_error(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="1 rows"), ZWriter(tmp_path, (NY, NX, NC), "float16", {}) as writer:
+        writer.write(z_of(0, "float16")[:-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_read_tile_equals_slices(tmp_path: Path, make_store: MakeStore, dtype: str) -> None:
+    scenes = {"a": z_of(0, dtype), "b": z_of(1, dtype, (5, 11, NC))}
+    store = make_store(tmp_path / "store", scenes, dtype=dtype)
+    assert store.dtype == dtype
+    for scene, z in enumerate(scenes.values()):
+        for height, width in ((1, 1), (3, 3), (4, 2), z.shape[:2]):
+            for y in range(z.shape[0] - height + 1):
+                for x in range(z.shape[1] - width + 1):
+                    tile = np.empty((height, width, NC), dtype)
+                    store.read_tile(scene, y, x, tile)
+                    assert tile.tobytes() == z[y : y + height, x : x + width].tobytes()
+
+
+def test_truncated_z_is_refused_by_name(two: Store) -> None:
+    file = z_file(two, "b")
+    row = NX * NC * 2
+    with file.open("r+b") as f:
+        f.truncate(6 * row + 5)
+    tile = np.empty((2, 2, NC), np.float16)
+    two.read_tile(1, 4, 0, tile)  # what is there can be read
+    for y in (5, 6, 7):
+        with pytest.raises(InputError, match="shorter") as caught:
+            two.read_tile(1, y, 2, tile)
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    file.unlink()
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        two.read_tile(1, 0, 0, tile)
+    assert str(file) in str(caught.value)
+
+
+# --- the whole store ----------------------------------------------------------------------------
+
+
+def test_open(two: Store) -> None:
+    assert [s.id for s in two.scenes] == ["a", "b"]
+    assert two.indices("train") == [0]
+    assert two.indices("val") == [1]
+    assert two.dtype == np.float16
+    assert two.normalization.settings() == {"transform": "zscore", "clip": 10.0, "min_radiance": None, "band": None}
+    np.testing.assert_array_equal(two.normalization.mean, 1.0 + np.arange(NC))
+    np.testing.assert_array_equal(two.normalization.std, 2.0 + np.arange(NC))
+    np.testing.assert_array_equal(two.normalization.wavelength, 400.0 + np.arange(NC))
+    for scene, seed in ((0, 0), (1, 1)):
+        np.testing.assert_array_equal(two.n_invalid(scene), np.isnan(z_of(seed, "float16")).sum(axis=-1))
+
+
+def test_zarr_sees_all_of_it(two: Store) -> None:
+    group = zarr.open_group(two.path, mode="r")
+    names = {name for name, _ in group.members(max_depth=None)}
+    inside = {"z", "n_invalid", "latitude", "time", "wavelength"}
+    assert names == {
+        *("mean", "std", "wavelength", "count", "minimum", "maximum", "scenes", "scenes/a", "scenes/b"),
+        *(f"scenes/{s}/{name}" for s in "ab" for name in inside),
+    }
+    assert group["scenes/b/z"][:].tobytes() == z_of(1, "float16").tobytes()
+    assert group.attrs["scenes"][1]["split"] == "val"
+    assert group.attrs["hash"] == two.hash
+    assert set(zarr.open_group(two.path / "scenes", mode="r", use_consolidated=False)) == {"a", "b"}
+
+
+@pytest.mark.parametrize("consolidated", [True, False])
+def test_xarray_opens_the_root(two: Store, consolidated: bool) -> None:
+    with xr.open_zarr(two.path, consolidated=consolidated, chunks=None) as ds:
+        assert set(ds.variables) == {"mean", "std", "wavelength", "count", "minimum", "maximum"}
+        assert all(v.dims == ("channel",) for v in ds.variables.values())
+        np.testing.assert_array_equal(ds["mean"], 1.0 + np.arange(NC))
+        assert ds["wavelength"].attrs["units"] == "nm"
+        assert ds.attrs["hash"] == two.hash
+
+
+@pytest.mark.parametrize("consolidated", [True, False])
+def test_xarray_opens_a_scene(two: Store, consolidated: bool) -> None:
+    with xr.open_zarr(two.path, group="scenes/b", consolidated=consolidated, chunks=None) as ds:
+        ds.load()
+    z = z_of(1, "float16")
+    assert ds["z"].dims == ("y", "x", "channel")
+    np.testing.assert_array_equal(ds["z"], z)
+    assert ds["z"].dtype == np.float16
+    assert ds["n_invalid"].dtype.kind == "i"
+    np.testing.assert_array_equal(ds["n_invalid"], np.isnan(z).sum(axis=-1))
+    truth = geometry()
+    np.testing.assert_array_equal(ds["latitude"], truth["latitude"][1])
+    assert ds["latitude"].attrs["units"] == "degrees_north"
+    assert ds["wavelength"].dims == ("x", "channel")
+    np.testing.assert_array_equal(ds["wavelength"], truth["wavelength"][1])
+    assert ds.attrs["id"] == "b"
+
+
+def test_dates_decode_in_xarray(two: Store) -> None:
+    with xr.open_zarr(two.path, group="scenes/a", chunks=None) as ds:
+        time = ds["time"].to_numpy()
+    assert time.dtype.kind == "M"
+    assert np.isnat(time[3])
+    assert not np.isnat(np.delete(time, 3)).any()
+    # 1717276174.25 s after 1970 is 21:09:34.25 UTC on the first of June 2024
+    assert abs(time[0] - np.datetime64("2024-06-01T21:09:34.250")) < np.timedelta64(1, "ms")
+    assert abs(time[8] - time[0] - np.timedelta64(20, "s")) < np.timedelta64(1, "ms")
+
+
+def test_hash_is_of_the_content(tmp_path: Path, make_store: MakeStore) -> None:
+    a, b = z_of(0, "float16"), z_of(1, "float16")
+    first = make_store(tmp_path / "1", {"a": a, "b": b})
+    assert make_store(tmp_path / "2", {"a": a, "b": b}).hash == first.hash
+    shutil.move(tmp_path / "2", tmp_path / "moved")
+    assert Store(tmp_path / "moved").hash == first.hash
+    changed = b.copy()
+    changed[8, 6, 5] = 1.25 if changed[8, 6, 5] != 1.25 else 1.5
+    others = [
+        make_store(tmp_path / "3", {"a": a, "b": changed}).hash,
+        make_store(tmp_path / "4", {"a": a, "c": b}).hash,
+        make_store(tmp_path / "5", {"a": a, "b": b}, val=("b",)).hash,
+        make_store(tmp_path / "6", {"a": a.astype("float32"), "b": b.astype("float32")}, dtype="float32").hash,
+        make_store(tmp_path / "7", {"b": b, "a": a}).hash,
+    ]
+    assert len({first.hash, *others}) == 6
+
+
+# --- what does not open -------------------------------------------------------------------------
+
+
+def refused(path: Path, *words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Store(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (str(path), *words):
+        assert word in message, f"{word!r} not in: {message}"
+
+
+def test_no_folder_or_an_empty_one(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", "no such folder", "prepare")
+    refused(tmp_path, "no store", "prepare")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "no such folder")
+
+
+def test_unfinished_store(two: Store) -> None:
+    (two.path / "zarr.json").unlink()
+    refused(two.path, "no store")
+    (two.path / "run.json").write_text("{}")
+    refused(two.path, "not finished", "prepare")
+
+
+def test_foreign_zarr_group(tmp_path: Path) -> None:
+    zarr.create_group(tmp_path / "foreign").create_array("mean", shape=(3,), dtype="float64")
+    refused(tmp_path / "foreign", "no spectralvae store")
+    zarr.create_array(tmp_path / "array", shape=(3,), dtype="float64")
+    refused(tmp_path / "array", "no spectralvae store")
+
+
+def test_store_of_another_format(two: Store) -> None:
+    root = two.path / "zarr.json"
+    root.write_text(root.read_text().replace('"spectralvae_store": 1', '"spectralvae_store": 2'))
+    refused(two.path, "format 1")
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "list", "no attributes", "no hash", "no scenes", "no mean", "column missing"]
+)
+def test_damaged_metadata(two: Store, damage: str) -> None:
+    root = two.path / "zarr.json"
+    content = json.loads(root.read_text())
+    if damage == "list":
+        content = [1, 2]
+    elif damage == "no attributes":
+        del content["attributes"]
+    elif damage in ("no hash", "no scenes"):
+        del content["attributes"][damage.removeprefix("no ")]
+    elif damage == "column missing":
+        del content["attributes"]["scenes"][0]["shape"]
+    elif damage == "no mean":
+        shutil.rmtree(two.path / "mean")
+    text = json.dumps(content)
+    root.write_text(text[: len(text) // 2] if damage == "cut" else text)
+    refused(two.path, "damaged")
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "wavelength", "count"])
+@pytest.mark.parametrize("damage", ["lost", "cut", "overwritten"])
+def test_damaged_statistics(two: Store, name: str, damage: str) -> None:
+    """zarr reads a lost chunk as zeros: a mean of 0 would go unnoticed into every reconstruction."""
+    (chunk,) = (p for p in (two.path / name).rglob("*") if p.is_file() and p.name != "zarr.json")
+    if damage == "lost":
+        chunk.unlink()
+    elif damage == "cut":
+        chunk.write_bytes(chunk.read_bytes()[:5])
+    else:
+        shutil.copyfile(next(p for p in (two.path / "maximum" / "c").iterdir() if p.is_file()), chunk)
+    refused(two.path, "damaged")
+
+
+def test_edited_table(two: Store) -> None:
+    """Who moves a scene into validation by hand gets statistics that have seen it."""
+    root = two.path / "zarr.json"
+    root.write_text(root.read_text().replace('"split": "train"', '"split": "val"'))
+    refused(two.path, "damaged")
+
+
+def test_scene_marker_is_written_last(two: Store) -> None:
+    folder = two.path / "scenes" / "a"
+    record = store_module.finished_scene(folder)
+    assert record == two.scenes[0]
+    (folder / "zarr.json").unlink()
+    assert store_module.finished_scene(folder) is None

@@ -1,0 +1,298 @@
+"""The training run: what it writes, that it goes on exactly, and that it stops when it should."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+from spectralvae import load_model
+from spectralvae.cli import run as cli
+from spectralvae.model import AutoencoderKL
+from spectralvae.training import trainer
+from spectralvae.training.trainer import Trainer
+from spectralvae.training.validation import Validation
+
+N_STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A small store of three simulated granules."""
+    folder = tmp_path_factory.mktemp("data")
+    simulate = {"output_dir": str(folder / "granules"), "seed": 3, "n_granules": 3, "shape": [24, 40], "n_channels": 24}
+    prepare = {"output_dir": str(folder / "store"), "inputs": [str(folder / "granules/TEMPO_RAD_L1_*.nc")]}
+    for command, config in (("simulate", {**simulate, "products": []}), ("prepare", prepare)):
+        path = folder / f"{command}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        assert cli([command, str(path)]) == 0
+    return folder / "store"
+
+
+@pytest.fixture
+def pictures(monkeypatch, request):
+    """Pictures take most of a tiny run's time: drawn only where a test is marked so."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(trainer.plots, "draw_curves", lambda *_: None)
+        monkeypatch.setattr(Validation, "draw", lambda *_: Figure(figsize=(1, 1)))
+
+
+@pytest.fixture
+def train(store, tmp_path, pictures):
+    """Run `spectralvae train` on a tiny network; returns exit code and run directory."""
+
+    def run(name="run", *, model=None, **training):
+        config = {
+            "output_dir": str(tmp_path / name),
+            "data": {"store": str(store), "batch_size": 3, "tile_size": 8, "n_val_tiles": 5},
+            "model": {"chs": [16, 8], "z_channels": 4, "embed_dim": 4, "n_attention_heads": 2, **(model or {})},
+            "optimizer": {"lr": 2e-3},
+            "training": {"n_steps": N_STEPS, "save_every": 5, "val_every": 4, "log_every": 2, "plot_every": 7},
+        }
+        config["data"] |= training.pop("data", {})
+        config["training"] |= {"device": "cpu", **training}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return cli(["train", str(path)]), tmp_path / name
+
+    return run
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_bytes(run, step=N_STEPS):
+    """What must be byte-equal: weights, optimizer, random states, metrics."""
+    folder = run / "checkpoints" / f"step={step:06d}"
+    names = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "trainer.json", "manifest.json")
+    return {name: (folder / name).read_bytes() for name in names} | {"metrics": (run / "metrics.jsonl").read_bytes()}
+
+
+def at_step(monkeypatch, step, action):
+    """Call ``action`` once, right before update number ``step``."""
+    original = Trainer._optimize
+    done = []
+
+    def optimize(self, batch):
+        if self.step + 1 == step and not done:
+            done.append(step)
+            action()
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "_optimize", optimize)
+
+
+@pytest.mark.pictures
+def test_run_leaves_what_the_contract_says(train, capsys):
+    code, run = train()
+    assert code == 0
+    metrics = rows(run)
+    assert [row["step"] for row in metrics] == [0, 2, 4, 6, 8, 10, 12, 14]
+    validated = [row["step"] for row in metrics if "val_loss" in row]
+    assert validated == [0, 4, 8, 12, 14]
+    keys = {"step", "loss", "nll_loss", "kl_loss", "pixel_mse"}
+    for row in metrics:
+        expected = keys | {f"val_{key}" for key in keys - {"step"}} if row["step"] in validated else keys
+        assert set(row) == expected
+    for name in ("config.yaml", "run.json", "timing.jsonl", "baselines.json", "summary/loss.png"):
+        assert (run / name).is_file()
+    for name in ("summary/recons_err.png", "summary/kl.png", "figures/reconstructions_step=000005.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"step={s:06d}" for s in (5, 10, 14)]
+    assert list((run / "tensorboard").glob("events*"))
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+    printed = capsys.readouterr().out
+    for words in (
+        "parameters: ",
+        "device: cpu",
+        "first batch: 3 tiles",
+        "output directory: ",
+        "first step: peak memory",
+    ):
+        assert words in printed
+
+
+@pytest.mark.pictures
+def test_tensorboard_has_the_same_scalars(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, run = train()
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    values = {event.step: event.value for event in events.Scalars("val/pixel_mse")}
+    expected = {row["step"]: row["val_pixel_mse"] for row in rows(run) if "val_pixel_mse" in row}
+    assert values == pytest.approx(expected, rel=1e-6)
+    assert [event.step for event in events.Images("reconstructions")] == [5, 10, 14]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_stopped_run_goes_on_exactly(train, monkeypatch, number, code):
+    """With dropout, so that torch's random state matters too."""
+    _, whole = train("whole", model={"dropout_prob": 0.2})
+    at_step(monkeypatch, 7, lambda: signal.raise_signal(number))
+    stopped, run = train("stopped", model={"dropout_prob": 0.2})
+    assert stopped == code
+    assert json.loads((run / "run.json").read_text())["state"] == "stopped"
+    assert (run / "checkpoints/step=000007").is_dir()
+    assert train("stopped", model={"dropout_prob": 0.2})[0] == 0
+    assert final_bytes(run) == final_bytes(whole)
+
+
+def test_killed_run_goes_on_exactly(train, store, tmp_path):
+    """SIGKILL at step 8: steps 6 to 8 are done again from checkpoint 5, and their rows are not written twice."""
+    _, whole = train("whole")
+    config = yaml.safe_load((tmp_path / "whole.yaml").read_text()) | {"output_dir": str(tmp_path / "killed")}
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config))
+    script = (
+        "import os, signal, sys\n"
+        "from spectralvae.training.trainer import Trainer\n"
+        "from spectralvae.cli import run\n"
+        "original = Trainer._optimize\n"
+        "def optimize(self, batch):\n"
+        "    if self.step == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, batch)\n"
+        "Trainer._optimize = optimize\n"
+        "run(['train', sys.argv[1]])\n"
+    )
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number rounds differently
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "killed.yaml")],
+        env={**os.environ, **threads},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    run = tmp_path / "killed"
+    assert rows(run)[-1]["step"] == 8
+    assert json.loads((run / "run.json").read_text())["state"] == "running"
+    assert train("killed")[0] == 0
+    assert final_bytes(run) == final_bytes(whole)
+
+
+def test_readers_and_validation_do_not_change_the_run(train):
+    """Dropout draws from the global random state: validating more often must not move it."""
+    model = {"dropout_prob": 0.2}
+    _, a = train("a", model=model, data={"num_workers": 0}, val_every=2)
+    _, b = train("b", model=model, data={"num_workers": 3}, val_every=14)
+    weights = [load_file(run / f"checkpoints/step={N_STEPS:06d}/model.safetensors") for run in (a, b)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    last = [rows(run)[-1] for run in (a, b)]
+    assert last[0] == last[1]
+
+
+def test_longer_run_extends_a_finished_one(train):
+    _, run = train()
+    code, run = train(n_steps=N_STEPS + 3, plot_every=3)
+    assert code == 0
+    assert rows(run)[-1]["step"] == N_STEPS + 3
+    changed = json.loads((run / "run.json").read_text())["starts"][-1]["changed"]
+    assert changed == {"training.n_steps": [14, 17], "training.plot_every": [7, 3]}
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_finite_stops_before_the_update(train, monkeypatch, capsys, where):
+    seen = {"updates": 0}
+    original = AutoencoderKL.get_loss
+
+    def get_loss(self, x, mask=None, noise=None):
+        loss, metrics = original(self, x, mask, noise)
+        if self.training and seen["updates"] == 6:
+            seen["weights"] = {key: value.clone() for key, value in self.state_dict().items()}
+            seen["model"] = self
+            # sqrt has a finite value and an infinite slope at 0
+            zero = self.logvar - self.logvar.detach()
+            loss = loss * float("nan") if where == "loss" else loss + zero.sqrt()
+        seen["updates"] += self.training
+        return loss, metrics
+
+    monkeypatch.setattr(AutoencoderKL, "get_loss", get_loss)
+    code, run = train()
+    assert code == 1
+    assert all(torch.equal(value, seen["weights"][key]) for key, value in seen["model"].state_dict().items())
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 7" in message
+    assert "not finite" in message
+    assert "TEMPO_RAD_L1" in message
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step=000005"]
+    assert json.loads((run / "run.json").read_text())["state"] == "failed"
+
+
+def test_init_from_starts_where_the_source_ended(train):
+    _, source = train("source")
+    code, run = train("next", init_from=str(source), n_steps=3)
+    assert code == 0
+    first, last = rows(run)[0], rows(source)[-1]
+    assert {k: v for k, v in first.items() if k.startswith("val_")} == {
+        k: v for k, v in last.items() if k.startswith("val_")
+    }
+
+
+def test_checkpoint_is_complete_in_itself(train, tmp_path):
+    """Moved elsewhere, the run's directory gone, it still loads and gives the validation's numbers."""
+    _, run = train()
+    (run / "checkpoints/step=000014").rename(tmp_path / "alone")
+    model = load_model(tmp_path / "alone")
+    assert not model.training
+    assert load_model(run).encoder.shape == model.encoder.shape == (24, 8, 8)
+
+
+def test_damaged_checkpoints(train, capsys):
+    """The newest is passed over loudly; if none is left the run does not silently start from scratch."""
+    _, run = train(n_steps=5)
+    train(n_steps=10)
+    path = run / "checkpoints/step=000010/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, _ = train(n_steps=12)
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "damaged checkpoint passed over" in printed
+    assert "going on from" in printed.split("passed over")[1]
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "config.json").write_text("{}")
+    assert train(n_steps=20)[0] == 1
+    assert "all checkpoints are damaged" in capsys.readouterr().err
+
+
+def test_bf16_stays_near_float32(train):
+    _, full = train("full")
+    _, mixed = train("mixed", precision="bf16-mixed")
+    assert rows(mixed)[-1]["val_loss"] == pytest.approx(rows(full)[-1]["val_loss"], rel=0.02)
+    assert rows(mixed)[-1]["val_loss"] != rows(full)[-1]["val_loss"]
+
+
+def test_without_validation_scenes(train, store, tmp_path, capsys):
+    config = yaml.safe_load((store / "config.yaml").read_text())
+    config |= {"output_dir": str(tmp_path / "all"), "split": {"val_fraction": 0}}
+    (tmp_path / "prepare.yaml").write_text(yaml.safe_dump(config))
+    assert cli(["prepare", str(tmp_path / "prepare.yaml")]) == 0
+    code, run = train(data={"store": str(tmp_path / "all")})
+    assert code == 0
+    assert not any(key.startswith("val_") for row in rows(run) for key in row)
+    assert "no validation scenes" in capsys.readouterr().out
+
+
+def test_one_forward_pass_a_step(train, monkeypatch):
+    calls = []
+    original = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: calls.append(self.training) or original(self, z))
+    train()
+    assert sum(calls) == N_STEPS
+
+
+def test_debug_mode_is_a_short_run_with_everything(store, tmp_path, monkeypatch):
+    """Its settings, without its 200 steps."""
+    seen = {}
+    monkeypatch.setattr(trainer, "train", lambda config, run, console: seen.update(config=config))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), "data": {"store": str(store)}}))
+    assert cli(["train", str(path), "--debug"]) == 0
+    training = seen["config"].training
+    assert (training.n_steps, training.plot_every, training.save_every, training.val_every) == (200, 20, 50, 25)
+    assert seen["config"].data.max_scenes == 2
