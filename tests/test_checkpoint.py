@@ -59,7 +59,7 @@ def names_in(run):
 
 @pytest.fixture
 def console():
-    return Console(file=io.StringIO(), highlight=False, soft_wrap=True)
+    return Console(file=io.StringIO(), highlight=False, soft_wrap=True, markup=False)
 
 
 # -- save and restore --------------------------------------------------------------------------------------------
