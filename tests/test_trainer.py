@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from spectralvae import load_model
 from spectralvae.cli import run as cli
+from spectralvae.errors import RunError
 from spectralvae.model import AutoencoderKL
 from spectralvae.training import trainer
 from spectralvae.training.trainer import Trainer
@@ -232,6 +233,15 @@ def test_init_from_starts_where_the_source_ended(train):
     assert {k: v for k, v in first.items() if k.startswith("val_")} == {
         k: v for k, v in last.items() if k.startswith("val_")
     }
+
+
+def test_init_from_still_holds_when_the_first_start_left_no_checkpoint(train, monkeypatch):
+    _, source = train("source")
+    at_step(monkeypatch, 2, lambda: (_ for _ in ()).throw(RunError("killed")))
+    assert train("next", init_from=str(source))[0] == 1
+    code, run = train("next", init_from=str(source))
+    assert code == 0
+    assert rows(run)[0]["val_loss"] == rows(source)[-1]["val_loss"]
 
 
 def test_checkpoint_is_complete_in_itself(train, tmp_path):

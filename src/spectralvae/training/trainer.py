@@ -50,7 +50,7 @@ def train(config: TrainConfig, run: RunDir, console: Console) -> None:
     device = choose_device(config.training.device, console)
     trainer = Trainer(config, settings, store, device, run.path, console)
     initial = config.training.init_from
-    if initial is not None and not run.resuming:
+    if initial is not None and not (run.resuming and list_checkpoints(run.path)):
         console.print(f"initial weights: {start_from(trainer.model, settings, initial)}")
     with run:
         run.note(
