@@ -188,7 +188,13 @@ def test_what_stands_beside_z(tmp_path: Path, write_granule: WriteGranule) -> No
         assert "longitude" in scene.absent
         assert "latitude" not in scene.absent
     settings = store.normalization.settings()
-    assert settings == {"transform": "log_zscore", "clip": 10.0, "min_radiance": 1.0, "band": "band_290_490_nm"}
+    assert settings == {
+        "transform": "log_zscore",
+        "clip": 10.0,
+        "min_radiance": 1.0,
+        "band": "band_290_490_nm",
+        "units": "photons/s/cm^2/nm/sr",
+    }
     np.testing.assert_allclose(store.normalization.wavelength, 300 + 0.2 * np.arange(NC), rtol=1e-6)
     assert not (store.path / ".partial").exists()
     record = json.loads((store.path / "run.json").read_text())

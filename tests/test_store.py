@@ -145,7 +145,13 @@ def test_open(two: Store) -> None:
     assert two.indices("train") == [0]
     assert two.indices("val") == [1]
     assert two.dtype == np.float16
-    assert two.normalization.settings() == {"transform": "zscore", "clip": 10.0, "min_radiance": None, "band": None}
+    assert two.normalization.settings() == {
+        "transform": "zscore",
+        "clip": 10.0,
+        "min_radiance": None,
+        "band": None,
+        "units": None,
+    }
     np.testing.assert_array_equal(two.normalization.mean, 1.0 + np.arange(NC))
     np.testing.assert_array_equal(two.normalization.std, 2.0 + np.arange(NC))
     np.testing.assert_array_equal(two.normalization.wavelength, 400.0 + np.arange(NC))
@@ -240,13 +246,13 @@ def test_no_folder_or_an_empty_one(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "no such folder", "prepare")
     refused(tmp_path, "no store", "prepare")
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "no such folder")
+    refused(tmp_path / "file", "is a file")
 
 
 def test_unfinished_store(two: Store) -> None:
     (two.path / "zarr.json").unlink()
     refused(two.path, "no store")
-    (two.path / "run.json").write_text("{}")
+    (two.path / "run.json").write_text('{"tool": "spectralvae", "command": "prepare"}')
     refused(two.path, "not finished", "prepare")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,14 @@ def test_bf16_stays_near_float32(train):
     _, mixed = train("mixed", precision="bf16-mixed")
     assert rows(mixed)[-1]["val_loss"] == pytest.approx(rows(full)[-1]["val_loss"], rel=0.02)
     assert rows(mixed)[-1]["val_loss"] != rows(full)[-1]["val_loss"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler, about torch's own code
+def test_compiled_stays_near_eager(train):
+    _, eager = train("eager", n_steps=4)
+    _, compiled = train("compiled", n_steps=4, compile=True)
+    assert rows(compiled)[-1]["loss"] == pytest.approx(rows(eager)[-1]["loss"], rel=0.01)
 
 
 def test_without_validation_scenes(train, store, tmp_path, capsys):

@@ -142,6 +142,8 @@ def run(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code (see README)."""
     try:
         result = app(arguments, prog_name="spectralvae", standalone_mode=False)
+        if result == 130:  # Ctrl-C, as typer reports it
+            return _fail("interrupted; see `state` in run.json of the output_dir", 130)
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _fail(str(error), 2)
@@ -149,8 +151,6 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 1)
     except Stopped as stopped:
         return stopped.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
     except typer.TyperException as error:  # wrong usage; without arguments the help is printed instead
         return _fail(error.format_message(), 2) if error.format_message() else 2
     except OSError as error:  # a full disk, a lost file system: what went wrong is not in the program

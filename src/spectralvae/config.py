@@ -5,10 +5,11 @@ Relative paths are taken from the folder the command is started in.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 
 def _to_path(value: Any) -> Path:
@@ -17,8 +18,15 @@ def _to_path(value: Any) -> Path:
     raise ValueError("must be a path")
 
 
+def _check_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return value
+
+
 ConfigPath = Annotated[Path, BeforeValidator(_to_path), PlainSerializer(str)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Device = Annotated[str, AfterValidator(_check_device)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Product = Literal["NO2", "HCHO", "O3TOT", "CLDO4"]
 
@@ -248,9 +256,8 @@ class TrainingConfig(Section):
     compile: bool = Field(
         False, description="compile the network first (torch.compile): minutes at the start, faster steps"
     )
-    device: str = Field(
+    device: Device = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto (the GPU with the most free memory, else the CPU), cpu, cuda or cuda:N",
     )
     init_from: ConfigPath | None = Field(

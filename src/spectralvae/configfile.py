@@ -93,7 +93,8 @@ def load_config(schema: type[C], path: Path, settings: Sequence[str] = (), *, de
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe_errors(schema, error)}") from error
+        source = f"{path} with {' '.join(f'--set {s}' for s in settings)}" if settings else str(path)
+        raise ConfigError(f"{source}: {describe_errors(schema, error)}") from error
 
 
 def _set(data: dict[str, Any], key: str, value: Any, name: str) -> None:
@@ -139,6 +140,7 @@ def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details:
         return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = re.sub(r"a valid dictionary or .*", "a mapping of keys to values", message)
+    message = message.replace(" after validation", "").replace("a valid list", "a list: [...]")
     value = details["input"]
     shown = "" if isinstance(value, (dict, BaseModel)) else f"{value!r} is not allowed: "
     text = f"{shown}{message[0].lower()}{message[1:]}"

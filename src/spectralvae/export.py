@@ -152,7 +152,7 @@ def write_mltools(folder: Path, artifact: Artifact, console: Console) -> None:
                 "mltools makes of them, since it knows no mask",
             )
         for name, values in (("mean_spectrum", normalization.mean), ("std_spectrum", normalization.std)):
-            torch.save(torch.from_numpy(values), folder / f"{name}.pt")
+            torch.save(torch.from_numpy(values).float(), folder / f"{name}.pt")
     mltools.save_weights(artifact.model, folder / "model.pt")
     n_tensors = len(artifact.model.state_dict())
     console.print(f"{folder / 'model.pt'}: {n_tensors} tensors with mltools' names")

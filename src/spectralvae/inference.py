@@ -52,11 +52,11 @@ def load_artifact(path: str | PathLike[str], model: Mapping[str, Any] | None = N
     if path.is_file():
         network, settings, weights = mltools.load_foreign(path, model)
         return Artifact(network, settings, None, None, path, weights.left_out)
-    if model is not None:
-        raise ConfigError(f"{path}: holds its own model settings; `model` is for mltools files only")
     checkpoints = [] if is_artifact(path) else list_checkpoints(path)
     if not checkpoints and not is_artifact(path):
         raise InputError(f"{path}: is neither a checkpoint nor an export folder, nor a run with checkpoints/")
+    if model is not None:
+        raise ConfigError(f"{path}: holds its own model settings; `model` is for mltools files only")
     folder = checkpoints[-1] if checkpoints else path
     try:
         return read_artifact(folder)[0]

@@ -34,6 +34,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     temporary.replace(path)
 
 
+def command_of(folder: Path) -> str | None:
+    """Which command made a folder; None if none of this tool's."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return str(record.get("command")) if isinstance(record, dict) and record.get("tool") == TOOL else None
+
+
 class Stopped(Exception):
     """A signal asked the command to stop, and it has saved its work; ``exit_code`` 75 or 130."""
 
@@ -150,8 +159,11 @@ class RunDir:
         return record
 
     def __enter__(self) -> Self:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.path} cannot be made or written: {error.strerror}") from error
         try:
             self._begin()
         except BaseException:

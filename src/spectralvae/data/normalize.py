@@ -49,6 +49,7 @@ class Normalization:
         min_radiance: log_zscore only: smaller radiance is invalid.
         band: the TEMPO band, where there is one.
         wavelength: (channel) float64, nm; None for foreign statistics that came without.
+        units: of radiance, as the source files have it.
     """
 
     transform: str
@@ -58,6 +59,7 @@ class Normalization:
     min_radiance: float | None
     band: str | None
     wavelength: Float64 | None
+    units: str | None = None
 
     def __post_init__(self) -> None:
         assert self.transform in ("log_zscore", "zscore")
@@ -90,6 +92,7 @@ class Normalization:
             "clip": self.clip,
             "min_radiance": self.min_radiance,
             "band": self.band,
+            "units": self.units,
         }
 
     def arrays(self) -> dict[str, Float64]:

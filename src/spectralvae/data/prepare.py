@@ -52,6 +52,7 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
                 min_radiance=config.normalization.min_radiance,
                 band=planned[0].scene.band,
                 wavelength=wavelength,
+                units=planned[0].scene.units,
             )
             task = progress.add_task("writing the store", total=sum(p.scene.shape[0] for p in planned))
             advance = partial(progress.advance, task)

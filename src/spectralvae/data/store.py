@@ -34,7 +34,7 @@ from spectralvae import __version__
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.statistics import Moments
 from spectralvae.errors import InputError
-from spectralvae.rundir import write_atomic
+from spectralvae.rundir import command_of, write_atomic
 
 FORMAT = 1
 UNITS = {
@@ -266,11 +266,14 @@ class Store:
         self.path = path
         root = path / "zarr.json"
         if not path.is_dir():
-            raise InputError(f"store {path}: no such folder; make it with `spectralvae prepare`")
+            what = "is a file, not a folder" if path.exists() else "no such folder"
+            raise InputError(f"store {path}: {what}; give the output_dir of a `spectralvae prepare`")
         if not root.is_file():
-            if (path / "run.json").is_file():
+            command = command_of(path)
+            if command == "prepare":
                 raise InputError(f"store {path}: is not finished; start its `spectralvae prepare` again")
-            raise InputError(f"store {path}: holds no store (no zarr.json); make one with `spectralvae prepare`")
+            what = f"was made by `spectralvae {command}`" if command else "holds no zarr.json"
+            raise InputError(f"store {path}: is no store ({what}); give the output_dir of a `spectralvae prepare`")
         try:
             attributes = json.loads(root.read_text())["attributes"]
             if attributes.get("spectralvae_store") != FORMAT:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -48,6 +50,26 @@ def available_memory(device: torch.device) -> int:
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         available = min(available, int(text) - used)
     return available
+
+
+def check_batch_fits(batch_size: int, shape: Sequence[int], device: torch.device) -> None:
+    """Refuse a batch that cannot fit whatever the network: input, reconstruction, difference and a gradient.
+
+    Args:
+        batch_size: tiles a step.
+        shape: (C, H, W) of a tile.
+        device: where they must fit, in float32.
+
+    Raises:
+        ConfigError: they need more than is free.
+    """
+    tile = 4 * 4 * math.prod(shape)
+    free = available_memory(device)
+    if batch_size * tile > free:
+        raise ConfigError(
+            f"data.batch_size: {batch_size} tiles of {' x '.join(map(str, shape))} samples need at least "
+            f"{batch_size * tile / 1e9:.0f} GB, {free / 1e9:.0f} GB are free on {device}; at most {free // tile} fit"
+        )
 
 
 def peak_memory(device: torch.device) -> int:

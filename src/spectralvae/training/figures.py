@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from spectralvae.data.normalize import Normalization
 
 N_TILES = 3
 COLORS = ("#3b6ea5", "#d1495b", "#66a182")
+VALUES, DIFFERENCES = (colormaps[name].with_extremes(bad="0.6") for name in ("viridis", "RdBu_r"))
 
 
 def draw_reconstructions(
@@ -36,20 +38,21 @@ def draw_reconstructions(
     wavelength = normalization.wavelength
     assert wavelength is not None, "a store always has wavelengths"
     figure = Figure(figsize=(17, 3.6 * n + 0.5), layout="constrained")
-    figure.suptitle(f"{title}   (maps: z at {wavelength[channel]:.1f} nm)")
+    figure.suptitle(f"{title}   (maps: z at {wavelength[channel]:.1f} nm, where these tiles vary most; grey = invalid)")
     axes = figure.subplots(n, 5, squeeze=False, width_ratios=[1, 1, 1, 1.6, 1.6])
     for row, x, x_hat, name in zip(axes, original, reconstruction, names, strict=True):
-        map_, map_hat = x[..., channel], x_hat[..., channel]
-        difference = np.where(np.isfinite(map_), map_hat - map_, np.nan)
-        low, high = _limits(map_)
+        map_ = x[..., channel]
+        map_hat = np.where(np.isfinite(map_), x_hat[..., channel], np.nan)
+        difference = map_hat - map_
+        low, high = _limits(np.stack([map_, map_hat]))
         for ax, image, label in ((row[0], map_, "original"), (row[1], map_hat, "reconstruction")):
-            shown = ax.imshow(image, vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
+            shown = ax.imshow(image, vmin=low, vmax=high, cmap=VALUES, interpolation="nearest")
             ax.set_title(label)
-        figure.colorbar(shown, ax=list(row[:2]), shrink=0.8)
+        figure.colorbar(shown, ax=list(row[:2]), shrink=0.8, extend="both", label="z")
         span = float(np.nanmax(np.abs(difference), initial=1e-12))
-        shown = row[2].imshow(difference, vmin=-span, vmax=span, cmap="RdBu_r", interpolation="nearest")
-        row[2].set_title("reconstruction - original")
-        figure.colorbar(shown, ax=row[2], shrink=0.8)
+        shown = row[2].imshow(difference, vmin=-span, vmax=span, cmap=DIFFERENCES, interpolation="nearest")
+        row[2].set_title(f"difference (all channels: MSE {np.nanmean((x_hat - x) ** 2):.3g})")
+        figure.colorbar(shown, ax=row[2], shrink=0.8, label="reconstruction - original")
         row[0].set_ylabel(name, fontsize=8)
         _draw_spectra(row[3], row[4], row[0], x, x_hat, normalization, wavelength)
         for ax in row[:3]:
@@ -75,7 +78,8 @@ def _draw_spectra(
             ax.plot(wavelength, line, color=color, lw=2.2, alpha=0.35)
             ax.plot(wavelength, np.where(np.isfinite(line), line_hat, np.nan), color=color, lw=0.9)
     z_axes.set(title="z: original (wide), reconstruction (thin)", xlabel="wavelength, nm")
-    radiance_axes.set(title="radiance, in the file's units", xlabel="wavelength, nm")
+    quantity = "radiance" if normalization.transform == "log_zscore" else "value"
+    radiance_axes.set(title=f"{quantity}, {normalization.units or 'in the units of the file'}", xlabel="wavelength, nm")
     if normalization.transform == "log_zscore":
         radiance_axes.set_yscale("log")
     for ax in (z_axes, radiance_axes):
@@ -93,6 +97,7 @@ def _telling_channel(z: NDArray[np.float32]) -> int:
 
 
 def _limits(image: NDArray[np.float32]) -> tuple[float, float]:
+    """A colour scale that a few outliers do not stretch."""
     valid = image[np.isfinite(image)]
     if not len(valid):
         return 0.0, 1.0

@@ -19,7 +19,7 @@ TRAIN_COLOR, VAL_COLOR = "#3b6ea5", "#d1495b"
 
 CURVES = (
     # file, metric, title
-    ("loss", "loss", "Loss per tile (negative log-likelihood + weighted KL)"),
+    ("loss", "loss", "Loss per tile: negative log-likelihood, summed over samples, + weighted KL"),
     ("recons_err", "pixel_mse", "Reconstruction error: mean squared error in z, valid samples"),
     ("kl", "kl_loss", "KL term per tile (weighted)"),
 )
@@ -67,7 +67,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], metric: str, title: str, refer
     values = np.array([value for _, value in (*train, *val)])
     for (label, value), style in zip(references.items(), ("--", "-.", ":"), strict=False):
         axes.axhline(value, color="0.45", ls=style, lw=1, label=f"{label}: {value:.3g}")
-    axes.set(title=title, xlabel="step", ylabel=metric)
+    axes.set(title=title, xlabel=f"step (from {LINEAR_UNTIL} on)" if late else "step", ylabel=metric)
     if late:
         axes.set_xscale("log")
         axes.set_xlim(LINEAR_UNTIL, last * 1.05)
@@ -75,7 +75,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], metric: str, title: str, refer
         axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         _set_value_scale(axes, values, metric)
     axes.grid(True, which="major", color="0.88")
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure
 
 

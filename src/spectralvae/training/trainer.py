@@ -24,7 +24,7 @@ from spectralvae.rundir import RunDir, Stopped, write_atomic
 from spectralvae.settings import build_model
 from spectralvae.training import plots
 from spectralvae.training.checkpoint import list_checkpoints, newest_valid, restore, save_checkpoint, thin_out
-from spectralvae.training.device import choose_device, report_first_step
+from spectralvae.training.device import check_batch_fits, choose_device, report_first_step
 from spectralvae.training.logbook import Logbook
 from spectralvae.training.network import network_settings, start_from
 from spectralvae.training.signals import stop_signal
@@ -48,6 +48,7 @@ def train(config: TrainConfig, run: RunDir, console: Console) -> None:
         raise ConfigError(f"data.store: {store.path} is not the store of this run (its hash differs)")
     settings = network_settings(config, store)
     device = choose_device(config.training.device, console)
+    check_batch_fits(config.data.batch_size, settings["shape"], device)
     trainer = Trainer(config, settings, store, device, run.path, console)
     initial = config.training.init_from
     if initial is not None and not (run.resuming and list_checkpoints(run.path)):

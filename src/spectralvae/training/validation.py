@@ -111,7 +111,7 @@ class Validation:
         return draw_reconstructions(
             tiles.float().numpy(),
             x_hat.float().permute(0, 2, 3, 1).cpu().numpy(),
-            [f"{self.store.scenes[c.scene].id}\n({c.y}, {c.x})" for c in crops],
+            [f"{self.store.scenes[c.scene].id}\nfrom y = {c.y}, x = {c.x}" for c in crops],
             self.store.normalization,
             f"{'validation' if self.crops else 'training'} tiles, step {step}",
         )
