@@ -112,6 +112,12 @@ def test_small_radiance_is_rejected_never_clamped() -> None:
     np.testing.assert_array_equal(np.isfinite(radiance), [False] * 8 + [True])
 
 
+@pytest.mark.parametrize("value", [-1e30, -1.0, 0.0, 0.99])
+def test_small_radiance_never_becomes_z(value: float) -> None:
+    """log(0) clipped to -10 would look like data."""
+    assert np.isnan(normalization("log_zscore").normalize(np.full((2, 3), value))).all()
+
+
 def test_zscore_rejects_nothing() -> None:
     values = np.array([-1e3, 0.0, np.nan, 2.0], np.float32)
     before = values.copy()

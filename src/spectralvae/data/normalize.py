@@ -71,10 +71,9 @@ class Normalization:
         return len(self.mean)
 
     def normalize(self, radiance: NDArray[Any]) -> Float64:
-        """(..., channel) radiance, NaN = invalid -> z, float64, NaN = invalid.
-
-        Call ``reject_small`` first: this function takes valid samples only.
-        """
+        """(..., channel) radiance, NaN = invalid -> z, float64, NaN = invalid or below min_radiance."""
+        radiance = radiance.copy()
+        reject_small(radiance, self.transform, self.min_radiance)
         z = transform_values(radiance, self.transform)
         z -= self.mean
         z /= self.std + EPSILON

@@ -38,7 +38,10 @@ def draw_reconstructions(
     wavelength = normalization.wavelength
     assert wavelength is not None, "a store always has wavelengths"
     figure = Figure(figsize=(17, 3.6 * n + 0.5), layout="constrained")
-    figure.suptitle(f"{title}   (maps: z at {wavelength[channel]:.1f} nm, where these tiles vary most; grey = invalid)")
+    figure.suptitle(
+        f"{title}   (maps: z at {wavelength[channel]:.1f} nm, where these tiles vary most; grey = invalid; "
+        "MSE over all channels)"
+    )
     axes = figure.subplots(n, 5, squeeze=False, width_ratios=[1, 1, 1, 1.6, 1.6])
     for row, x, x_hat, name in zip(axes, original, reconstruction, names, strict=True):
         map_ = x[..., channel]
@@ -51,7 +54,7 @@ def draw_reconstructions(
         figure.colorbar(shown, ax=list(row[:2]), shrink=0.8, extend="both", label="z")
         span = float(np.nanmax(np.abs(difference), initial=1e-12))
         shown = row[2].imshow(difference, vmin=-span, vmax=span, cmap=DIFFERENCES, interpolation="nearest")
-        row[2].set_title(f"difference (all channels: MSE {np.nanmean((x_hat - x) ** 2):.3g})")
+        row[2].set_title(f"difference: MSE {np.nanmean((x_hat - x) ** 2):.3g}")
         figure.colorbar(shown, ax=row[2], shrink=0.8, label="reconstruction - original")
         row[0].set_ylabel(name, fontsize=8)
         _draw_spectra(row[3], row[4], row[0], x, x_hat, normalization, wavelength)
