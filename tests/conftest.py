@@ -101,6 +101,7 @@ def _make_store(
             invalid={},
             absent=[],
             z_sha256=writer.sha256,
+            n_invalid=int(np.isnan(z).sum()),
         )
         store.write_scene_group(folder, record, {"n_invalid": (("y", "x"), n_invalid), **(arrays or {})})
         records.append(record)

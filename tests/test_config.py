@@ -353,3 +353,24 @@ def test_reference_is_up_to_date_and_complete() -> None:
     written = (DOCS / "config.md").read_text(encoding="utf-8")
     assert script["reference"]() == written, "run `python docs/make_config_reference.py`"
     assert set(script["COMMANDS"].values()) == set(CommandConfig.__subclasses__())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "seed=!!int abc",
+        "seed=!!timestamp 2020-99-99",
+        "seed=" + 2000 * "[",
+        "output_dir=._",
+        "output_dir=~nobody-of-this-name/x",
+        'output_dir="a\\0b"',
+        "products=[NO2, NO2]",
+    ],
+)
+def test_odd_values_are_one_line(tmp_path, setting):
+    path = tmp_path / "c.yaml"
+    path.write_text("output_dir: x\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(SimulateConfig, path, [setting])
+    assert "\n" not in str(caught.value)
+    assert setting.split("=")[0] in str(caught.value)

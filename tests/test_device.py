@@ -48,6 +48,24 @@ def test_tight_memory_is_said_after_the_first_step(monkeypatch, capsys, free, wa
     assert ("WARNING" in printed) == warned
 
 
+def test_memory_of_a_job_counts_file_cache_as_free(monkeypatch, tmp_path):
+    """Reading a store fills the cache of the job's cgroup; the kernel gives it up when it is needed."""
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2900000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000\nactive_file 500000\ninactive_file 2000000\n")
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    assert device.available_memory(torch.device("cpu")) == 2_600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device.available_memory(torch.device("cpu")) > 1e8
+
+
+def test_batch_that_cannot_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(device, "available_memory", lambda _: 2_000_000)
+    device.check_batch_fits(2, (6, 100, 100), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 3 tiles .* at most 2 fit"):
+        device.check_batch_fits(3, (6, 100, 100), torch.device("cpu"))
+
+
 def test_memory_of_this_process():
     cpu = torch.device("cpu")
     assert device.peak_memory(cpu) > 1e7

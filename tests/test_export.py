@@ -168,6 +168,20 @@ def test_to_mltools_and_back_is_bit_equal(folder, capsys):
         assert (folder / "back" / name).read_bytes() == (folder / "out" / name).read_bytes()
 
 
+def test_spectra_are_whole_or_not_there(folder, monkeypatch, capsys):
+    write_tiny(folder / "export")
+
+    def fail(values, file):
+        with Path(file).open("wb") if isinstance(file, (str, Path)) else file as opened:
+            opened.write(b"half a spectrum")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.save", fail)
+    assert convert(source="export", format="mltools") == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not list((folder / "out").glob("*spectrum*"))
+
+
 def test_to_mltools_without_statistics(folder, capsys):
     assert convert(model=FOREIGN, format="mltools") == 0
     assert "out/model.pt: " in capsys.readouterr().out
@@ -255,10 +269,20 @@ def test_spectra_that_are_none(folder, capsys):
     refused(capsys, folder, "mean_spectrum.pt", "damaged", model=FOREIGN, normalization=SPECTRA)
 
 
-def test_wavelengths_of_other_channels(folder, capsys):
-    normalization = {**SPECTRA, "wavelength": [300.0, 301.0]}
-    words = "normalization.wavelength: 2 values for 6 channels"
-    refused(capsys, folder, words, model=FOREIGN, normalization=normalization)
+@pytest.mark.parametrize(
+    ("wavelength", "words"),
+    [
+        ([300.0, 301.0], "has 2 values for 6 channels"),
+        ([705.0, 704, 703, 702, 701, 700], "must increase from channel to channel"),
+        ({"first": 740, "last": 540}, "must increase from channel to channel"),
+        ([0.54, 0.55, 0.56, 0.57, 0.58, 0.59], "micrometres"),
+        ([-1.0, 550, 560, 570, 580, 590], "1 of 6 values aren't above 0"),
+        ([540, 550, 560, 570, 580, float("nan")], "must be a finite number"),
+    ],
+)
+def test_wavelengths_that_are_none(folder, capsys, wavelength, words):
+    normalization = {**SPECTRA, "wavelength": wavelength}
+    refused(capsys, folder, "normalization.wavelength", words, model=FOREIGN, normalization=normalization)
 
 
 def test_settings_of_foreign_weights(folder, capsys):
@@ -289,7 +313,11 @@ def test_overwrite_never_clears_the_source(folder, capsys):
     assert convert(model=FOREIGN, format="mltools") == 0
     for source, options in (("out/model.pt", {"model": FOREIGN}), ("out", {})):
         assert convert("--overwrite", source=source, **options) == 2
-        assert f"output_dir: out holds the source, {source}" in capsys.readouterr().err
+        assert f"source: {source} lies in output_dir" in capsys.readouterr().err
+    torch.save(MEAN, "out/mean.pt")
+    spectra = {**SPECTRA, "mean": "out/mean.pt"}
+    assert convert("--overwrite", model=FOREIGN, normalization=spectra, format="mltools") == 2
+    assert "normalization.mean: out/mean.pt lies in output_dir" in capsys.readouterr().err
     assert equal_weights(loaded("out/model.pt"), tiny_model(5).state_dict())
 
 

@@ -147,9 +147,9 @@ def test_leaving_early_leaves_no_threads(store: Store) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 def test_error_of_a_reader_reaches_the_caller(store: Store, num_workers: int) -> None:
     (file,) = (store.path / "scenes" / "b" / "z" / "c").rglob("0/0/0")
-    with file.open("r+b") as f:
-        f.truncate(100)
     ours = stream(store, num_workers=num_workers)
+    with file.open("r+b") as f:  # under a run; at its start it would have been refused
+        f.truncate(100)
     with pytest.raises(InputError, match="shorter") as caught:
         list(islice(ours, 20))
     assert str(file) in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from spectralvae.data.prepare import prepare
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError, UserError
 from spectralvae.readers import Scene
-from spectralvae.rundir import RunDir
+from spectralvae.rundir import RunDir, Stopped
 
 NY, NX, NC = 10, 8, 6
 REJECTED, WARNING = (0, 1, 2, 5), (3, 4, 6, 7, 11)  # bits of TEMPO's pixel_quality_flag
@@ -620,7 +621,7 @@ def test_other_files_after_an_interruption_are_refused(
 def test_interrupted_after_the_marker(
     tmp_path: Path, granules: list[Path], write_granule: WriteGranule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The record of what was prepared is gone then: nothing is taken over into another set of scenes."""
+    """The store is whole but not known as finished: the same inputs finish it, others are not mixed in."""
     out = tmp_path / "store"
     pattern = str(tmp_path / "*.nc")
     note = RunDir.note
@@ -634,8 +635,74 @@ def test_interrupted_after_the_marker(
         patch.setattr(RunDir, "note", interrupted_note)
         with pytest.raises(Interrupted):
             run_prepare(out, [pattern])
-    write_granule(tmp_path / name("20240605T180000"), radiance(5))
+    added = tmp_path / name("20240605T180000")
+    write_granule(added, radiance(5))
+    with pytest.raises(ConfigError, match="is new since the preparation"):
+        run_prepare(out, [pattern])
+    added.unlink()
+    written = (out / "scenes").stat().st_ino
     assert run_prepare(out, [pattern]).hash == run_prepare(tmp_path / "fresh", [pattern]).hash
+    assert (out / "scenes").stat().st_ino == written
+    assert not (out / ".partial").exists()
+
+
+def test_scratch_without_its_plan_is_not_trusted(tmp_path: Path, granules: list[Path]) -> None:
+    """A kill while it was deleted leaves statistics that may be of other files."""
+    truth = run_prepare(tmp_path / "fresh", granules)
+    out = tmp_path / "store"
+    config = PrepareConfig.model_validate({"output_dir": str(out), "inputs": [str(g) for g in granules]})
+    with pytest.raises(Interrupted), RunDir("prepare", config, overwrite=False, resumable=True):
+        (out / ".partial").mkdir()
+        for scene in truth.scenes:
+            (out / ".partial" / f"{scene.id}.npz").write_bytes(b"stale")
+        raise Interrupted
+    assert run_prepare(out, granules).hash == truth.hash
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_by_a_signal_it_goes_on(
+    tmp_path: Path, granules: list[Path], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    out = tmp_path / "store"
+    read = Scene.read
+    handler = signal.getsignal(number)
+
+    def signalled_read(self: Scene, rows: slice) -> Any:
+        if self.path == granules[1]:
+            signal.raise_signal(number)
+        return read(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scene, "read", signalled_read)
+        with pytest.raises(Stopped) as stopped:
+            run_prepare(out, granules)
+    assert stopped.value.exit_code == 75
+    assert json.loads((out / "run.json").read_text())["state"] == "stopped"
+    assert signal.getsignal(number) == handler
+    assert run_prepare(out, granules).hash == run_prepare(tmp_path / "fresh", granules).hash
+
+
+def test_copies_of_one_file_are_refused(tmp_path: Path, granules: list[Path]) -> None:
+    """Under another name it would be trained on and judged with."""
+    copy = tmp_path / name("20240607T180000")
+    copy.write_bytes(granules[0].read_bytes())
+    refused(ConfigError, tmp_path / "store", [*granules, copy], "copies of one file", made=True)
+
+
+def test_inputs_inside_the_directory_survive_overwrite(tmp_path: Path, granules: list[Path]) -> None:
+    store = run_prepare(tmp_path / "store", granules)
+    inside = store.path / granules[0].name
+    granules[0].rename(inside)
+    with pytest.raises(ConfigError, match="lies in output_dir"):
+        run_prepare(store.path, [inside, *granules[1:]], overwrite=True)
+    assert inside.is_file()
+    assert Store(store.path).hash == store.hash
+
+
+def test_a_path_may_look_like_a_glob(tmp_path: Path, granules: list[Path]) -> None:
+    odd = granules[0].with_name("TEMPO_RAD[1].nc")
+    granules[0].rename(odd)
+    assert len(run_prepare(tmp_path / "store", [odd, *granules[1:]], split={"by": "scene"}).scenes) == 3
 
 
 def test_same_config_same_store(tmp_path: Path, granules: list[Path]) -> None:

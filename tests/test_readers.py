@@ -6,6 +6,7 @@ import datetime as dt
 import gc
 import os
 import pickle
+import struct
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -275,6 +276,36 @@ class TestTempo:
         truth.ravel()[7] = np.nan
         np.testing.assert_array_equal(values, truth)
         assert counts["fill"] == 1
+
+    def test_undeclared_fill_is_known_before_unpacking(self, tmp_path: Path) -> None:
+        radiance, latitude = cube(), geometry()["latitude"]
+        radiance[0, 0] = (-1e30, 9.969209968386869e36, np.nan, np.inf)
+        latitude[0, :4] = (-1e30, 9.969209968386869e36, np.nan, np.inf)
+        packing = {"scale_factor": 0.5, "add_offset": 3.0}
+        file = granule(
+            tmp_path / NAME,
+            radiance=radiance,
+            replace={"latitude": latitude},
+            attrs={"radiance": packing, "latitude": packing},
+        )
+        with open_reader(file) as scene:
+            values, counts = scene.read(slice(None))
+            truth = (radiance.astype(np.float64) * 0.5 + 3).astype(np.float32)
+            truth[0, 0] = np.nan
+            np.testing.assert_array_equal(values, truth)
+            assert counts == dict.fromkeys(RULES, 0) | {"undeclared_fill": 2, "nan": 1, "infinite": 1}
+            read = scene.coordinates()["latitude"][1]
+            assert np.isnan(read[0, :4]).all()
+            np.testing.assert_array_equal(read[1:], latitude[1:] * 0.5 + 3)
+
+    @pytest.mark.parametrize("name", ["radiance", "nominal_wavelength", "pixel_quality_flag", "latitude"])
+    @pytest.mark.parametrize("attribute", ["_FillValue", "missing_value", "scale_factor", "add_offset"])
+    def test_attributes_that_are_no_numbers(self, tmp_path: Path, name: str, attribute: str) -> None:
+        file = granule(tmp_path / NAME)
+        with h5py.File(file, "r+") as h5:
+            h5[UV][name].attrs[attribute] = "n/a"
+        message = refused(InputError, f"{UV}/{name}", attribute, "'n/a'", path=file)
+        assert "damaged" not in message
 
     def test_time_without_a_name(self, tmp_path: Path) -> None:
         start = dt.datetime(1980, 1, 6, tzinfo=dt.UTC) + dt.timedelta(seconds=1.4e9)
@@ -579,7 +610,14 @@ class TestMatlab:
         two = write_mat(tmp_path / "c.mat", "5", {"Y": flat(cube()), "lines": 6, "cols": 5, "nRow": 5, "nCol": 6})
         refused(InputError, "(6, 5), (5, 6)", "size: [ny, nx]", path=two, wavelength=NM)
         half = write_mat(tmp_path / "d.mat", "5", {"Y": flat(cube()), "lines": 1.5, "cols": 20})
-        refused(InputError, "lines and cols are [1.5, 20]", path=half, wavelength=NM)
+        refused(InputError, "lines is 1.5", path=half, wavelength=NM)
+
+    @VERSIONS
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2.5, 0.0])
+    def test_scalars_that_are_no_size(self, tmp_path: Path, version: str, value: float) -> None:
+        file = write_mat(tmp_path / "a.mat", version, {"Y": flat(cube()), "nRow": NY, "nCol": value})
+        message = refused(InputError, f"nCol is {value}", "size: [ny, nx]", path=file, wavelength=NM)
+        assert "nRow" not in message
 
     @VERSIONS
     @pytest.mark.parametrize("name", ["wavelength", "Wavelengths", "WL", "lambda"])
@@ -629,7 +667,7 @@ class TestMatlab:
 
 class TestDamage:
     def test_no_file(self, tmp_path: Path) -> None:
-        refused(InputError, "no such file", path=tmp_path / "none.nc")
+        refused(InputError, "no such file; check the path", path=tmp_path / "none.nc")
         refused(InputError, "directory", path=tmp_path)
         (tmp_path / "empty.nc").touch()
         refused(InputError, "0 bytes", path=tmp_path / "empty.nc")
@@ -697,6 +735,27 @@ class TestDamage:
             nc.create_group("product")
             nc.attrs["collection_shortname"] = "TEMPO_NO2_L2"
         refused(InputError, "level-2", "TEMPO_NO2_L2", path=tmp_path / "f.nc")
+
+    @pytest.mark.parametrize("values", [flat(cube()), flat(cube()).astype(">f8"), np.ones((2, 9), dtype=np.int16)])
+    def test_matlab_version_4(self, tmp_path: Path, values: np.ndarray) -> None:
+        file = tmp_path / "a.mat"
+        scipy.io.savemat(file, {"Y": values}, format="4")
+        words = ["version 4", "save(..., '-v7')", "-v7.3"]
+        assert "damaged" not in refused(InputError, *words, path=file, wavelength=NM)
+        content = file.read_bytes()
+        header = struct.unpack("<5i", content[:20])
+        file.write_bytes(struct.pack(">5i", 1000 + header[0], *header[1:]) + content[20:])  # as another machine wrote
+        refused(InputError, *words, path=file, wavelength=NM)
+        file.write_bytes(bytes(1000))
+        refused(InputError, "damaged", path=file, wavelength=NM)
+
+    def test_home(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(file.parent))
+        with open_scene(f"~/{NAME}") as ds:
+            np.testing.assert_array_equal(ds.radiance.values, cube())
+        assert open_reader(Path("~") / NAME).path == file
+        monkeypatch.chdir(file.parent)
+        assert open_reader(file.rename("~copy.nc")).shape == (NY, NX, NC)  # no user of that name: a file's own name
 
     def test_format_is_told_by_content(self, tmp_path: Path) -> None:
         renamed = granule(tmp_path / "granule.dat")

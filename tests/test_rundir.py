@@ -417,3 +417,30 @@ def test_other_names_of_the_directory_are_the_same(path: Path, monkeypatch: pyte
     stop(path)
     monkeypatch.chdir(path.parent)
     assert train_dir(Path(path.name)).resuming
+
+
+def test_inputs_inside_a_directory_to_be_cleared_are_refused(tmp_path):
+    with RunDir("simulate", SimulateConfig(output_dir=tmp_path / "out"), overwrite=False):
+        (tmp_path / "out" / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    again = RunDir("simulate", SimulateConfig(output_dir=tmp_path / "out"), overwrite=True)
+    for inside in (tmp_path / "out" / "data", tmp_path / "link" / "data", tmp_path / "out"):
+        with pytest.raises(ConfigError, match=r"inputs: .* lies in output_dir"):
+            again.refuse_inside("inputs", inside)
+    again.refuse_inside("inputs", tmp_path / "outside")
+    RunDir("simulate", SimulateConfig(output_dir=tmp_path / "new"), overwrite=True).refuse_inside(
+        "inputs", tmp_path / "new" / "data"
+    )
+
+
+def test_overwriting_deletes_what_says_complete_first(tmp_path, monkeypatch):
+    with RunDir("simulate", SimulateConfig(output_dir=tmp_path / "out"), overwrite=False):
+        for name in ("a", "manifest.json", "zarr.json"):
+            (tmp_path / "out" / name).write_text("")
+    gone = []
+    original = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda self: gone.append(self.name) or original(self))
+    with RunDir("simulate", SimulateConfig(output_dir=tmp_path / "out"), overwrite=True):
+        pass
+    assert set(gone[:2]) == {"manifest.json", "zarr.json"}
+    assert gone[-1] == "run.json"

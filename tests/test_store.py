@@ -317,3 +317,18 @@ def test_scene_marker_is_written_last(two: Store) -> None:
     assert record == two.scenes[0]
     (folder / "zarr.json").unlink()
     assert store_module.finished_scene(folder) is None
+
+
+def test_lost_or_damaged_counts_are_refused(tmp_path: Path, make_store: Callable[..., Store]) -> None:
+    """zarr reads a lost chunk as zeros: tiles without data would be drawn."""
+    z = np.zeros((5, 6, 3), np.float16)
+    z[1] = np.nan
+    made = make_store(tmp_path / "store", {"a": z})
+    assert made.n_invalid(0).sum() == 18
+    folder = tmp_path / "store/scenes/a/n_invalid"
+    shutil.rmtree(folder / "c")
+    with pytest.raises(InputError, match="n_invalid: is damaged"):
+        made.n_invalid(0)
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match="prepare it again"):
+        made.n_invalid(0)

@@ -7,14 +7,19 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
+import zarr
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from spectralvae import load_model
 from spectralvae.cli import run as cli
+from spectralvae.data import sampling
+from spectralvae.data.loader import make_sampler, read_crops
+from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.model import AutoencoderKL
 from spectralvae.training import trainer
@@ -176,6 +181,9 @@ def test_killed_run_goes_on_exactly(train, store, tmp_path):
     assert json.loads((run / "run.json").read_text())["state"] == "running"
     assert train("killed")[0] == 0
     assert final_bytes(run) == final_bytes(whole)
+    assert [p.name for p in sorted((run / "figures").iterdir())] == [
+        p.name for p in sorted((whole / "figures").iterdir())
+    ]
 
 
 def test_readers_and_validation_do_not_change_the_run(train):
@@ -205,6 +213,8 @@ def test_not_finite_stops_before_the_update(train, monkeypatch, capsys, where):
 
     def get_loss(self, x, mask=None, noise=None):
         loss, metrics = original(self, x, mask, noise)
+        if x.is_meta:  # the check before the run
+            return loss, metrics
         if self.training and seen["updates"] == 6:
             seen["weights"] = {key: value.clone() for key, value in self.state_dict().items()}
             seen["model"] = self
@@ -224,6 +234,115 @@ def test_not_finite_stops_before_the_update(train, monkeypatch, capsys, where):
     assert "TEMPO_RAD_L1" in message
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step=000005"]
     assert json.loads((run / "run.json").read_text())["state"] == "failed"
+
+
+def test_validation_by_hand(tmp_path, make_store, train):
+    """Half of the samples are invalid, in any pattern: the numbers in metrics.jsonl against the definition.
+
+    What stands at an invalid sample must not matter, every valid one counts the same, and each tile has its noise.
+    """
+    random = np.random.default_rng(0)
+    scenes = {name: random.normal(size=(19, 16, 6)) for name in ("a", "b", "v")}
+    for z in scenes.values():
+        z[random.random(z.shape) < 0.4] = np.nan
+        z[:, :2] = np.nan
+        z[..., 4] = np.nan
+    scenes["v"][:8] = np.where(random.random((8, 16, 6)) < 0.5, np.nan, scenes["v"][:8])
+    make_store(tmp_path / "store", scenes, val=("v",))
+    data = {"store": str(tmp_path / "store"), "n_val_tiles": 50, "max_invalid_fraction": 0.9, "batch_size": 2}
+    code, run = train(data=data, model={"kl_weight": 0.01})
+    assert code == 0
+    model = load_model(run)
+    v = zarr.open_array(tmp_path / "store/scenes/v/z", mode="r")[:].astype(np.float32)
+    loss = nll = squares = n_valid = 0.0
+    places = [(y, x) for y in (0, 8, 11) for x in (0, 8)]
+    for i, (y, x) in enumerate(places):
+        tile = torch.from_numpy(v[y : y + 8, x : x + 8]).permute(2, 0, 1)[None]
+        valid = torch.isfinite(tile)
+        noise = torch.from_numpy(sampling.noise(0, sampling.VALIDATION_NOISE, i, (4, 4, 4)))[None]
+        with torch.no_grad():
+            posterior = model.encode(torch.where(valid, tile, 0.0))
+            x_hat = model.decode(posterior.mean + posterior.std * noise)
+            rec = (tile - x_hat)[valid]
+            tile_nll = float((rec.abs() / model.logvar.exp() + model.logvar).sum())
+            kl = 0.5 * float((posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum())
+        nll += tile_nll
+        loss += tile_nll + 0.01 * kl
+        squares += float((rec**2).sum())
+        n_valid += int(valid.sum())
+    last = rows(run)[-1]
+    assert last["val_nll_loss"] == pytest.approx(nll / len(places), rel=1e-5)
+    assert last["val_loss"] == pytest.approx(loss / len(places), rel=1e-5)
+    assert last["val_pixel_mse"] == pytest.approx(squares / n_valid, rel=1e-5)
+    baselines = json.loads((run / "baselines.json").read_text())
+    tiles = np.concatenate([v[y : y + 8, x : x + 8].ravel() for y, x in places])
+    assert baselines["mean"] == pytest.approx(np.nanmean(tiles.astype(np.float64) ** 2), rel=1e-6)
+
+
+def test_training_loss_by_hand(tmp_path, make_store, train):
+    """Step 0 shows the untrained network on the first batch: its output is 0, so the errors are the data's own."""
+    z = np.random.default_rng(1).normal(size=(12, 12, 6))
+    z[::2, :, ::3] = np.nan
+    make_store(tmp_path / "store", {"a": z})
+    code, run = train(data={"store": str(tmp_path / "store"), "max_invalid_fraction": 0.9})
+    assert code == 0
+    store = Store(tmp_path / "store")
+    sampler = make_sampler(store, [0], seed=0, tile_size=8, max_invalid_fraction=0.9)
+    batch = read_crops(store, [sampler.crop(i) for i in range(3)], 8).numpy().astype(np.float64)
+    first = rows(run)[0]
+    assert first["pixel_mse"] == pytest.approx(np.nanmean(batch**2), rel=1e-6)
+    assert first["nll_loss"] == pytest.approx(np.nansum(np.abs(batch)) / 3, rel=1e-6)
+
+
+def test_gradients_are_clipped(train, monkeypatch):
+    norms = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(grad_clip=0.5)
+    assert max(norms) <= 0.5 * (1 + 1e-5)
+    assert max(norms) > 0.49
+
+
+def test_moved_store_goes_on_and_another_is_refused(train, store, tmp_path, make_store, capsys):
+    train(n_steps=5)
+    shutil.copytree(store, tmp_path / "moved")
+    assert train(n_steps=7, data={"store": str(tmp_path / "moved")})[0] == 0
+    other = {name: np.zeros((24, 40, 24)) + np.arange(24) for name in ("a", "v")}
+    make_store(tmp_path / "other", other, val=("v",))
+    code, run = train(n_steps=9, data={"store": str(tmp_path / "other")})
+    assert code == 2
+    assert "its hash differs" in capsys.readouterr().err
+    assert rows(run)[-1]["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ({"conv_padding_mode": "reflect", "conv_kernel_size": 5}, {"tile_size": 4}),
+        ({"chs": [8, 8], "mid_attn": False}, {"tile_size": 2, "batch_size": 1}),
+    ],
+)
+def test_network_that_cannot_take_the_tiles_is_refused_first(train, tmp_path, capsys, model, data):
+    code, run = train(model=model, data=data)
+    assert code == 2
+    assert "data.tile_size" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_cut_store_is_refused_first(train, store, tmp_path, capsys):
+    shutil.copytree(store, tmp_path / "cut")
+    shard = next((tmp_path / "cut/scenes").glob("*/z/c/0/0/0"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    code, run = train(data={"store": str(tmp_path / "cut")})
+    assert code == 2
+    assert str(shard) in capsys.readouterr().err
+    assert not run.exists()
 
 
 def test_init_from_starts_where_the_source_ended(train):
@@ -246,12 +365,14 @@ def test_init_from_still_holds_when_the_first_start_left_no_checkpoint(train, mo
 
 
 def test_checkpoint_is_complete_in_itself(train, tmp_path):
-    """Moved elsewhere, the run's directory gone, it still loads and gives the validation's numbers."""
+    """Moved elsewhere, the run's directory gone, it still starts another run where it ended."""
     _, run = train()
+    last = rows(run)[-1]["val_loss"]
     (run / "checkpoints/step=000014").rename(tmp_path / "alone")
-    model = load_model(tmp_path / "alone")
-    assert not model.training
-    assert load_model(run).encoder.shape == model.encoder.shape == (24, 8, 8)
+    shutil.rmtree(run)
+    assert load_model(tmp_path / "alone").encoder.shape == (24, 8, 8)
+    _, following = train("next", init_from=str(tmp_path / "alone"), n_steps=2)
+    assert rows(following)[0]["val_loss"] == last
 
 
 def test_damaged_checkpoints(train, capsys):
@@ -300,7 +421,9 @@ def test_without_validation_scenes(train, store, tmp_path, capsys):
 def test_one_forward_pass_a_step(train, monkeypatch):
     calls = []
     original = AutoencoderKL.decode
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: calls.append(self.training) or original(self, z))
+    monkeypatch.setattr(
+        AutoencoderKL, "decode", lambda self, z: calls.append(self.training and not z.is_meta) or original(self, z)
+    )
     train()
     assert sum(calls) == N_STEPS
 

@@ -13,13 +13,22 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 def _to_path(value: Any) -> Path:
-    if isinstance(value, Path) or (isinstance(value, str) and value):
-        return Path(value).expanduser()
+    if isinstance(value, Path) or (isinstance(value, str) and value and "\0" not in value):
+        try:
+            return Path(value).expanduser()
+        except RuntimeError as error:  # ~nobody
+            raise ValueError(f"must be a path: {error}") from error
     raise ValueError("must be a path")
 
 
+def _check_distinct(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise ValueError("must not name anything twice")
+    return values
+
+
 def _check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
         raise ValueError("must be auto, cpu, cuda or cuda:N")
     return value
 
@@ -65,7 +74,7 @@ class SimulateConfig(CommandConfig):
         description="pixels [mirror_step, xtrack] of a granule; a real one has [131, 2048]",
     )
     n_channels: int = Field(1028, ge=16, description="spectral channels, evenly over 290-490 nm")
-    products: list[Product] = Field(
+    products: Annotated[list[Product], AfterValidator(_check_distinct)] = Field(
         ["NO2", "HCHO", "O3TOT", "CLDO4"], description="level-2 products to write beside level 1"
     )
     invalid_fraction: float = Field(
@@ -175,7 +184,7 @@ class DataConfig(Section):
     )
     num_workers: Annotated[int, Field(ge=0)] = Field(2, description="reader threads; 0 reads between the steps")
     max_invalid_fraction: float = Field(
-        0.5, ge=0, le=1, description="tiles with a larger share of invalid samples are not used"
+        0.5, ge=0, lt=1, description="tiles with a larger share of invalid samples are not used"
     )
     n_val_tiles: PositiveInt = Field(64, description="at most so many validation tiles, always the same")
     max_scenes: PositiveInt | None = Field(None, description="use only the first so many training scenes")
@@ -224,7 +233,7 @@ class ModelConfig(Section):
         "l1", description="the reconstruction term of the loss: absolute (l1) or squared (l2) differences of z"
     )
     logvar_init: float = Field(
-        0.0, description="log-variance of the reconstruction term before training; it is learned"
+        0.0, ge=-30, le=30, description="log-variance of the reconstruction term before training; it is learned"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +37,10 @@ def convert(config: ConvertConfig, run: RunDir, console: Console) -> None:
         InputError: a file is missing or damaged.
         ConfigError: settings or statistics do not fit the weights, or the source lies where the result is to go.
     """
-    if config.source.resolve().is_relative_to(run.path.resolve()):
-        raise ConfigError(f"output_dir: {run.path} holds the source, {config.source}: choose another directory")
+    run.refuse_inside("source", config.source)
+    if config.normalization is not None:
+        run.refuse_inside("normalization.mean", config.normalization.mean)
+        run.refuse_inside("normalization.std", config.normalization.std)
     artifact = load_artifact(config.source, config.model)
     if config.normalization is not None:
         if artifact.normalization is not None:
@@ -65,7 +68,7 @@ def foreign_normalization(config: SpectraConfig, n_channels: int) -> Normalizati
 
     Raises:
         InputError: a file is missing, damaged or no spectrum.
-        ConfigError: the number of channels differs, or the spectra cannot normalise.
+        ConfigError: the number of channels differs, the spectra cannot normalise, or the wavelengths are none.
     """
     spectra = {"mean": mltools.read_spectrum(config.mean), "std": mltools.read_spectrum(config.std)}
     for name, path in (("mean", config.mean), ("std", config.std)):
@@ -92,11 +95,13 @@ def foreign_normalization(config: SpectraConfig, n_channels: int) -> Normalizati
 def _wavelengths(given: list[float] | Wavelengths | None, n_channels: int) -> Float64 | None:
     if given is None:
         return None
+    from spectralvae.readers.base import check_wavelengths
+
     if isinstance(given, Wavelengths):
-        return np.linspace(given.first, given.last, n_channels)
-    if len(given) != n_channels:
-        raise ConfigError(f"normalization.wavelength: {len(given)} values for {n_channels} channels")
-    return np.array(given)
+        values = np.linspace(given.first, given.last, n_channels)
+    else:
+        values = np.array(given, dtype=np.float64)
+    return check_wavelengths("normalization.wavelength", values, n_channels)
 
 
 def write_export(folder: Path, artifact: Artifact) -> None:
@@ -152,7 +157,9 @@ def write_mltools(folder: Path, artifact: Artifact, console: Console) -> None:
                 "mltools makes of them, since it knows no mask",
             )
         for name, values in (("mean_spectrum", normalization.mean), ("std_spectrum", normalization.std)):
-            torch.save(torch.from_numpy(values).float(), folder / f"{name}.pt")
+            content = io.BytesIO()
+            torch.save(torch.from_numpy(values).float(), content)
+            write_atomic(folder / f"{name}.pt", content.getvalue())
     mltools.save_weights(artifact.model, folder / "model.pt")
     n_tensors = len(artifact.model.state_dict())
     console.print(f"{folder / 'model.pt'}: {n_tensors} tensors with mltools' names")

@@ -200,6 +200,15 @@ class RunDir:
         self._write_record()
         write_atomic(self.path / "config.yaml", to_yaml(self.config))
 
+    def refuse_inside(self, key: str, path: Path) -> None:
+        """Refuse an input that lies in the directory: starting afresh would delete it.
+
+        Raises:
+            ConfigError: it does, and the directory is to be cleared.
+        """
+        if self._clear and path.resolve().is_relative_to(self.path.resolve()):
+            raise ConfigError(f"{key}: {path} lies in output_dir, {self.path}, which --overwrite would clear: move it")
+
     def _take_lock(self) -> IO[str]:
         lock = (self.path / ".lock").open("a")
         try:
@@ -217,7 +226,8 @@ class RunDir:
         # cut off in the middle, it must still be known as ours (run.json goes last), and never as finished
         assert self._found is not None
         write_atomic(self.path / "run.json", json.dumps({**self._found, "state": "failed"}))
-        for child in sorted(self.path.iterdir(), key=lambda child: child.name == "run.json"):
+        markers = {"zarr.json": 0, "manifest.json": 0, "run.json": 2}  # what says "complete" goes first
+        for child in sorted(self.path.iterdir(), key=lambda child: markers.get(child.name, 1)):
             if child.name == ".lock":
                 continue
             shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()

@@ -26,31 +26,31 @@ class PixelPCA:
 
     @classmethod
     def fit(cls, tiles: Iterable[NDArray[Any]], n_components: int) -> PixelPCA:
-        """Fit on the pixels without an invalid sample; the covariance is summed tile by tile, in float64.
+        """Fit on the pixels that have a valid sample; an invalid one counts as z = 0, the training scenes' mean.
 
         Args:
-            tiles: (..., channel) each, NaN = invalid; leave out channels that are invalid everywhere.
+            tiles: (..., channel) z each, NaN = invalid.
             n_components: k.
 
         Raises:
-            InputError: there are too few complete pixels.
+            InputError: there are too few pixels.
         """
-        n, total, products = 0, np.zeros(1), np.zeros((1, 1))
+        n, total, products = 0, np.zeros(1), np.zeros((1, 1))  # summed tile by tile, in float64
         for tile in tiles:
             pixels = tile.reshape(-1, tile.shape[-1]).astype(np.float64)
-            pixels = pixels[np.isfinite(pixels).all(axis=1)]
+            pixels = np.nan_to_num(pixels[np.isfinite(pixels).any(axis=1)])
             n += len(pixels)
             total = total + pixels.sum(axis=0)
             products = products + pixels.T @ pixels
         if n <= n_components:
-            raise InputError(f"PCA: too few complete pixels ({n}) to fit {n_components} components on")
+            raise InputError(f"PCA: too few pixels ({n}) to fit {n_components} components on")
         mean = np.asarray(total / n)
         covariance = products / n - np.outer(mean, mean)
         return cls(mean, np.linalg.eigh(covariance)[1].T[::-1][:n_components])
 
     def reconstruct(self, tile: NDArray[Any], k: int) -> NDArray[np.float64]:
-        """(..., channel) -> the same from k components; an invalid sample counts as the mean."""
-        deviation = np.where(np.isfinite(tile), tile.astype(np.float64) - self.mean, 0.0)
+        """(..., channel) -> the same from k components; an invalid sample counts as in `fit`."""
+        deviation = np.nan_to_num(tile.astype(np.float64)) - self.mean
         basis = self.components[:k]
         return np.asarray(deviation @ basis.T @ basis + self.mean)
 

@@ -33,7 +33,7 @@ class PlannedScene:
     @property
     def id(self) -> str:
         """The scene's name, as the name of a folder."""
-        return re.sub(r"[^A-Za-z0-9._-]", "_", self.scene.name)
+        return re.sub(r"[^A-Za-z0-9._-]|^\.", "_", self.scene.name)
 
 
 def plan_scenes(config: PrepareConfig, console: Console) -> list[PlannedScene]:
@@ -62,8 +62,9 @@ def plan_scenes(config: PrepareConfig, console: Console) -> list[PlannedScene]:
 
 
 def _expand(pattern: str) -> list[Path]:
-    if not glob.has_magic(pattern):
-        return [Path(pattern).expanduser()]
+    path = Path(pattern).expanduser()
+    if path.exists() or not glob.has_magic(pattern):
+        return [path]
     paths = sorted(Path(path) for path in glob.iglob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
     if not paths:
         raise InputError(f"inputs: no file matches {pattern}")
@@ -84,13 +85,18 @@ def _open(path: Path, spec: InputSpec, band: str | None, region: Sequence[int] |
 
 def _check_distinct(planned: Sequence[PlannedScene]) -> None:
     """No pixel may be in two scenes, else the validation would see what was trained on."""
-    files = [p.scene.path.resolve() for p in planned]
-    for i, a in enumerate(planned):
-        for j, b in enumerate(planned[:i]):
-            if a.id == b.id:
-                raise ConfigError(f"inputs: {b.scene.path} and {a.scene.path} give two scenes named {a.id}")
-            if files[i] == files[j] and _overlap(a.scene, b.scene):
-                raise ConfigError(f"inputs: {a.scene.path} is given twice, and the regions share pixels")
+    by_file: dict[Path, list[PlannedScene]] = {}
+    by_id: dict[str, PlannedScene] = {}
+    for p in planned:
+        others = by_file.setdefault(p.scene.path.resolve(), [])
+        if any(_overlap(p.scene, other.scene) for other in others):
+            raise ConfigError(f"inputs: {p.scene.path} is given twice, and the regions share pixels")
+        others.append(p)
+        twin = by_id.setdefault(p.id, p)
+        if twin is not p:
+            raise ConfigError(
+                f"inputs: {twin.scene.path} and {p.scene.path} give two scenes named {p.id}: rename one or leave it out"
+            )
 
 
 def _overlap(a: Scene, b: Scene) -> bool:

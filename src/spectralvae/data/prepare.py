@@ -23,6 +23,7 @@ from spectralvae.data.store import SceneRecord, ZWriter
 from spectralvae.errors import ConfigError
 from spectralvae.readers import Scene
 from spectralvae.rundir import RunDir, write_atomic
+from spectralvae.signals import stop_at_once
 
 BLOCK_BYTES = 16e6  # of float32 read at a time
 BELOW_MINIMUM = "below_min_radiance"
@@ -39,7 +40,9 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
     training = [p for p in planned if p.split == "train"]
     wavelength = check_wavelengths(planned, training[0])
     check_transform(training[0].scene, config.normalization)
-    with run:
+    for p in planned:
+        run.refuse_inside("inputs", p.scene.path)
+    with run, stop_at_once():
         scratch = run.path / ".partial"
         scratch.mkdir(exist_ok=True)
         check_same_plan(planned, run.path, scratch)
@@ -57,10 +60,10 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
             task = progress.add_task("writing the store", total=sum(p.scene.shape[0] for p in planned))
             advance = partial(progress.advance, task)
             records = [write_scene(run.path, p, normalization, config.dtype, advance) for p in planned]
-        digest = store.finish_store(run.path, records, normalization, moments, config.dtype)
-        shutil.rmtree(scratch)
-        run.note(store_hash=digest)
+        check_sources(records)
+        run.note(store_hash=store.finish_store(run.path, records, normalization, moments, config.dtype))
         report(records, run.path, console)
+    shutil.rmtree(scratch)  # last: without it a preparation that is not known as finished begins anew
 
 
 def check_same_plan(planned: Sequence[PlannedScene], root: Path, scratch: Path) -> None:
@@ -91,10 +94,25 @@ def check_same_plan(planned: Sequence[PlannedScene], root: Path, scratch: Path) 
                     "start afresh with --overwrite"
                 )
         return
+    shutil.rmtree(scratch)
+    scratch.mkdir()
     (root / "zarr.json").unlink(missing_ok=True)
     if (root / "scenes").exists():
         shutil.rmtree(root / "scenes")
     write_atomic(begun, json.dumps(plan))
+
+
+def check_sources(records: Sequence[SceneRecord]) -> None:
+    """One file under two names is one scene: it may not be trained on and judged with.
+
+    Raises:
+        ConfigError: two scenes are copies of the same pixels.
+    """
+    seen: dict[tuple[str, str], SceneRecord] = {}
+    for record in records:
+        twin = seen.setdefault((record.sha256, str(record.region)), record)
+        if twin is not record:
+            raise ConfigError(f"inputs: scenes {twin.id} and {record.id} are copies of one file: give it once")
 
 
 def check_transform(scene: Scene, normalization: NormalizationConfig) -> None:
@@ -238,6 +256,7 @@ def write_scene(
         invalid=invalid,
         absent=list(p.scene.absent),
         z_sha256=writer.sha256,
+        n_invalid=int(n_invalid.sum()),
     )
     store.write_scene_group(folder, record, arrays)
     return record

@@ -67,6 +67,7 @@ class SceneRecord:
         invalid: rejected samples by rule.
         absent: optional variables that the source lacks.
         z_sha256: digest of z, without the shard's index.
+        n_invalid: samples of z that are NaN.
     """
 
     id: str
@@ -80,6 +81,7 @@ class SceneRecord:
     invalid: dict[str, int]
     absent: list[str]
     z_sha256: str
+    n_invalid: int
 
 
 class ZWriter:
@@ -294,9 +296,25 @@ class Store:
         return [i for i, scene in enumerate(self.scenes) if scene.split == split]
 
     def n_invalid(self, scene: int) -> NDArray[np.int64]:
-        """(y, x): how many channels of each pixel are invalid."""
-        folder = scene_folder(self.path, self.scenes[scene].id)
-        return np.asarray(zarr.open_array(folder / "n_invalid", mode="r")[:], np.int64)
+        """(y, x): how many channels of each pixel are invalid.
+
+        Raises:
+            InputError: the array is lost or damaged, or z is not as long as it was written.
+        """
+        record = self.scenes[scene]
+        folder = scene_folder(self.path, record.id)
+        ny, nx, nc = record.shape
+        z_bytes = ny * nx * nc * self.dtype.itemsize + len(shard_index(ny, 1))
+        try:
+            n_invalid = np.asarray(zarr.open_array(folder / "n_invalid", mode="r")[:], np.int64)
+            found = _shard(folder).stat().st_size
+        except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
+            raise InputError(f"{folder}: is damaged ({type(error).__name__}: {error}); prepare it again") from error
+        if n_invalid.sum() != record.n_invalid:  # zarr reads a lost chunk as zeros, without a word
+            raise InputError(f"{folder / 'n_invalid'}: is damaged (its sum is not the table's); prepare it again")
+        if found != z_bytes:
+            raise InputError(f"{_shard(folder)}: has {found} bytes instead of {z_bytes}; prepare it again")
+        return n_invalid
 
     def read_tile(self, scene: int, y: int, x: int, out: NDArray[Any]) -> None:
         """Read the tile whose first pixel is (y, x) into ``out`` (tile_y, tile_x, channel), C-contiguous.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -48,7 +49,7 @@ def open_scene(
     """Open a scene lazily: radiance is read when it is used, and only the rows that are.
 
     Args:
-        path: A TEMPO L1 radiance granule, or a MATLAB .mat file (v5, v7.3).
+        path: A TEMPO L1 radiance granule, or a MATLAB .mat file (v5, v7.3); "~" is the home folder.
         variable: MATLAB: the array's name, where more than one may be the scene.
         size: MATLAB: [ny, nx] of a 2-D array (bands x pixels), where the file doesn't say.
         wavelength: MATLAB: the wavelengths in nm, or {"first": nm, "last": nm} for evenly spaced channels.
@@ -103,7 +104,7 @@ def open_reader(
     Returns:
         The scene; no file is open until it is read.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises over a file of the name "~copy.nc")
     check_file(path)
     if _is_matlab(path):
         _refuse_arguments(path, "MATLAB", {"band": band}, "TEMPO granules")

@@ -247,28 +247,33 @@ def whole_numbers(path: Path, key: str, value: object, form: str) -> tuple[int, 
     return numbers
 
 
-def check_wavelengths(path: Path, key: str, values: NDArray[np.float64], nc: int) -> NDArray[np.float64]:
+def check_wavelengths(what: str, values: NDArray[np.float64], nc: int) -> NDArray[np.float64]:
     """Check that values are wavelengths of nc channels in nm; return them.
+
+    Args:
+        what: Whose they are, as messages begin: file and variable, or key.
+        values: (n,) numbers.
+        nc: Number of channels.
 
     Raises:
         ConfigError: Their number is wrong, or they aren't finite, positive and strictly increasing, or not in nm.
     """
     if values.size != nc:
-        raise ConfigError(f"{path}: {key} has {values.size} values for {nc} channels; give {nc}, in nm")
+        raise ConfigError(f"{what} has {values.size} values for {nc} channels; give {nc}, in nm")
     if bad := int(np.count_nonzero(~np.isfinite(values))):
-        raise ConfigError(f"{path}: {key}: {bad} of {nc} values aren't finite; give all of them, in nm")
+        raise ConfigError(f"{what}: {bad} of {nc} values aren't finite; give all of them, in nm")
     if bad := int(np.count_nonzero(values <= 0)):
-        raise ConfigError(f"{path}: {key}: {bad} of {nc} values aren't above 0; give them in nm")
+        raise ConfigError(f"{what}: {bad} of {nc} values aren't above 0; give them in nm")
     steps = np.diff(values)
     if bad := int(np.count_nonzero(steps <= 0)):
         first = int(np.argmax(steps <= 0))
         raise ConfigError(
-            f"{path}: {key} must increase from channel to channel, but doesn't at {bad} of {nc - 1} steps, first from"
+            f"{what} must increase from channel to channel, but doesn't at {bad} of {nc - 1} steps, first from"
             f" {values[first]:g} to {values[first + 1]:g} nm"
         )
     if values.max() < _MICROMETRES_BELOW:
         raise ConfigError(
-            f"{path}: {key} ends at {values.max():g}, under {_MICROMETRES_BELOW:g} nm, so it seems to be in"
+            f"{what} ends at {values.max():g}, under {_MICROMETRES_BELOW:g} nm, so it seems to be in"
             " micrometres; give nm, wavelength: [...]"
         )
     return values
@@ -283,7 +288,7 @@ def check_file(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path}: a directory, not a file; formats read now: {READABLE}")
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; check the path")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty (0 bytes), so it is damaged or truncated; fetch it again")
 
@@ -299,7 +304,7 @@ def damage_named(path: Path, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+        raise InputError(f"{path}: no such file; check the path") from error
     except PermissionError as error:
         raise InputError(f"{path}: no permission to read it") from error
     except (*_DAMAGE, *more) as error:

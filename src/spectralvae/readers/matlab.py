@@ -110,7 +110,23 @@ def _open(path: Path) -> _Source:
     if h5py.is_hdf5(path):
         with damage_named(path):
             return _Mat73(path)
+    if _is_version_4(path):
+        raise InputError(
+            f"{path}: a MATLAB file of version 4, which is not read; load it in MATLAB and save it as version 5,"
+            " save(..., '-v7'), or as 7.3, save(..., '-v7.3')"
+        )
     return _Mat5(path)
+
+
+def _is_version_4(path: Path) -> bool:
+    """Does a file begin with a version 4 matrix: type, rows, columns, imaginary, name's length?"""
+    with damage_named(path), path.open("rb") as file:
+        head = file.read(20)
+    for order in "<>" if len(head) == 20 else "":
+        kind, rows, columns, imaginary, name_length = struct.unpack(f"{order}5i", head)
+        if 0 <= kind < 5000 and min(rows, columns) >= 0 and imaginary in (0, 1) and name_length > 0:
+            return True
+    return False
 
 
 class _Mat5:
@@ -235,8 +251,9 @@ def _known_size(path: Path, source: _Source, listing: Listing, size: Sequence[in
         if all(name in scalars for name in names):
             with damage_named(path):
                 values = [source.array(scalars[name]).item() for name in names]
-            if any(value != int(value) or value < 1 for value in values):
-                raise InputError(f"{path}: {' and '.join(names)} are {values}, no size; give it, size: [ny, nx]")
+            for name, value in zip(names, values, strict=True):
+                if value < 1 or not float(value).is_integer():
+                    raise InputError(f"{path}: {scalars[name]} is {value}, no size; give it, size: [ny, nx]")
             found[int(values[0]), int(values[1])] = names
     if len(found) > 1:
         raise InputError(f"{path}: it gives several sizes, {', '.join(map(str, found))}; give one, size: [ny, nx]")
@@ -313,7 +330,7 @@ def _wavelengths(
 ) -> NDArray[np.float64]:
     """(nc,) wavelengths in nm, the user's or else the file's."""
     if given is not None:
-        return check_wavelengths(path, "wavelength", _given_wavelengths(path, given, nc), nc)
+        return check_wavelengths(f"{path}: wavelength", _given_wavelengths(path, given, nc), nc)
     names = [n for n, (shape, kind) in listing.items() if n.lower() in _WAVELENGTH_NAMES and kind in _NUMERIC]
     remedy = "give them in nm, wavelength: [...] or wavelength: {first: 401, last: 889}"
     if not names:
@@ -324,7 +341,7 @@ def _wavelengths(
         values = source.array(names[0]).astype(np.float64)
     if max(values.shape, default=1) != values.size:
         raise InputError(f"{path}: {names[0]} has shape {values.shape}, no vector; {remedy}")
-    return check_wavelengths(path, names[0], values.ravel(), nc)
+    return check_wavelengths(f"{path}: {names[0]}", values.ravel(), nc)
 
 
 def _given_wavelengths(path: Path, given: object, nc: int) -> NDArray[np.float64]:

@@ -36,6 +36,7 @@ REJECTED_FLAG_BITS = (0, 1, 2, 5)
 Y, X, C = "mirror_step", "xtrack", "spectral_channel"
 _REQUIRED = {"radiance": (Y, X, C), "nominal_wavelength": (X, C)}
 _OPTIONAL: dict[str, tuple[str, ...]] = {FLAG: (Y, X, C), **dict.fromkeys(COORDINATES, (Y, X)), "time": (Y,)}
+_NUMERIC_ATTRIBUTES = ("_FillValue", "missing_value", "scale_factor", "add_offset")
 _NANOMETRES = {"nm", "nanometer", "nanometers", "nanometre", "nanometres"}
 
 _BAND = re.compile(r"band_\d+_\d+_nm")
@@ -177,6 +178,9 @@ def _check_layout(path: Path, file: h5py.File, band: str) -> tuple[dict[str, int
             )
         if variable.dtype.kind not in "iuf":
             raise InputError(f"{path}: {place} holds {variable.dtype}, not numbers")
+        for key in _NUMERIC_ATTRIBUTES:
+            if np.asarray(value := variable.attrs.get(key, 0)).dtype.kind not in "iuf":
+                raise InputError(f"{path}: {place} has {key} = {_text(value)!r}, no number; correct or remove it")
         for dim, size in zip(found, variable.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
                 raise InputError(
@@ -214,21 +218,19 @@ def _is_declared_fill(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[np.b
 
 
 def _unpack(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[Any]:
-    """Apply the variable's scale_factor and add_offset, where it has them."""
+    """Apply the variable's scale_factor and add_offset, where it has them; undeclared fills stay what they are."""
     if "scale_factor" not in variable.attrs and "add_offset" not in variable.attrs:
         return raw
     scale, offset = (float(np.ravel(variable.attrs.get(k, d))[0]) for k, d in (("scale_factor", 1), ("add_offset", 0)))
-    return raw.astype(np.float64) * scale + offset
+    raw = raw.astype(np.float64)
+    return np.where(is_undeclared_fill(raw), raw, raw * scale + offset)
 
 
 def _decode(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[Any]:
     """Raw values as float32 or float64, unpacked, NaN where they are fill or not finite; same shape."""
-    invalid = _is_declared_fill(variable, raw)
-    if raw.dtype.kind == "f":
-        invalid |= is_undeclared_fill(raw) | ~np.isfinite(raw)
     unpacked = _unpack(variable, raw)
     values = unpacked.astype(np.float32 if unpacked.dtype == np.float32 else np.float64)
-    values[invalid] = np.nan
+    values[_is_declared_fill(variable, raw) | is_undeclared_fill(values) | ~np.isfinite(values)] = np.nan
     return values
 
 

@@ -12,10 +12,9 @@ from typing import Any
 import h5netcdf
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spectralvae import __version__
+from spectralvae.console import new_progress
 from spectralvae.errors import ConfigError
 from spectralvae.simulate import fields, physics
 
@@ -68,9 +67,10 @@ def simulate_granules(
     place = fields.make_place(seed, shape)
 
     expected_seconds = n_granules * shape[0] * shape[1] * n_channels / _SAMPLES_PER_SECOND
-    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     written: list[Path] = []
-    with Progress(*columns, console=Console(stderr=True), disable=expected_seconds < 2.0) as progress:
+    progress = new_progress("steps")
+    progress.disable = expected_seconds < 2.0
+    with progress:
         task = progress.add_task("simulating", total=n_granules * shape[0])
         for index in range(n_granules):
             start = FIRST_DAY + timedelta(days=index, hours=HOURS[index % len(HOURS)])

@@ -61,7 +61,7 @@ def save_checkpoint(
     }
     files = pack_model(model, settings, normalization, step)
     files["optimizer.safetensors"] = pack_tensors(moments)
-    files["random.safetensors"] = pack_tensors(_random_states())
+    files["random.safetensors"] = pack_tensors(_random_states(model.logvar.device))
     files["trainer.json"] = (json.dumps({"step": step, **state}, indent=2) + "\n").encode()
     path = checkpoint_path(run, step)
     write_folder(path, files)
@@ -70,10 +70,10 @@ def save_checkpoint(
     return path
 
 
-def _random_states() -> dict[str, Tensor]:
+def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
@@ -136,8 +136,9 @@ def restore(path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer) 
         optimizer.state[parameter] = entries
     random = tensors_of(contents["random.safetensors"])
     torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
+    device = model.logvar.device
+    if "cuda" in random and device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"], device)
     state: dict[str, Any] = json.loads(contents["trainer.json"])
     return state
 

@@ -13,6 +13,8 @@ from rich.console import Console
 from spectralvae.console import warn
 from spectralvae.errors import ConfigError
 
+CGROUP = Path("/sys/fs/cgroup")
+
 
 def choose_device(name: str, console: Console) -> torch.device:
     """The device called ``name``; auto takes the CUDA device with the most free memory, else the CPU.
@@ -45,10 +47,12 @@ def available_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")  # what a SLURM job or container may use
+    limit = CGROUP / "memory.max"  # what a SLURM job or container may use
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        available = min(available, int(text) - used)
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cache = int(stat["active_file"]) + int(stat["inactive_file"])  # of files that were read; given up when needed
+        available = min(available, int(text) - used + cache)
     return available
 
 

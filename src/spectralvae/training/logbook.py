@@ -14,6 +14,14 @@ from torch.utils.tensorboard import SummaryWriter
 from spectralvae.rundir import write_atomic
 
 
+def _parse(line: str) -> dict[str, Any] | None:
+    """A row, or None for what a kill or a power loss left of one."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None
+
+
 class Logbook:
     """The rows of a run, in files and in memory.
 
@@ -29,10 +37,12 @@ class Logbook:
         self.rows: list[dict[str, Any]] = []
         self._metrics = run / "metrics.jsonl"
         if step and self._metrics.is_file():
-            lines = self._metrics.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.rows = [json.loads(line) for line in whole]
-            write_atomic(self._metrics, "".join(whole))
+            for line in self._metrics.read_text().splitlines():
+                row = _parse(line)
+                if row is None or row["step"] > step:
+                    break
+                self.rows.append(row)
+            write_atomic(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
         else:
             write_atomic(self._metrics, "")
         self._timing = run / "timing.jsonl"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectralvae.config import TrainConfig
@@ -14,6 +15,7 @@ from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError
 from spectralvae.inference import load_artifact
 from spectralvae.model import AutoencoderKL
+from spectralvae.settings import construct
 
 # May differ between a run and the weights it starts from: they are no part of the weights' meaning. The first three
 # decide which layers there are, but only together: the layers are compared instead.
@@ -38,6 +40,23 @@ def network_settings(config: TrainConfig, store: Store) -> dict[str, Any]:
             f"these give {shape}; leave it out"
         )
     return {**settings, "shape": shape}
+
+
+def check_forward(settings: dict[str, Any], batch_size: int) -> None:
+    """Run one batch through the network without memory or arithmetic (torch's meta device).
+
+    Raises:
+        ConfigError: the network cannot take it: padding wider than its smallest level, too few values to normalise.
+    """
+    try:
+        network = construct(settings, "meta").train()
+        network.get_loss(torch.empty(batch_size, *settings["shape"], device="meta"))
+    except (ValueError, RuntimeError) as error:
+        size = settings["shape"][-1]
+        raise ConfigError(
+            f"model: it cannot take batches of {batch_size} tiles of {size} x {size} pixels ({error}); "
+            "change data.tile_size, data.batch_size or the model"
+        ) from error
 
 
 def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Path:

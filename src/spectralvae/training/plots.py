@@ -86,5 +86,6 @@ def _set_value_scale(axes: Axes, values: np.ndarray, metric: str) -> None:
     sizes = np.abs(values[values != 0])
     threshold = 10.0 ** np.floor(np.log10(np.quantile(sizes, 0.1))) if len(sizes) else 1.0
     axes.set_yscale("symlog", linthresh=threshold)
-    axes.axhline(0, color="0.7", lw=0.8)
+    if values.max() > 0:
+        axes.axhline(0, color="0.7", lw=0.8)
     axes.set_ylabel(f"{metric}   (symlog axis: linear within ±{threshold:g})")

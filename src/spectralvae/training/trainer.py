@@ -22,12 +22,12 @@ from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.rundir import RunDir, Stopped, write_atomic
 from spectralvae.settings import build_model
+from spectralvae.signals import stop_signal
 from spectralvae.training import plots
 from spectralvae.training.checkpoint import list_checkpoints, newest_valid, restore, save_checkpoint, thin_out
 from spectralvae.training.device import check_batch_fits, choose_device, report_first_step
 from spectralvae.training.logbook import Logbook
-from spectralvae.training.network import network_settings, start_from
-from spectralvae.training.signals import stop_signal
+from spectralvae.training.network import check_forward, network_settings, start_from
 from spectralvae.training.validation import METRICS, REFERENCE_LABELS, Validation
 
 LOG_LINE_SECONDS = 30.0  # between lines where there is no terminal for a progress bar
@@ -47,10 +47,14 @@ def train(config: TrainConfig, run: RunDir, console: Console) -> None:
     if run.resuming and run.record.get("store_hash", store.hash) != store.hash:
         raise ConfigError(f"data.store: {store.path} is not the store of this run (its hash differs)")
     settings = network_settings(config, store)
+    check_forward(settings, config.data.batch_size)
     device = choose_device(config.training.device, console)
     check_batch_fits(config.data.batch_size, settings["shape"], device)
     trainer = Trainer(config, settings, store, device, run.path, console)
     initial = config.training.init_from
+    run.refuse_inside("data.store", store.path)
+    if initial is not None:
+        run.refuse_inside("training.init_from", initial)
     if initial is not None and not (run.resuming and list_checkpoints(run.path)):
         console.print(f"initial weights: {start_from(trainer.model, settings, initial)}")
     with run:
@@ -120,28 +124,27 @@ class Trainer:
         with stop_signal() as stop, self._progress() as (progress, task):
             if self.step == 0:
                 self._begin()
-            for batch in self._batches():
-                if self.step >= training.n_steps:
-                    break
+            stream = self._stream(self.config.data.num_workers)
+            for _, batch in zip(range(self.step, training.n_steps), stream, strict=False):
                 first = self.step == self.first_step
                 metrics = self._optimize(batch)
                 self.step += 1
                 if first:
                     report_first_step(self.device, self.console)
-                last = self.step == training.n_steps
+                last, stopping = self.step == training.n_steps, stop.exit_code
                 validated = bool(self.validation.crops) and (last or self.step % training.val_every == 0)
                 if validated or last or self.step % training.log_every == 0:
                     self.log.log({"step": self.step, **metrics, **(self._validate() if validated else {})})
                 if last or self.step % training.plot_every == 0:
                     self._plot()
-                if last or stop.exit_code is not None or self.step % training.save_every == 0:
+                if last or stopping is not None or self.step % training.save_every == 0:
                     self._save()
                 self._show(progress, task, metrics)
-                if stop.exit_code is not None and not last:
+                if stopping is not None and not last:
                     self._plot()
                     self.log.close()
                     self.console.print(f"stopped by a signal, saved at step {self.step}; start it again to go on")
-                    raise Stopped(stop.exit_code)
+                    raise Stopped(stopping)
         self.log.close()
         self._summarize()
 
@@ -204,9 +207,6 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _batches(self) -> Iterator[Batch]:
-        return iter(self._stream(self.config.data.num_workers))
-
     def _to_device(self, tiles: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, y, x, C) with NaN -> x (B, C, y, x) float32, mask, noise, on the device."""
         x = tiles.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # a view, and channels_last
@@ -259,10 +259,11 @@ class Trainer:
         training = self.config.training
         normalization = self.store.normalization
         state = {"spectralvae": __version__, "seed": self.config.seed, "store_hash": self.store.hash}
-        save_checkpoint(self.path, self.step, self.model, self.settings, normalization, self.optimizer, state)
-        thin_out(self.path, training.keep_last, training.keep_every)
+        # the picture first: a run that dies in between draws it again
         figure = self.validation.draw(self.model, self._to_device, self._autocast(), self.step)
         self.log.picture("reconstructions", plots.save_figure(figure, self._figure_path()), self.step)
+        save_checkpoint(self.path, self.step, self.model, self.settings, normalization, self.optimizer, state)
+        thin_out(self.path, training.keep_last, training.keep_every)
 
     def _figure_path(self) -> Path:
         return self.path / "figures" / f"reconstructions_step={self.step:06d}.png"

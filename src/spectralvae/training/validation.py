@@ -92,9 +92,8 @@ class Validation:
 
     def reference_errors(self) -> dict[str, float]:
         """Errors of predicting the mean, and of PCA per pixel fitted on a grid of tiles over the training scenes."""
-        live = np.isfinite(self.store.normalization.mean)  # the others are masked everywhere
-        training = (self._read([crop])[0].numpy()[..., live] for crop in self.reference_crops)
-        validation = (tile.numpy()[..., live] for tiles, _ in self._batches() for tile in tiles)
+        training = (self._read([crop])[0].numpy() for crop in self.reference_crops)
+        validation = (self._read([crop])[0].numpy() for crop in self.crops)
         return reference_errors(training, validation)
 
     @torch.no_grad()

@@ -1,0 +1,58 @@
+"""Signals that ask a command to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+from spectralvae.rundir import Stopped
+
+# TERM and USR1 come from schedulers: "start it again" is 75; Ctrl-C is 130 by convention.
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+class StopSignal:
+    """Remembers that a signal asked the run to stop after the step at hand.
+
+    Attributes:
+        exit_code: what to exit with; None while nothing was asked.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.exit_code = EXIT_CODES[signal.Signals(number)]
+
+
+@contextmanager
+def _handlers(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_signal() -> Iterator[StopSignal]:
+    """Catch TERM, USR1 and INT while the block runs."""
+    stop = StopSignal()
+    with _handlers(dict.fromkeys(EXIT_CODES, stop)):
+        yield stop
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise Stopped(EXIT_CODES[signal.Signals(number)])
+
+
+@contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Make TERM and USR1 raise `Stopped` while the block runs: for work that can be cut anywhere and goes on."""
+    with _handlers({signal.SIGTERM: _raise_stopped, signal.SIGUSR1: _raise_stopped}):
+        yield
