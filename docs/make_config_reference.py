@@ -57,7 +57,7 @@ command is started, not from the folder of the YAML file.
 **`--print-config`** prints the complete config and stops; nothing is written.
 
 **`--overwrite`** starts afresh: it deletes what is in `output_dir`, but only if the same command made that folder, and
-only once config and inputs are known to be good.
+only once the config was checked and every input could be opened; an input that lies in the folder is refused.
 
 **Starting again.** `output_dir` may be absent or empty. If it holds an unfinished run of the same command and the same
 config, `prepare` and `train` go on where it ended; the other commands ask for `--overwrite`. If that run is finished,

@@ -1,5 +1,6 @@
 """Checkpoints of a run: what goes on after them is what would have gone on without them."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -181,6 +182,20 @@ def test_damaged_ones_are_passed_over_with_a_loud_warning(tmp_path, console, nam
         assert str(checkpoint_path(run, step) / name) in text
     assert names_in(run) == ["damaged_step=000010", "damaged_step=000015", "step=000005"]
     assert str(run / "checkpoints" / "damaged_step=000015") in text
+
+
+def test_a_newer_format_is_not_damage(tmp_path, console):
+    """Renaming it and going on from an older one would throw good steps away."""
+    run = write_run(tmp_path, 5, 10)
+    path = checkpoint_path(run, 10) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["format"] += 1
+    manifest.pop("digest")
+    manifest["digest"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="update spectralvae"):
+        newest_valid(run, console)
+    assert names_in(run) == ["step=000005", "step=000010"]
 
 
 def test_what_was_passed_over_never_outlives_the_good_ones(tmp_path, console):

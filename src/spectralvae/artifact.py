@@ -29,7 +29,7 @@ from torch import Tensor
 
 from spectralvae import __version__
 from spectralvae.data.normalize import Normalization
-from spectralvae.errors import ConfigError, InputError
+from spectralvae.errors import ConfigError, DamagedError, InputError
 from spectralvae.model import AutoencoderKL
 from spectralvae.rundir import write_atomic
 from spectralvae.settings import build_model
@@ -185,13 +185,14 @@ def verify(folder: Path) -> dict[str, bytes]:
         name -> content.
 
     Raises:
-        InputError: a file is missing or damaged, the manifest included, or of a newer format.
+        DamagedError: a file is missing or damaged, the manifest included.
+        InputError: the folder is of another format, or cannot be read.
     """
     contents = {}
     for name, entry in _read_manifest(folder / MANIFEST).items():
         content = _read_bytes(folder / name)
         if _sha256(content) != entry["sha256"]:
-            raise InputError(
+            raise DamagedError(
                 f"{folder / name}: is damaged: its {len(content)} bytes are not the "
                 f"{entry['bytes']} bytes that were written (SHA-256 differs)"
             )
@@ -203,7 +204,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise InputError(f"{path}: is missing: the folder is incomplete") from error
+        raise DamagedError(f"{path}: is missing: the folder is incomplete") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -214,9 +215,9 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         manifest = json.loads(_read_bytes(path))
         digest = manifest.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
+        raise DamagedError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
     if digest != _digest(manifest):  # the same rule in every format
-        raise InputError(f"{path}: is damaged: its digest does not fit")
+        raise DamagedError(f"{path}: is damaged: its digest does not fit")
     if manifest.get("format") != FORMAT:
         raise InputError(
             f"{path}: has format {manifest.get('format')}, but this version ({__version__}) reads format {FORMAT}: "

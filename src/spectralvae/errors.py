@@ -20,5 +20,9 @@ class InputError(UserError):
     """A file is missing, damaged, or not what its place in the config asks for."""
 
 
+class DamagedError(InputError):
+    """A file is not what this tool once wrote."""
+
+
 class RunError(SpectralvaeError):
     """Work that had begun cannot go on (a loss that is not finite, a full disk); exit code 1."""

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from spectralvae.artifact import hidden_old, pack_model, pack_tensors, read_artifact, tensors_of, write_folder
+from spectralvae.artifact import hidden_old, pack_model, pack_tensors, read_artifact, tensors_of, verify, write_folder
 from spectralvae.console import warn
 from spectralvae.data.normalize import Normalization
-from spectralvae.errors import InputError
+from spectralvae.errors import DamagedError, InputError
 from spectralvae.model import AutoencoderKL
 
 _NAME = re.compile(r"step=(\d{6,})")
@@ -82,13 +82,13 @@ def newest_valid(run: Path, console: Console) -> Path | None:
 
     A damaged one is passed over with a warning: resuming is the one place where that is right, since the
     alternative is a run that cannot go on. It is renamed, or it would stay the run's newest, and `thin_out` would
-    delete the good ones in its favour.
+    delete the good ones in its favour. One that is whole but cannot be used (of a newer format) ends the run.
     """
     damaged: list[Path] = []
     for path in reversed(list_checkpoints(run)):
         try:
-            read_artifact(path)
-        except InputError as error:
+            verify(path)
+        except DamagedError as error:
             warn(console, f"damaged checkpoint passed over: {error}")
             damaged.append(path)
             continue

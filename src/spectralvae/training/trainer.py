@@ -151,6 +151,7 @@ class Trainer:
     def _set_up(self) -> None:
         """Device, optimizer, and the newest checkpoint if there is one."""
         optimizer = self.config.optimizer
+        torch.backends.cudnn.allow_tf32 = False  # "32-true" says float32; cuDNN's default is less
         # channels_last is what the batches are; on CPUs it was measured no faster than NCHW
         self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.model.to(self.device, memory_format=self.memory_format).train()  # type: ignore[call-overload]
