@@ -57,7 +57,8 @@ class Validation:
         self.tile_size, self.batch_size, self.noise_shape = tile_size, batch_size, noise_shape
         on_grid = partial(grid_crops, store, tile_size=tile_size, max_invalid_fraction=max_invalid_fraction)
         self.crops = on_grid(store.indices("val"), at_most=at_most)
-        self.reference_crops = on_grid(sampler.scenes, at_most=REFERENCE_TILES)
+        some = [sampler.scenes[i] for i in sampling.evenly(len(sampler.scenes), REFERENCE_TILES)]
+        self.reference_crops = on_grid(some, at_most=REFERENCE_TILES)
 
     def _read(self, crops: list[Crop]) -> Tensor:
         return read_crops(self.store, crops, self.tile_size)
