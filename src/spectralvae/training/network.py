@@ -86,7 +86,10 @@ def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Pa
     if not differing:
         differing = _differing_weights(source.model.state_dict(), model.state_dict())
     if differing:
-        raise ConfigError(f"training.init_from: {path} is another network ({'; '.join(sorted(differing))})")
+        raise ConfigError(
+            f"training.init_from: {path} is another network ({'; '.join(sorted(differing))}); "
+            "give the settings of the source in `model:`"
+        )
     model.load_state_dict(source.model.state_dict())
     return source.path
 
