@@ -699,6 +699,11 @@ def test_inputs_inside_the_directory_survive_overwrite(tmp_path: Path, granules:
     assert Store(store.path).hash == store.hash
 
 
+@pytest.mark.parametrize("pattern", ["~nobody-of-this-name/x.nc", "~nobody-of-this-name/*.nc"])
+def test_the_home_of_nobody(tmp_path: Path, pattern: str) -> None:
+    refused(InputError, tmp_path / "store", [pattern], pattern)
+
+
 def test_a_path_may_look_like_a_glob(tmp_path: Path, granules: list[Path]) -> None:
     odd = granules[0].with_name("TEMPO_RAD[1].nc")
     granules[0].rename(odd)

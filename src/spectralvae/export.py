@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from spectralvae.data.normalize import Float64, Normalization
 from spectralvae.errors import ConfigError
 from spectralvae.inference import load_artifact
 from spectralvae.rundir import RunDir, write_atomic
+from spectralvae.torchfile import save_torch_file
 
 NO_NORMALIZATION = (
     "This export holds no normalisation: it cannot encode scenes. Convert it again with "
@@ -95,13 +95,10 @@ def foreign_normalization(config: SpectraConfig, n_channels: int) -> Normalizati
 def _wavelengths(given: list[float] | Wavelengths | None, n_channels: int) -> Float64 | None:
     if given is None:
         return None
-    from spectralvae.readers.base import check_wavelengths
+    from spectralvae.readers.base import given_wavelengths
 
-    if isinstance(given, Wavelengths):
-        values = np.linspace(given.first, given.last, n_channels)
-    else:
-        values = np.array(given, dtype=np.float64)
-    return check_wavelengths("normalization.wavelength", values, n_channels)
+    plain = given.model_dump() if isinstance(given, Wavelengths) else given
+    return given_wavelengths("normalization.wavelength", plain, n_channels)
 
 
 def write_export(folder: Path, artifact: Artifact) -> None:
@@ -157,9 +154,7 @@ def write_mltools(folder: Path, artifact: Artifact, console: Console) -> None:
                 "mltools makes of them, since it knows no mask",
             )
         for name, values in (("mean_spectrum", normalization.mean), ("std_spectrum", normalization.std)):
-            content = io.BytesIO()
-            torch.save(torch.from_numpy(values).float(), content)
-            write_atomic(folder / f"{name}.pt", content.getvalue())
+            save_torch_file(torch.from_numpy(values).float(), folder / f"{name}.pt")
     mltools.save_weights(artifact.model, folder / "model.pt")
     n_tensors = len(artifact.model.state_dict())
     console.print(f"{folder / 'model.pt'}: {n_tensors} tensors with mltools' names")

@@ -25,7 +25,7 @@ from torch import Tensor
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.model import AutoencoderKL
 from spectralvae.settings import LIMITS, build_model, check_settings, construct
-from spectralvae.torchfile import check_size, load_torch_file
+from spectralvae.torchfile import check_size, load_torch_file, save_torch_file
 
 CONTAINERS = ("state_dict", "model_state_dict")
 PREFIXES = ("vae", "model", "module", "_orig_mod")
@@ -326,20 +326,11 @@ def save_weights(model: AutoencoderKL, path: str | os.PathLike[str]) -> None:
         model: any dtype, layout and device; the file holds contiguous float32 of the CPU.
         path: the .pt file; its directory must exist.
     """
-    path = Path(path).expanduser()
     state_dict = {
         key: value.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
         for key, value in model.state_dict().items()
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state_dict, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_torch_file(state_dict, Path(path).expanduser())
 
 
 def read_spectrum(path: str | os.PathLike[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -27,11 +27,14 @@ State = Literal["running", "stopped", "finished", "failed"]
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file that is either whole or not there: temporary name, fsync, replace."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def command_of(folder: Path) -> str | None:

@@ -1,7 +1,8 @@
-"""Files of ``torch.save`` from strangers: read whole or refused, and no code from them is run."""
+"""Files of ``torch.save``: strangers' are read whole or refused, with no code from them run; ours are written whole."""
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import warnings
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spectralvae.errors import InputError
+from spectralvae.rundir import write_atomic
 
 # Metric lists beside the weights hold numpy scalars. The function that restores them is found through a scalar,
 # since its module is private and was renamed in numpy 2. Numbers and booleans only: the state of a
@@ -90,3 +92,10 @@ def check_size(path: Path, values: list[Any]) -> None:
     """
     if sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor)) > path.stat().st_size:
         raise InputError(f"{path}: claims tensors larger than the file; save contiguous copies with torch.save")
+
+
+def save_torch_file(content: Any, path: Path) -> None:
+    """``torch.save`` to a file that is either whole or not there."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getvalue())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,10 +63,10 @@ def plan_scenes(config: PrepareConfig, console: Console) -> list[PlannedScene]:
 
 
 def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.exists() or not glob.has_magic(pattern):
-        return [path]
-    paths = sorted(Path(path) for path in glob.iglob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
+    pattern = os.path.expanduser(pattern)  # noqa: PTH111 (pathlib's raises over an unknown user)
+    if Path(pattern).exists() or not glob.has_magic(pattern):
+        return [Path(pattern)]
+    paths = sorted(Path(path) for path in glob.iglob(pattern, recursive=True))  # noqa: PTH207
     if not paths:
         raise InputError(f"inputs: no file matches {pattern}")
     return paths

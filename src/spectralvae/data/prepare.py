@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -167,9 +168,9 @@ def training_moments(
                     small += reject_small(values, normalization.transform, normalization.min_radiance)
                     moments = moments.merge(Moments.of(transform_values(values, normalization.transform)))
                     progress.advance(task, rows.stop - rows.start)
-            temporary = scratch / f".{p.id}.tmp.npz"
-            np.savez(temporary, small=small, **vars(moments))
-            temporary.replace(kept)
+            buffer = io.BytesIO()
+            np.savez(buffer, small=small, **vars(moments))
+            write_atomic(kept, buffer.getvalue())
         else:
             progress.advance(task, p.scene.shape[0])
         with np.load(kept) as saved:

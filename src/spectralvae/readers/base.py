@@ -10,7 +10,7 @@ import operator
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -245,6 +245,31 @@ def whole_numbers(path: Path, key: str, value: object, form: str) -> tuple[int, 
     if len(numbers) != count:
         raise ConfigError(f"{path}: {key} is {value!r}; give {count} whole numbers, {key}: {form}")
     return numbers
+
+
+def given_wavelengths(what: str, given: object, nc: int) -> NDArray[np.float64]:
+    """The wavelengths that a user gave, as a checked vector.
+
+    Args:
+        what: Whose they are, as messages begin: file and variable, or key.
+        given: nc numbers in nm, or {"first": nm, "last": nm} for evenly spaced channels.
+        nc: Number of channels.
+
+    Raises:
+        ConfigError: They are neither, or not wavelengths (see `check_wavelengths`).
+    """
+    if isinstance(given, Mapping) and set(given) != {"first", "last"}:
+        raise ConfigError(f"{what} has the keys {sorted(map(str, given))}; needed: first, last (nm)")
+    try:
+        if isinstance(given, Mapping):
+            values = np.linspace(float(given["first"]), float(given["last"]), nc)
+        else:
+            values = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{what} is {given!r}; needed: {nc} numbers in nm, or first and last") from error
+    if values.ndim != 1:
+        raise ConfigError(f"{what} has shape {values.shape}; needed: {nc} numbers in nm")
+    return check_wavelengths(what, values, nc)
 
 
 def check_wavelengths(what: str, values: NDArray[np.float64], nc: int) -> NDArray[np.float64]:

@@ -25,6 +25,7 @@ from spectralvae.readers.base import (
     Window,
     check_wavelengths,
     damage_named,
+    given_wavelengths,
     whole_numbers,
 )
 
@@ -330,7 +331,7 @@ def _wavelengths(
 ) -> NDArray[np.float64]:
     """(nc,) wavelengths in nm, the user's or else the file's."""
     if given is not None:
-        return check_wavelengths(f"{path}: wavelength", _given_wavelengths(path, given, nc), nc)
+        return given_wavelengths(f"{path}: wavelength", given, nc)
     names = [n for n, (shape, kind) in listing.items() if n.lower() in _WAVELENGTH_NAMES and kind in _NUMERIC]
     remedy = "give them in nm, wavelength: [...] or wavelength: {first: 401, last: 889}"
     if not names:
@@ -342,18 +343,3 @@ def _wavelengths(
     if max(values.shape, default=1) != values.size:
         raise InputError(f"{path}: {names[0]} has shape {values.shape}, no vector; {remedy}")
     return check_wavelengths(f"{path}: {names[0]}", values.ravel(), nc)
-
-
-def _given_wavelengths(path: Path, given: object, nc: int) -> NDArray[np.float64]:
-    """The user's wavelengths as a vector."""
-    if isinstance(given, Mapping) and set(given) != {"first", "last"}:
-        raise ConfigError(f"{path}: wavelength has the keys {sorted(map(str, given))}; needed: first, last (nm)")
-    try:
-        if isinstance(given, Mapping):
-            return np.linspace(float(given["first"]), float(given["last"]), nc)
-        values = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: wavelength is {given!r}; needed: {nc} numbers in nm, or first and last") from error
-    if values.ndim != 1:
-        raise ConfigError(f"{path}: wavelength has shape {values.shape}; needed: {nc} numbers in nm")
-    return values

@@ -55,8 +55,8 @@ def train(config: TrainConfig, run: RunDir, console: Console) -> None:
     run.refuse_inside("data.store", store.path)
     if initial is not None:
         run.refuse_inside("training.init_from", initial)
-    if initial is not None and not (run.resuming and list_checkpoints(run.path)):
-        console.print(f"initial weights: {start_from(trainer.model, settings, initial)}")
+        if not (run.resuming and list_checkpoints(run.path)):
+            console.print(f"initial weights: {start_from(trainer.model, settings, initial)}")
     with run:
         run.note(
             store_hash=store.hash,
