@@ -234,9 +234,9 @@ def test_start_up_imports_nothing_heavy(code: str) -> None:
 
 def test_lazy_names_are_there() -> None:
     import spectralvae
+    from spectralvae import open_scene
     from spectralvae.inference import load_model
     from spectralvae.model import AutoencoderKL
-    from spectralvae.readers import open_scene
 
     assert spectralvae.load_model is load_model
     assert spectralvae.AutoencoderKL is AutoencoderKL

@@ -21,8 +21,9 @@ import scipy.io
 import scipy.sparse
 
 from spectralvae.errors import ConfigError, InputError, UserError
-from spectralvae.readers import RULES, Scene, open_reader, open_scene
+from spectralvae.readers import RULES, Scene, open_reader
 from spectralvae.readers import tempo as tempo_module
+from spectralvae.readers.dataset import open_scene
 
 NY, NX, NC = 6, 5, 4
 NAME = "TEMPO_RAD_L1_V03_20240601T210934Z_S012G01.nc"
@@ -164,7 +165,7 @@ class TestTempo:
     )
     @pytest.mark.parametrize("block", [1, 2**24])
     def test_any_index(self, file: Path, key: Any, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("spectralvae.readers._BLOCK_SAMPLES", block)
+        monkeypatch.setattr("spectralvae.readers.dataset._BLOCK_SAMPLES", block)
         with open_scene(file) as ds:
             np.testing.assert_array_equal(ds.radiance[key].values, cube()[key])
 

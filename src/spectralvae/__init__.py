@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spectralvae.inference import load_model
     from spectralvae.model import AutoencoderKL
-    from spectralvae.readers import open_scene
+    from spectralvae.readers.dataset import open_scene
 
 __version__ = "0.1.0"
 __all__ = ["AutoencoderKL", "load_model", "open_scene"]
@@ -16,7 +16,7 @@ __all__ = ["AutoencoderKL", "load_model", "open_scene"]
 _HOMES = {
     "AutoencoderKL": "spectralvae.model",
     "load_model": "spectralvae.inference",
-    "open_scene": "spectralvae.readers",
+    "open_scene": "spectralvae.readers.dataset",
 }
 
 

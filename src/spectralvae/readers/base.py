@@ -23,10 +23,10 @@ from spectralvae.errors import ConfigError, InputError
 READABLE = "TEMPO L1 radiance (netCDF-4) and MATLAB .mat (v5, v7.3)"
 
 # In order: a sample is counted under the first rule that rejects it.
-RULES = ("fill", "undeclared_fill", "nan", "infinite", "flagged")
+RULES = ("fill", "undeclared_fill", "default_fill", "nan", "infinite", "flagged")
 
-# Fills that files hold without declaring them: TEMPO's own, and netCDF's default for floats.
-UNDECLARED_FILLS = (-1e30, 9.969209968386869e36)
+# Fills that files hold without declaring them: TEMPO's own, and the default of netCDF for floats.
+UNDECLARED_FILLS = {"undeclared_fill": -1e30, "default_fill": 9.969209968386869e36}
 
 # Optional in every format: where a file has them they are read, else they are reported in `Scene.absent`.
 ANGLES = ("solar_zenith_angle", "viewing_zenith_angle", "relative_azimuth_angle")
@@ -53,16 +53,20 @@ class Scene(ABC):
 
     Attributes:
         path: The file.
-        format: "tempo" or "matlab".
+        format: "tempo", "matlab", "envi", "netcdf", "zarr" or "tiles".
         band: The band group's name, None where the format has no bands.
         region: (y0, y1, x0, x1), half-open pixel bounds in the file's full image, or None for all of it.
         shape: (ny, nx, nc) of this scene, that is after `region`.
         units: Units of the radiance, None where the file doesn't say.
         time: Start of the scan, UTC, where known.
+        version: Of the processing that made the file ("V03"), where known.
         absent: The optional variables that the file lacks.
+        chunk: (rows, columns) that the file stores together and that are best read together.
+        stack: Height of each tile where the scene is a stack of tiles that don't adjoin, else None.
     """
 
     format: ClassVar[str]
+    stack: int | None = None
 
     def __init__(
         self,
@@ -74,6 +78,8 @@ class Scene(ABC):
         band: str | None = None,
         units: str | None = None,
         time: dt.datetime | None = None,
+        version: str | None = None,
+        chunk: tuple[int, int] | None = None,
     ) -> None:
         ny, nx, nc = full_shape
         if 0 in full_shape:
@@ -86,7 +92,9 @@ class Scene(ABC):
         self.band = band
         self.units = units
         self.time = time
+        self.version = version
         self.absent = absent
+        self.chunk = chunk or (1, nx)
         self._handle: Any = None
 
     @property
@@ -125,23 +133,58 @@ class Scene(ABC):
             flagged: Which samples the quality flag rejects, as values; None without a flag.
         """
 
-    def read(self, rows: slice) -> tuple[NDArray[np.float32], dict[str, int]]:
-        """Read some rows, and only those.
+    def read(self, rows: slice, columns: slice = slice(None)) -> tuple[NDArray[np.float32], dict[str, int]]:
+        """Read some rows, or a part of them, and only those.
 
         Args:
             rows: A slice without step over this scene's ny rows.
+            columns: A slice without step over its nx columns.
 
         Returns:
-            radiance: (rows, nx, nc) float32 in C order, NaN where invalid.
+            radiance: (rows, columns, nc) float32 in C order, NaN where invalid.
             counts: How many samples each of `RULES` rejected.
 
         Raises:
             InputError: The data cannot be read: the file is damaged.
         """
-        start, stop, step = rows.indices(self.shape[0])
-        assert step == 1, f"rows are read without a step, not {rows}"
-        y0, _, x0, x1 = self._window
-        return invalidate(*self._read_raw((y0 + start, y0 + max(start, stop), x0, x1)))
+        return invalidate(*self._read_raw(self._in_file(rows, columns)))
+
+    def read_noise(self, rows: slice, columns: slice = slice(None)) -> NDArray[np.float32] | None:
+        """Standard deviation of the noise of some samples, as the file states it.
+
+        Returns:
+            (rows, columns, nc) float32 in the units of the radiance, NaN where unknown; None if the file has none.
+
+        Raises:
+            InputError: The data cannot be read: the file is damaged.
+        """
+        return None
+
+    def blocks(self, max_samples: int) -> Iterator[tuple[slice, slice]]:
+        """Cut the scene into (rows, columns) that follow the chunks of the file, so that none is decompressed twice.
+
+        Args:
+            max_samples: How large a block may be; a chunk that is larger is cut along y, and read several times.
+        """
+        y0, y1, x0, x1 = self._window
+        nc = self.shape[2]
+        height, width = self.chunk
+        height = min(height, max(1, max_samples // (width * nc)))
+        width *= max(1, max_samples // (height * width * nc))
+        if width >= self.shape[1]:
+            height *= max(1, max_samples // (height * self.shape[1] * nc))
+        for top in range(y0 - y0 % height, y1, height):
+            rows = slice(max(top, y0) - y0, min(top + height, y1) - y0)
+            for left in range(x0 - x0 % width, x1, width):
+                yield rows, slice(max(left, x0) - x0, min(left + width, x1) - x0)
+
+    def _in_file(self, rows: slice, columns: slice) -> Window:
+        """The window of the file's full image that rows and columns of this scene are."""
+        y0, _, x0, _ = self._window
+        top, bottom, y_step = rows.indices(self.shape[0])
+        left, right, x_step = columns.indices(self.shape[1])
+        assert y_step == x_step == 1, f"read without a step, not {rows}, {columns}"
+        return y0 + top, y0 + max(top, bottom), x0 + left, x0 + max(left, right)
 
     @property
     def _file(self) -> Any:
@@ -196,7 +239,8 @@ def invalidate(
         counts[rule] = total - before
 
     reject("fill", filled)
-    reject("undeclared_fill", is_undeclared_fill(values))
+    for rule, fill in UNDECLARED_FILLS.items():
+        reject(rule, _equals_rounded(values, fill))
     reject("nan", np.isnan(values))
     reject("infinite", np.isinf(values))
     if flagged is not None:
@@ -208,10 +252,15 @@ def invalidate(
 def is_undeclared_fill(values: NDArray[Any]) -> NDArray[np.bool_]:
     """Which values are, within float32 rounding, a fill that files hold without declaring it; same shape."""
     invalid = np.zeros(values.shape, dtype=np.bool_)
-    for fill in UNDECLARED_FILLS:
-        low, high = sorted((fill * (1 - 2**-22), fill * (1 + 2**-22)))
-        invalid |= (values >= low) & (values <= high)
+    for fill in UNDECLARED_FILLS.values():
+        invalid |= _equals_rounded(values, fill)
     return invalid
+
+
+def _equals_rounded(values: NDArray[Any], number: float) -> NDArray[np.bool_]:
+    """Which values equal a number within float32 rounding; same shape."""
+    low, high = sorted((number * (1 - 2**-22), number * (1 + 2**-22)))
+    return (values >= low) & (values <= high)
 
 
 def check_region(path: Path, region: Sequence[int], ny: int, nx: int) -> Window:

@@ -60,6 +60,7 @@ class MatlabScene(Scene):
         wavelength: nc wavelengths in nm, or {"first": nm, "last": nm} for evenly spaced channels; None takes
             them from a vector wavelength(s), wl or lambda (any case) in the file.
         region: [y0, y1, x0, x1], half-open pixel bounds; None for the full image.
+        units: Of the values, which the file doesn't tell.
 
     Raises:
         InputError: No or several candidates, no wavelengths, or damage.
@@ -76,6 +77,7 @@ class MatlabScene(Scene):
         size: Sequence[int] | None = None,
         wavelength: Sequence[float] | NDArray[Any] | Mapping[str, float] | None = None,
         region: Sequence[int] | None = None,
+        units: str | None = None,
     ) -> None:
         source = _open(path)
         try:
@@ -88,7 +90,7 @@ class MatlabScene(Scene):
             self._wavelength = _wavelengths(path, source, listing, wavelength, full_shape[2])
         finally:
             source.close()
-        super().__init__(path, full_shape, region, absent=(FLAG, *COORDINATES))
+        super().__init__(path, full_shape, region, absent=(FLAG, *COORDINATES), units=units)
 
     @property
     def wavelength(self) -> NDArray[np.float64]:

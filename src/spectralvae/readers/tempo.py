@@ -29,18 +29,25 @@ from spectralvae.readers.base import (
 
 DEFAULT_BAND = "band_290_490_nm"
 
-# Bits of pixel_quality_flag that make a sample invalid: missing, bad pixel, processing error, saturated.
+# Bits of pixel_quality_flag that make a sample invalid by default: missing, bad pixel, processing error, saturated.
 # The others (transient, RTS, noise underflow, correction errors) are warnings over usable samples.
 REJECTED_FLAG_BITS = (0, 1, 2, 5)
 
+NOISE = "radiance_error"
 Y, X, C = "mirror_step", "xtrack", "spectral_channel"
 _REQUIRED = {"radiance": (Y, X, C), "nominal_wavelength": (X, C)}
-_OPTIONAL: dict[str, tuple[str, ...]] = {FLAG: (Y, X, C), **dict.fromkeys(COORDINATES, (Y, X)), "time": (Y,)}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    FLAG: (Y, X, C),
+    NOISE: (Y, X, C),
+    **dict.fromkeys(COORDINATES, (Y, X)),
+    "time": (Y,),
+}
 _NUMERIC_ATTRIBUTES = ("_FillValue", "missing_value", "scale_factor", "add_offset")
 _NANOMETRES = {"nm", "nanometer", "nanometers", "nanometre", "nanometres"}
 
 _BAND = re.compile(r"band_\d+_\d+_nm")
 _NAME_TIME = re.compile(r"_(\d{8}T\d{6})Z(?![0-9A-Za-z])")
+_NAME_VERSION = re.compile(r"_V(\d+)_")
 _TIME_UNITS = re.compile(r"(s|seconds?|minutes?|hours?|days?) since (.+)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -53,6 +60,7 @@ class TempoScene(Scene):
         path: The file.
         band: The band group; None takes the file's only one, or `band_290_490_nm` where there are more.
         region: [y0, y1, x0, x1], half-open pixel bounds; None for the full image.
+        flag_bits: Bits of pixel_quality_flag that make a sample invalid.
 
     Raises:
         InputError: No TEMPO level-1 radiance, a required variable is missing, dimensions don't fit, or damage.
@@ -61,18 +69,29 @@ class TempoScene(Scene):
 
     format = "tempo"
 
-    def __init__(self, path: Path, *, band: str | None = None, region: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        band: str | None = None,
+        region: Sequence[int] | None = None,
+        flag_bits: Sequence[int] = REJECTED_FLAG_BITS,
+    ) -> None:
+        self._flag_mask = sum(1 << bit for bit in set(flag_bits))
         with _open(path) as file, damage_named(path):
             band = _choose_band(path, file, band)
             sizes, absent = _check_layout(path, file, band)
+            radiance = file[band]["radiance"]
             super().__init__(
                 path,
                 (sizes[Y], sizes[X], sizes[C]),
                 region,
                 absent=absent,
                 band=band,
-                units=_text(file[band]["radiance"].attrs.get("units", "")) or None,
+                units=_text(radiance.attrs.get("units", "")) or None,
                 time=_scan_start(path, None if "time" in absent else file["time"]),
+                version=_version(path, file),
+                chunk=_chunk(radiance),
             )
 
     @property
@@ -111,8 +130,15 @@ class TempoScene(Scene):
             flagged = None
             if FLAG not in self.absent:
                 flag = self._variable(FLAG)
-                flagged = _is_rejected(flag, _slab(flag, (Y, X, C), window))
+                flagged = _is_rejected(flag, _slab(flag, (Y, X, C), window), self._flag_mask)
             return _unpack(radiance, raw), filled, flagged
+
+    def read_noise(self, rows: slice, columns: slice = slice(None)) -> NDArray[np.float32] | None:
+        if NOISE in self.absent:
+            return None
+        with damage_named(self.path):
+            noise = self._variable(NOISE)
+            return _decode(noise, _slab(noise, (Y, X, C), self._in_file(rows, columns))).astype(np.float32, copy=False)
 
 
 def _open(path: Path) -> h5py.File:
@@ -234,16 +260,32 @@ def _decode(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-def _is_rejected(variable: h5py.Dataset, flags: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which flags have a bit of `REJECTED_FLAG_BITS`, or are themselves fill; same shape."""
+def _is_rejected(variable: h5py.Dataset, flags: NDArray[Any], mask: int) -> NDArray[np.bool_]:
+    """Which flags have a bit of the mask, or are themselves fill; same shape."""
     rejected = _is_declared_fill(variable, flags)
     if flags.dtype.kind == "f":
         # Subsetted files may hold flags as floats, NaN where there is none.
         missing = ~np.isfinite(flags) | is_undeclared_fill(flags)
         rejected |= missing
-        flags = np.where(missing, 0, flags).astype(np.int64)
-    rejected |= (flags & sum(1 << bit for bit in REJECTED_FLAG_BITS)) != 0
+        flags = np.where(missing, 0, flags).astype(np.uint32)
+    if flags.dtype.kind == "i":
+        flags = flags.view(flags.dtype.str.replace("i", "u"))
+    rejected |= (flags & (mask & np.iinfo(flags.dtype).max)) != 0
     return rejected
+
+
+def _version(path: Path, file: h5py.File) -> str | None:
+    """The processing version, from the file's name ("..._V03_...") or else its attribute `version_id`."""
+    if match := _NAME_VERSION.search(path.name):
+        return f"V{int(match[1]):02d}"
+    version = np.ravel(file.attrs.get("version_id", ()))
+    return f"V{int(version[0]):02d}" if version.size and version.dtype.kind in "iu" else None
+
+
+def _chunk(radiance: h5py.Dataset) -> tuple[int, int]:
+    """(rows, columns) that one chunk of the radiance holds; a row where it isn't chunked."""
+    sizes = dict(zip(_dims(radiance), radiance.chunks or (), strict=False))
+    return sizes.get(Y, 1), sizes.get(X, radiance.shape[_dims(radiance).index(X)])
 
 
 def _scan_start(path: Path, time: h5py.Dataset | None) -> dt.datetime | None:
