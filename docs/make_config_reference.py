@@ -11,6 +11,7 @@ from spectralvae.config import (
     DEBUG_OVERRIDES,
     CommandConfig,
     ConvertConfig,
+    DownloadConfig,
     PrepareConfig,
     SimulateConfig,
     TrainConfig,
@@ -18,6 +19,7 @@ from spectralvae.config import (
 
 COMMANDS: dict[str, type[CommandConfig]] = {
     "simulate": SimulateConfig,
+    "download": DownloadConfig,
     "prepare": PrepareConfig,
     "train": TrainConfig,
     "convert": ConvertConfig,
@@ -25,7 +27,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
 
 INTRODUCTION = f"""# Configs
 
-<!-- Written by docs/make_config_reference.py from the schemas in config.py: change those, then run it. -->
+<!-- Written by docs/make_config_reference.py from the schemas in spectralvae.config: change those, then run it. -->
 
 Every command reads one YAML file and writes into one folder:
 
@@ -56,16 +58,18 @@ command is started, not from the folder of the YAML file.
 
 **`--print-config`** prints the complete config and stops; nothing is written.
 
+**`--dry-run`** (`download`) lists names and bytes; nothing is written.
+
 **`--overwrite`** starts afresh: it deletes what is in `output_dir`, but only if the same command made that folder, and
 only once the config was checked and every input could be opened; an input that lies in the folder is refused.
 
 **Starting again.** `output_dir` may be absent or empty. If it holds an unfinished run of the same command and the same
-config, `prepare` and `train` go on where it ended; the other commands ask for `--overwrite`. If that run is finished,
-the command says so and exits with 0. Anything else in the folder is refused, and nothing is changed. When a training
-run goes on, these keys may differ, and `run.json` records it: a larger `training.n_steps` (with it, a finished run goes
-on, too), every `training.*_every` and `training.keep_*`, `training.device`, `data.num_workers`, and `data.store` if the
-store was moved but not changed. Any other difference is listed and refused. Two commands never write into one folder at
-the same time: the second is refused.
+config, `download`, `prepare` and `train` go on where it ended; the other commands ask for `--overwrite`. If that run is
+finished, the command says so and exits with 0. Anything else in the folder is refused, and nothing is changed. When a
+training run goes on, these keys may differ, and `run.json` records it: a larger `training.n_steps` (with it, a finished
+run goes on, too), every `training.*_every` and `training.keep_*`, `training.device`, `data.num_workers`, and
+`data.store` if the store was moved but not changed. Any other difference is listed and refused. Two commands never
+write into one folder at the same time: the second is refused.
 
 **Exit codes.**
 

@@ -10,8 +10,8 @@ import pytest
 
 from spectralvae.data import store
 from spectralvae.data.normalize import Normalization
-from spectralvae.data.statistics import Moments
-from spectralvae.data.store import SceneRecord, Store, ZWriter
+from spectralvae.data.store import SceneRecord, Store
+from spectralvae.data.store_writer import NamedArray, ZWriter, finish_store, write_n_invalid, write_scene_group
 
 
 @pytest.fixture(scope="session")
@@ -74,20 +74,24 @@ def make_store() -> Callable[..., Store]:
     return _make_store
 
 
+# What a store needs beside the normalisation, and what no test of a made-up store looks at.
+EXTRA_ARRAYS = ("count", "rounding_rms", "rounding_max", "n_clipped")
+
+
 def _make_store(
     path: Path,
     scenes: Mapping[str, np.ndarray],
     *,
     val: tuple[str, ...] = (),
     dtype: str = "float16",
-    arrays: Mapping[str, store.NamedArray] | None = None,
+    arrays: Mapping[str, NamedArray] | None = None,
 ) -> Store:
     """Write (y, x, channel) z of each named scene, with more arrays beside each; mean = 1, 2, ..., std = 2, 3, ..."""
     records = []
     for name, z in scenes.items():
         folder = store.scene_folder(path, name)
         with ZWriter(folder, z.shape, dtype, {}) as writer:
-            writer.write(z)
+            writer.write(0, 0, z)
         n_invalid = np.isnan(z).sum(axis=-1, dtype=np.int32)
         record = SceneRecord(
             id=name,
@@ -103,13 +107,13 @@ def _make_store(
             z_sha256=writer.sha256,
             n_invalid=int(np.isnan(z).sum()),
         )
-        store.write_scene_group(folder, record, {"n_invalid": (("y", "x"), n_invalid), **(arrays or {})})
-        records.append(record)
+        write_n_invalid(folder, n_invalid, z.shape[2])
+        records.append(write_scene_group(folder, record, arrays or {}))
     nc = records[0].shape[2]
     normalization = Normalization(
         "zscore", 1.0 + np.arange(nc), 2.0 + np.arange(nc), 10.0, None, None, 400.0 + np.arange(nc)
     )
-    store.finish_store(path, records, normalization, Moments.of(np.ones((2, nc))), dtype)
+    finish_store(path, records, normalization, dict.fromkeys(EXTRA_ARRAYS, np.zeros(nc)), dtype)
     return Store(path)
 
 

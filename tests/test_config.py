@@ -289,7 +289,12 @@ def test_defaults_are_those_of_the_contract(read: Any) -> None:
     assert config["data"]["batch_size"] == 32
     assert set(config["training"]) >= {"precision", "compile", "device", "init_from", "keep_last", "keep_every"}
     prepare = dump_config(read(PrepareConfig, MINIMAL[PrepareConfig]))
-    assert prepare["normalization"] == {"transform": "log_zscore", "min_radiance": 1.0, "clip": 10.0}
+    assert prepare["normalization"] == {
+        "transform": "log_zscore",
+        "min_radiance": 1.0,
+        "clip": 10.0,
+        "statistics": None,
+    }
 
 
 def test_default_model_is_the_published_one(read: Any) -> None:

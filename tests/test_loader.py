@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -88,11 +90,31 @@ def test_sample_i_is_crop_i_with_noise_i(store: Store) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 @pytest.mark.parametrize("first_step", [0, 7])
-def test_same_batches_for_any_threads_from_any_step(store: Store, num_workers: int, first_step: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_same_samples_for_any_processes_threads_and_first_step(
+    store: Store, num_workers: int, first_step: int, world_size: int
+) -> None:
+    """The processes' shares of a step, one after the other, are the step of one process."""
     expected = list(islice(stream(store), 12))[first_step:]
-    found = list(islice(stream(store, num_workers=num_workers, first_step=first_step), 12 - first_step))
-    assert [b.step for b in found] == list(range(first_step, 12))
-    assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+    settings = {"num_workers": num_workers, "first_step": first_step, "world_size": world_size}
+    shares = [list(islice(stream(store, rank=rank, **settings), 12 - first_step)) for rank in range(world_size)]
+    for whole, parts in zip(expected, zip(*shares, strict=True), strict=True):
+        assert {len(part.tiles) for part in parts} == {BATCH // world_size}
+        assert same(
+            whole,
+            Batch(
+                whole.step,
+                torch.cat([part.tiles for part in parts]),
+                torch.cat([part.noise for part in parts]),
+                [crop for part in parts for crop in part.crops],
+            ),
+        )
+        assert {part.step for part in parts} == {whole.step}
+
+
+def test_batch_that_cannot_be_shared_out_is_refused(store: Store) -> None:
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 6 must be a multiple of the 4 processes"):
+        stream(store, world_size=4)
 
 
 def test_a_stream_can_be_read_again(store: Store) -> None:
@@ -111,6 +133,35 @@ def test_batches_already_given_are_not_written_to_again(store: Store) -> None:
     iterator.close()
     assert before[0].numpy().tobytes() == first.tiles.numpy().tobytes()
     assert torch.equal(before[1], first.noise)
+
+
+@pytest.mark.parametrize("num_workers", [0, 4])
+def test_a_view_of_a_batch_keeps_it(store: Store, num_workers: int) -> None:
+    """Memory of batches is used again, but not while anything looks at it."""
+    expected = list(islice(stream(store), 30))
+    iterator = iter(stream(store, num_workers=num_workers))
+    views = []
+    for step in range(30):
+        batch = next(iterator)
+        assert same(batch, expected[step])
+        if step % 10 == 0:
+            views.append(batch.tiles.permute(0, 3, 1, 2)[1:2])
+        del batch
+    iterator.close()
+    for step, view in zip((0, 10, 20), views, strict=True):
+        assert view.numpy().tobytes() == expected[step].tiles.permute(0, 3, 1, 2)[1:2].numpy().tobytes()
+
+
+def test_memory_is_used_again() -> None:
+    """40 MB: the C library takes so much from the system each time, which would give zeros."""
+    memory = loader._Memory((10, 2**20), np.dtype("float32"), pin=False)
+    tensor = memory.take().fill_(7)
+    view = tensor[3:]
+    del tensor
+    other = memory.take()
+    assert other.data_ptr() + 3 * 2**22 != view.data_ptr()
+    del view
+    assert bool((memory.take() == 7).all())
 
 
 def test_permuted_tiles_are_channels_last(store: Store) -> None:
@@ -160,7 +211,9 @@ def test_reading_ahead_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch)
     """A slow training step must not let the readers fill the memory."""
     made = []
     new_batch = TileStream._new_batch
-    monkeypatch.setattr(TileStream, "_new_batch", lambda self, step: made.append(step) or new_batch(self, step))
+    monkeypatch.setattr(
+        TileStream, "_new_batch", lambda self, step, *rest: made.append(step) or new_batch(self, step, *rest)
+    )
     iterator = iter(stream(store, num_workers=4))
     next(iterator)
     assert made == list(range(1 + loader.BATCHES_AHEAD))
@@ -193,8 +246,11 @@ def test_no_inadmissible_tile(store: Store, fraction: float) -> None:
             make_sampler(store, [0, 1], seed=0, tile_size=TILE, max_invalid_fraction=fraction)
         return
     sampler = make_sampler(store, [0, 1], seed=0, tile_size=TILE, max_invalid_fraction=fraction)
-    assert len(sampler) == len(allowed)
-    assert {(c.scene, c.y, c.x) for c in map(sampler.crop, range(2000))} <= allowed
+    drawn = Counter((c.scene, c.y, c.x) for c in map(sampler.crop, range(100 * len(allowed))))
+    assert set(drawn) == allowed
+    k = len(allowed)
+    chi_square = sum((m - 100) ** 2 / 100 for m in drawn.values())
+    assert abs(chi_square - (k - 1)) < 4 * np.sqrt(2 * (k - 1))
 
 
 def test_too_large_tile_is_refused(store: Store) -> None:
@@ -218,7 +274,55 @@ def test_nothing_admissible_is_refused(tmp_path: Path, make_store: Callable[...,
         with pytest.raises(ConfigError, match=r"data\.max_invalid_fraction: 0\.25 leaves no tile") as caught:
             call()
         assert str(store.path) in str(caught.value)
-    assert len(make_sampler(store, [0], seed=0, tile_size=4, max_invalid_fraction=0.5)) == 9
+    sampler = make_sampler(store, [0], seed=0, tile_size=4, max_invalid_fraction=0.5)
+    assert {(c.y, c.x) for c in map(sampler.crop, range(300))} == {(y, x) for y in range(3) for x in range(3)}
+
+
+def test_no_tile_straddles_two_pieces_of_a_stack(store: Store) -> None:
+    """Scenes a and b are stacks of three and two tiles of 4 rows."""
+    names = list(SCENES)
+    store.scenes[0] = replace(store.scenes[0], stack=4)
+    store.scenes[1] = replace(store.scenes[1], stack=4)
+    sampler = make_sampler(store, [0, 1], seed=0, tile_size=3, max_invalid_fraction=0.5)
+    drawn = {(c.scene, c.y) for c in map(sampler.crop, range(2000))}
+    assert drawn == {(0, y) for y in (0, 1, 4, 5, 8, 9)} | {(1, y) for y in (0, 1, 4, 5)}
+    crops = grid_crops(store, [0, 1], tile_size=3, max_invalid_fraction=0.5, at_most=1000)
+    grid = [(s, y, x) for s, tops in ((0, (0, 4, 8)), (1, (0, 4))) for top in tops for y in (top, top + 1)
+            for x in ((0, 3, 6) if s == 0 else (0, 3, 6, 9, 12))]  # fmt: skip
+    data = [z_of(name, str(store.dtype)) for name in names]
+    good = [(s, y, x) for s, y, x in grid if np.isnan(data[s][y : y + 3, x : x + 3]).mean() <= 0.5]
+    assert len(good) < len(grid)
+    assert [(c.scene, c.y, c.x) for c in crops] == good
+    with pytest.raises(ConfigError, match=r"tile_size: 5 is larger than train scene a \(4 x 9 pixels\)"):
+        make_sampler(store, [0, 1], seed=0, tile_size=5, max_invalid_fraction=0.5)
+
+
+@pytest.mark.parametrize("name", ["z/c/0/0/0", "n_invalid/c/0/0"])
+@pytest.mark.parametrize("damage", ["lost", "short", "long"])
+def test_damaged_files_are_found_before_the_first_step(store: Store, name: str, damage: str) -> None:
+    """Of every scene that is drawn from, and of none but these."""
+    file = store.path / "scenes" / "b" / name
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if damage == "short" else file.read_bytes() + b"0")
+    with pytest.raises(InputError, match="cannot be read" if damage == "lost" else "bytes instead of") as caught:
+        make_sampler(store, [0, 1], seed=0, tile_size=TILE, max_invalid_fraction=0.5)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    make_sampler(store, [0], seed=0, tile_size=TILE, max_invalid_fraction=0.5)
+
+
+@pytest.mark.parametrize("num_workers", [0, 4])
+def test_counts_cut_off_under_a_run_reach_the_caller(store: Store, num_workers: int) -> None:
+    file = store.path / "scenes" / "b" / "n_invalid" / "c" / "0" / "0"
+    ours = stream(store, num_workers=num_workers)
+    with file.open("r+b") as f:
+        f.truncate(3)
+    with pytest.raises(InputError, match="shorter") as caught:
+        list(islice(ours, 20))
+    assert str(file) in str(caught.value)
+    assert reader_threads() == []
 
 
 def test_validation_tiles(store: Store) -> None:

@@ -1,76 +1,42 @@
-"""Preparation: the store holds what numpy finds in the clean samples, splits do not leak, and a restart is exact."""
+"""Preparation: what stands in a store, what is refused, level 2, and that a restart is exact."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
-import signal
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.io
+import torch
 import xarray as xr
-import zarr
+from preparing import (
+    NC,
+    NX,
+    NY,
+    REFLECTANCE,
+    SPLIT_OF_THREE,
+    WriteGranule,
+    name,
+    radiance,
+    reflectance_file,
+    refused,
+    root_array,
+    run_prepare,
+    same_content,
+    write_level2,
+    z_of,
+)
 
-from spectralvae.config import PrepareConfig
-from spectralvae.console import new_console
-from spectralvae.data import prepare as prepare_module
-from spectralvae.data.prepare import prepare
+from spectralvae.data import scenes as scenes_module
 from spectralvae.data.store import Store
-from spectralvae.errors import ConfigError, InputError, UserError
+from spectralvae.data.targets import TargetTransform
+from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import Scene
-from spectralvae.rundir import RunDir, Stopped
-
-NY, NX, NC = 10, 8, 6
-REJECTED, WARNING = (0, 1, 2, 5), (3, 4, 6, 7, 11)  # bits of TEMPO's pixel_quality_flag
-WriteGranule = Callable[..., Path]
-REFLECTANCE = {"transform": "zscore"}
-
-
-def run_prepare(out: Path, inputs: list[Any], *, overwrite: bool = False, **settings: Any) -> Store:
-    inputs = [str(i) if isinstance(i, Path) else i for i in inputs]
-    config = PrepareConfig.model_validate({"output_dir": str(out), "inputs": inputs, **settings})
-    prepare(config, RunDir("prepare", config, overwrite=overwrite, resumable=True), new_console())
-    return Store(out)
-
-
-def refused(
-    error: type[UserError], out: Path, inputs: list[Any], *words: str, made: bool = False, **settings: Any
-) -> str:
-    """Check that a preparation is refused in one line with all words, before (or after) its directory is made."""
-    with pytest.raises(error) as caught:
-        run_prepare(out, inputs, **settings)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, f"{word!r} not in: {message}"
-    assert out.exists() == made
-    with pytest.raises(InputError):
-        Store(out)
-    return message
-
-
-def name(stamp: str, number: int = 1) -> str:
-    return f"TEMPO_RAD_L1_V03_{stamp}Z_S{number:03d}G01.nc"
-
-
-def radiance(seed: int) -> np.ndarray:
-    """(NY, NX, NC) float32, of the size of real radiance, every channel with a mean of its own."""
-    rng = np.random.default_rng(seed)
-    return (rng.lognormal(0, 0.5, (NY, NX, NC)) * 10.0 ** np.linspace(10.5, 13, NC)).astype(np.float32)
-
-
-def z_of(store: Store, scene: str) -> np.ndarray:
-    return zarr.open_array(store.path / "scenes" / scene / "z", mode="r")[:]
-
-
-def splits(store: Store) -> dict[str, str]:
-    return {s.id: s.split for s in store.scenes}
+from spectralvae.readers.products import PRODUCT_RULES
 
 
 @pytest.fixture
@@ -82,101 +48,16 @@ def granules(tmp_path: Path, write_granule: WriteGranule) -> list[Path]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows at a time."""
-    monkeypatch.setattr(prepare_module, "BLOCK_BYTES", 3 * 4 * NX * NC)
-
-
-# --- planted invalid samples ----------------------------------------------------------------------
-
-
-class Planted:
-    """Scenes with invalid samples of every kind in known places, and a warning flag on half of the good ones."""
-
-    def __init__(self, folder: Path, write_granule: WriteGranule, *, declared: bool) -> None:
-        self.paths, self.clean, self.invalid, self.counts = [], [], [], []
-        for i in range(3):
-            values, flag = radiance(10 + i), np.zeros((NY, NX, NC), np.uint16)
-            if i == 2:
-                values *= 50  # the validation scene must not matter to the statistics
-            rng = np.random.default_rng(20 + i)
-            sample = rng.permutation(values.size)
-            sizes = {"fill": 40, "nan": 30 + i, "flagged": 25, "small": 11, "infinite": 3, "flagged_fill": 5}
-            places = dict(zip(sizes, np.split(sample[: sum(sizes.values())], np.cumsum(list(sizes.values()))[:-1])))  # noqa: B905
-            flat, flat_flag = values.reshape(-1), flag.reshape(-1)
-            flat[places["fill"]] = flat[places["flagged_fill"]] = -1e30
-            flat[places["nan"]] = np.nan
-            flat[places["infinite"]] = np.inf
-            flat[places["small"]] = np.resize([0.999, 0.0, -3.0, 1e-20, -1e29], 11)
-            flat_flag[rng.permutation(values.size)[: values.size // 2]] = sum(1 << bit for bit in WARNING)
-            for k in (*places["flagged"], *places["flagged_fill"]):
-                flat_flag[k] |= 1 << int(rng.choice(REJECTED))
-            invalid = np.zeros(values.size, bool)
-            invalid[sample[: sum(sizes.values())]] = True
-            seconds = 1.4e9 + 2.5 * np.arange(NY)
-            path = folder / name(f"2024060{i + 1}T180000")
-            geometry = {"latitude": np.full((NY, NX), 40.0 + i)}
-            fill = -1e30 if declared else None
-            write_granule(path, values, flag=flag, fill=fill, seconds=seconds, geometry=geometry)
-            self.paths.append(path)
-            self.clean.append(values)
-            self.invalid.append(invalid.reshape(values.shape))
-            self.counts.append(
-                {
-                    "fill": 45 if declared else 0,
-                    "undeclared_fill": 0 if declared else 45,
-                    "nan": 30 + i,
-                    "infinite": 3,
-                    "flagged": 25,
-                    "below_min_radiance": 11,
-                }
-            )
-
-    def training_logs(self) -> np.ndarray:
-        """(samples, channel) float64 log radiance of the first two scenes, NaN where invalid."""
-        values = np.stack(self.clean[:2]).astype(np.float64)
-        invalid = np.stack(self.invalid[:2])
-        values[invalid] = 1
-        return np.where(invalid, np.nan, np.log(values)).reshape(-1, NC)
-
-
-@pytest.mark.parametrize("declared", [True, False])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_planted_samples(
-    tmp_path: Path, write_granule: WriteGranule, small_blocks: None, declared: bool, dtype: str
-) -> None:
-    planted = Planted(tmp_path, write_granule, declared=declared)
-    split = {"train": ["*20240601*", "*20240602*"], "val": [planted.paths[2].name]}
-    store = run_prepare(tmp_path / "store", planted.paths, split=split, dtype=dtype)
-
-    logs = planted.training_logs()
-    mean, std = np.nanmean(logs, axis=0), np.nanstd(logs, axis=0)
-    np.testing.assert_allclose(store.normalization.mean, mean, rtol=1e-10)
-    np.testing.assert_allclose(store.normalization.std, std, rtol=1e-10)
-    root = zarr.open_group(store.path, mode="r")
-    np.testing.assert_array_equal(root["count"][:], np.isfinite(logs).sum(axis=0))
-    np.testing.assert_allclose(root["minimum"][:], np.nanmin(logs, axis=0), rtol=1e-12)
-    np.testing.assert_allclose(root["maximum"][:], np.nanmax(logs, axis=0), rtol=1e-12)
-
-    assert [s.split for s in store.scenes] == ["train", "train", "val"]
-    for i, scene in enumerate(store.scenes):
-        assert scene.invalid == planted.counts[i]
-        z = z_of(store, scene.id)
-        assert z.dtype == dtype
-        np.testing.assert_array_equal(np.isnan(z), planted.invalid[i])
-        np.testing.assert_array_equal(store.n_invalid(i), planted.invalid[i].sum(axis=-1))
-        good = ~planted.invalid[i]
-        values = np.where(good, planted.clean[i], 1).astype(np.float64)
-        exact = np.clip((np.log(values) - mean) / (std + 1e-8), -10, 10)[good]
-        # half of the spacing of the type, and what an error of 1e-10 in the statistics makes
-        bound = np.abs(exact) * 2.0 ** (-11 if dtype == "float16" else -24) + 1e-7
-        assert (np.abs(z[good].astype(np.float64) - exact) <= bound).all()
-    assert np.nanmax(np.abs(z)) > 5  # the validation scene is far from the mean, so it was not in the statistics
-    assert splits(store) == dict(zip([p.stem for p in planted.paths], ["train", "train", "val"], strict=True))
+    monkeypatch.setattr(scenes_module, "BLOCK_SAMPLES", 3 * NX * NC)
 
 
 def test_what_stands_beside_z(tmp_path: Path, write_granule: WriteGranule) -> None:
-    planted = Planted(tmp_path, write_granule, declared=True)
-    store = run_prepare(tmp_path / "store", planted.paths, split={"val_fraction": 0.3})
-    for i, (scene, path) in enumerate(zip(store.scenes, planted.paths, strict=True)):
+    paths = []
+    for i in range(3):
+        arguments = {"seconds": 1.4e9 + 2.5 * np.arange(NY), "geometry": {"latitude": np.full((NY, NX), 40.0 + i)}}
+        paths.append(write_granule(tmp_path / name(f"2024060{i + 1}T180000"), radiance(i), **arguments))
+    store = run_prepare(tmp_path / "store", paths, split={"val_fraction": 0.3})
+    for i, (scene, path) in enumerate(zip(store.scenes, paths, strict=True)):
         with xr.open_zarr(store.path, group=f"scenes/{scene.id}", chunks=None) as ds:
             np.testing.assert_array_equal(ds["latitude"], np.full((NY, NX), np.float32(40 + i)))
             assert ds["wavelength"].dims == ("x", "channel")
@@ -202,19 +83,6 @@ def test_what_stands_beside_z(tmp_path: Path, write_granule: WriteGranule) -> No
     assert (record["state"], record["store_hash"]) == ("finished", store.hash)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 100])
-def test_size_of_the_blocks_changes_nothing(
-    tmp_path: Path, granules: list[Path], monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    whole = run_prepare(tmp_path / "whole", granules)
-    monkeypatch.setattr(prepare_module, "BLOCK_BYTES", rows * 4 * NX * NC)
-    blocks = run_prepare(tmp_path / "blocks", granules)
-    np.testing.assert_allclose(blocks.normalization.mean, whole.normalization.mean, rtol=1e-13)
-    np.testing.assert_allclose(blocks.normalization.std, whole.normalization.std, rtol=1e-12)
-    for scene in whole.scenes:
-        np.testing.assert_allclose(z_of(blocks, scene.id), z_of(whole, scene.id), rtol=2.0**-10)
-
-
 def test_limits_of_the_config(tmp_path: Path, granules: list[Path]) -> None:
     """min_radiance decides what is valid, clip what z can be."""
     limit = 3e10
@@ -232,135 +100,6 @@ def test_limits_of_the_config(tmp_path: Path, granules: list[Path]) -> None:
     assert [s.invalid["below_min_radiance"] for s in store.scenes] == small.sum(axis=(1, 2, 3)).tolist()
     assert np.nanmax(z) == 1.5
     assert np.nanmin(z) == -1.5
-
-
-# --- splits ---------------------------------------------------------------------------------------
-
-
-def test_days_are_not_divided(tmp_path: Path, write_granule: WriteGranule) -> None:
-    """A day of scans, in UTC - 6 h, goes on past UTC's midnight: 23:30 and 00:30 UTC see the same afternoon."""
-    stamps = ("20240601T140000", "20240601T233000", "20240602T003000", "20240602T055959", "20240602T060000")
-    days = dict(zip(stamps, (1, 1, 1, 1, 2), strict=True))
-    days |= {"20240603T010000": 2, "20240603T150000": 3, "20240604T020000": 3, "20240605T180000": 5}
-    paths = [write_granule(tmp_path / name(s), radiance(i)) for i, s in enumerate(days)]
-    chosen = set()
-    for seed in range(8):
-        store = run_prepare(tmp_path / f"store{seed}", paths, split={"val_fraction": 0.25, "seed": seed})
-        val = {day for p, day in zip(paths, days.values(), strict=True) if splits(store)[p.stem] == "val"}
-        train = {day for p, day in zip(paths, days.values(), strict=True) if splits(store)[p.stem] == "train"}
-        assert not val & train
-        assert val | train == {1, 2, 3, 5}
-        assert len(val) == 1
-        chosen |= val
-    assert len(chosen) > 1  # the seed chooses
-    again = run_prepare(tmp_path / "again", paths[::-1], split={"val_fraction": 0.25, "seed": 7})
-    assert splits(again) == splits(store)  # and not the order of the files
-
-
-def test_by_scene(tmp_path: Path, write_granule: WriteGranule) -> None:
-    paths = [write_granule(tmp_path / name(f"20240601T1{i}0000"), radiance(i)) for i in range(10)]
-    store = run_prepare(tmp_path / "store", paths, split={"by": "scene", "val_fraction": 0.3})
-    assert sorted(splits(store).values()) == ["train"] * 7 + ["val"] * 3
-
-
-def test_scans_of_one_day_are_split_with_a_warning(
-    tmp_path: Path, write_granule: WriteGranule, capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths = [write_granule(tmp_path / name(f"20240601T1{i}0000"), radiance(i)) for i in range(3)]
-    store = run_prepare(tmp_path / "store", paths)
-    assert sorted(splits(store).values()) == ["train", "train", "val"]
-    assert "WARNING: all scenes are of 2024-06-01" in capsys.readouterr().out
-
-
-def test_no_validation(tmp_path: Path, granules: list[Path]) -> None:
-    store = run_prepare(tmp_path / "store", granules, split={"val_fraction": 0})
-    assert set(splits(store).values()) == {"train"}
-    assert store.indices("val") == []
-    lone = run_prepare(tmp_path / "lone", granules[:1], split={"val_fraction": 0})
-    assert lone.scenes[0].shape == [NY, NX, NC]
-
-
-def test_explicit_lists(tmp_path: Path, granules: list[Path]) -> None:
-    """By id, by file name, or by glob; whatever is not named exactly once is refused."""
-    out = tmp_path / "store"
-    a, b, c = (p.stem for p in granules)
-    store = run_prepare(tmp_path / "good", granules, split={"train": [a, granules[1].name], "val": ["*20240603*"]})
-    assert splits(store) == {a: "train", b: "train", c: "val"}
-    no_val = run_prepare(tmp_path / "no_val", granules, split={"train": ["*"], "val": []})
-    assert set(splits(no_val).values()) == {"train"}
-    refused(ConfigError, out, granules, c, "neither in train nor in val", split={"train": [a], "val": [b]})
-    refused(ConfigError, out, granules, b, "in train and in val", split={"train": ["*"], "val": [b]})
-    refused(ConfigError, out, granules, "no scene is left for training", split={"train": [], "val": ["*"]})
-
-
-def test_name_that_matches_nothing(tmp_path: Path, granules: list[Path]) -> None:
-    """A mistyped validation list beside `train: ["*"]` would leave no validation, without a word."""
-    for lists in ({"train": ["*"], "val": ["*20240609*"]}, {"train": ["*2024*", "x.nc"], "val": []}):
-        wrong = (lists["val"] or lists["train"])[-1]
-        refused(ConfigError, tmp_path / "store", granules, repr(wrong), "no scene matches", split=lists)
-
-
-@pytest.mark.parametrize("shape", [(10, 8), (6, 20)])
-def test_lone_scene_is_cut_in_two(
-    tmp_path: Path, write_granule: WriteGranule, capsys: pytest.CaptureFixture[str], shape: tuple[int, int]
-) -> None:
-    """Across its longer axis: 2 of 10 rows, or 4 of 20 columns."""
-    rng = np.random.default_rng(0)
-    values = rng.lognormal(25, 0.5, (*shape, NC)).astype(np.float32)
-    path = write_granule(tmp_path / name("20240601T180000"), values)
-    store = run_prepare(tmp_path / "store", [path])
-    rows = shape[0] > shape[1]
-    parts = ([0, 8, 0, 8], [8, 10, 0, 8]) if rows else ([0, 6, 0, 16], [0, 6, 16, 20])
-    assert [s.region for s in store.scenes] == list(parts)
-    assert [s.split for s in store.scenes] == ["train", "val"]
-    y0, y1, x0, x1 = parts[0]
-    logs = np.log(values[y0:y1, x0:x1].astype(np.float64)).reshape(-1, NC)
-    np.testing.assert_allclose(store.normalization.mean, logs.mean(axis=0), rtol=1e-10)
-    np.testing.assert_allclose(store.normalization.std, logs.std(axis=0), rtol=1e-10)
-    for scene, (y0, y1, x0, x1) in zip(store.scenes, parts, strict=True):
-        z = (np.log(values[y0:y1, x0:x1].astype(np.float64)) - logs.mean(axis=0)) / logs.std(axis=0)
-        np.testing.assert_allclose(z_of(store, scene.id), z, rtol=2.0**-10, atol=1e-6)
-    assert f"its last {'2 rows' if rows else '4 columns'} are kept" in capsys.readouterr().out
-
-
-def test_lone_region_is_cut_within_itself(tmp_path: Path, granules: list[Path]) -> None:
-    store = run_prepare(tmp_path / "store", [{"path": str(granules[0]), "region": [2, 9, 1, 5]}])
-    assert [s.region for s in store.scenes] == [[2, 8, 1, 5], [8, 9, 1, 5]]
-
-
-def test_regions_of_one_file(tmp_path: Path, granules: list[Path]) -> None:
-    def region(*bounds: int, path: Path = granules[0]) -> dict[str, Any]:
-        return {"path": str(path), "region": list(bounds)}
-
-    parts = [region(0, 5, 0, 8), region(5, 10, 0, 4), region(5, 10, 4, 8)]
-    store = run_prepare(tmp_path / "good", parts, split={"by": "scene", "val_fraction": 0.3})
-    assert [s.region for s in store.scenes] == [p["region"] for p in parts]
-    assert sorted(splits(store).values()) == ["train", "train", "val"]
-    out = tmp_path / "store"
-    path = str(granules[0])
-    refused(ConfigError, out, [region(0, 6, 0, 8), region(5, 10, 0, 8)], path, "share pixels")
-    refused(ConfigError, out, [region(0, 6, 0, 8), path], path, "share pixels")
-    refused(ConfigError, out, [region(0, 5, 0, 8)] * 2, path)
-    link = tmp_path / name("20240601T190000", 9)
-    link.symlink_to(granules[0])
-    refused(ConfigError, out, [granules[0], link], "share pixels")
-    refused(ConfigError, out, [region(0, 6, 0, 8), region(5, 10, 0, 8, path=link)], "share pixels")
-
-
-def test_same_file_twice(tmp_path: Path, granules: list[Path]) -> None:
-    out = tmp_path / "store"
-    refused(ConfigError, out, [granules[0], granules[0]], str(granules[0]))
-    refused(ConfigError, out, [str(tmp_path / "*.nc"), granules[1]], str(granules[1]))
-    other = tmp_path / "other" / granules[0].name  # another file that would be a scene of the same name
-    other.parent.mkdir()
-    other.write_bytes(granules[1].read_bytes())
-    refused(ConfigError, out, [granules[0], other], str(granules[0]), str(other))
-
-
-def test_globs(tmp_path: Path, granules: list[Path]) -> None:
-    store = run_prepare(tmp_path / "store", [str(tmp_path / "TEMPO*.nc")])
-    assert [s.id for s in store.scenes] == [p.stem for p in granules]
-    refused(InputError, tmp_path / "none", [str(tmp_path / "MODIS*.nc")], "MODIS*.nc")
 
 
 # --- inputs that do not go together ---------------------------------------------------------------
@@ -412,11 +151,6 @@ def test_damaged_file_is_refused_not_passed_over(tmp_path: Path, granules: list[
 # --- transforms and channels ----------------------------------------------------------------------
 
 
-def reflectance_file(path: Path, values: np.ndarray) -> dict[str, Any]:
-    scipy.io.savemat(path, {"scene": values})
-    return {"path": str(path), "wavelength": {"first": 400, "last": 900}}
-
-
 def test_reflectance(tmp_path: Path) -> None:
     """log_zscore is refused before anything is written; zscore takes zeros and negatives as they are."""
     rng = np.random.default_rng(0)
@@ -435,13 +169,6 @@ def test_reflectance(tmp_path: Path) -> None:
     np.testing.assert_allclose(z, exact, rtol=2.0**-11, atol=1e-6)
     assert store.normalization.settings()["min_radiance"] is None
     assert store.scenes[0].time is None
-
-
-def test_days_of_scenes_without_time(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    scenes = [reflectance_file(tmp_path / f"{i}.mat", rng.uniform(0, 1, (6, 7, 5))) for i in range(2)]
-    words = ("split.by", "has no time", "0.mat")
-    refused(ConfigError, tmp_path / "store", scenes, *words, normalization=REFLECTANCE, split={"by": "day"})
 
 
 def test_log_zscore_that_fits_only_the_middle_row(tmp_path: Path, write_granule: WriteGranule) -> None:
@@ -494,199 +221,266 @@ def test_dead_channels_stay_masked_and_are_named(
 
 def test_nothing_valid_at_all(tmp_path: Path, write_granule: WriteGranule) -> None:
     path = write_granule(tmp_path / name("20240601T180000"), np.full((NY, NX, NC), -1e30))
-    refused(ConfigError, tmp_path / "store", [path], "no valid sample", made=True)
+    refused(InputError, tmp_path / "store", [path], "no valid sample", made=True)
 
 
-# --- interruption ---------------------------------------------------------------------------------
+# --- versions, folders ----------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    pass
+def test_versions_are_not_mixed_unasked(tmp_path: Path, granules: list[Path], write_granule: WriteGranule) -> None:
+    newer = write_granule(tmp_path / name("20240604T180000", version="V04"), radiance(4))
+    words = (str(granules[0]), "V03", str(newer), "V04", "mixed_versions: true")
+    refused(ConfigError, tmp_path / "store", [*granules, newer], *words)
+    store = run_prepare(tmp_path / "store", [*granules, newer], mixed_versions=True)
+    assert [s.version for s in store.scenes] == ["V03", "V03", "V03", "V04"]
 
 
-def at_scene_2(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    """Before the second scene is written."""
-    write_scene = prepare_module.write_scene
-
-    def write(root: Path, p: Any, *rest: Any) -> Any:
-        if p.scene.path == granules[1]:
-            raise Interrupted
-        return write_scene(root, p, *rest)
-
-    monkeypatch.setattr(prepare_module, "write_scene", write)
-
-
-def in_the_middle_of_scene_2(monkeypatch: pytest.MonkeyPatch, granules: list[Path], second_pass: bool = True) -> None:
-    """While rows of the second scene are read: in the pass that writes, or in that of the statistics."""
-    read = Scene.read
-    calls = iter(range(1000))
-
-    def interrupted_read(self: Scene, rows: slice) -> Any:
-        if self.path == granules[1] and rows.start == 6 and (next(calls) == 1 if second_pass else True):
-            raise Interrupted
-        return read(self, rows)
-
-    monkeypatch.setattr(Scene, "read", interrupted_read)
+def test_folder_of_granules(tmp_path: Path, granules: list[Path], write_granule: WriteGranule) -> None:
+    """Level 1 is taken, also twilight and .nc4, and nothing else that lies there."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    names = [granules[0].name, "TEMPO_RADT_L1_V03_20240602T010000Z_S001G01.nc", name("20240603T180000") + "4"]
+    for path, new in zip(granules, names, strict=True):
+        path.rename(folder / new)
+    write_level2(folder, folder / names[0], "NO2", np.ones((NY, NX)))
+    (folder / "readme.txt").write_text("")
+    store = run_prepare(tmp_path / "store", [folder], split={"by": "scene"})
+    assert [s.source for s in store.scenes] == sorted(names)
 
 
-def in_the_statistics(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    in_the_middle_of_scene_2(monkeypatch, granules, second_pass=False)
+def test_folder_without_scenes(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    refused(InputError, tmp_path / "store", [folder], str(folder), "TEMPO_RAD*_L1_*.nc")
+    (folder / "TEMPO_NO2_L2_V03_20240601T180000Z_S001G01.nc").write_text("")
+    refused(InputError, tmp_path / "store", [folder], str(folder))
 
 
-def before_the_marker(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    """All scenes are written, the store is not."""
-
-    def finish_store(*_: Any) -> str:
-        raise Interrupted
-
-    monkeypatch.setattr(prepare_module.store, "finish_store", finish_store)
+# --- level 2 --------------------------------------------------------------------------------------
 
 
-def content(store: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file but the record of the run, whose times differ."""
-    for path in sorted(store.rglob("*")):
-        if path.is_file() and path.name not in ("run.json", "config.yaml", ".lock"):
-            yield str(path.relative_to(store)), path.read_bytes()
+def level2(product: str, seed: int, shape: tuple[int, int] = (NY, NX)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(y, x) values and quality as a file holds them, and which of them are valid."""
+    rng = np.random.default_rng(seed)
+    values = {
+        "NO2": rng.normal(2e15, 3e15, shape),
+        "HCHO": rng.normal(5e15, 1e16, shape),
+        "O3TOT": rng.normal(300 + 10 * seed, 20, shape),
+        "CLDO4": rng.uniform(0, 1, shape),
+    }[product]
+    kind = rng.choice(4, shape, p=[0.85, 0.05, 0.05, 0.05])
+    values[kind == 1], values[kind == 2] = np.nan, -1e30
+    values[kind == 3] = {"NO2": 1.5e20, "HCHO": -2e18, "O3TOT": 900.0, "CLDO4": 1.2}[product]
+    quality = (rng.random(shape) < 0.1).astype(np.uint16)  # suspicious, or bit 0: an error
+    return values, quality, (kind == 0) & (quality == 0)
 
 
-SPLIT_OF_THREE = {"train": ["*0601*", "*0602*"], "val": ["*0603*"]}
+def write_products(folder: Path, granules: list[Path], products: tuple[str, ...]) -> dict[str, Any]:
+    """Level 2 of all granules, granule i with seed i; returns the section of the config."""
+    for i, granule in enumerate(granules):
+        for product in products:
+            values, quality, _ = level2(product, i)
+            write_level2(folder, granule, product, values, quality)
+    return {product: {"folder": str(folder)} for product in products}
 
 
-@pytest.mark.parametrize("where", [in_the_statistics, at_scene_2, in_the_middle_of_scene_2, before_the_marker])
-def test_interrupted_and_started_again(
-    tmp_path: Path,
-    granules: list[Path],
-    small_blocks: None,
-    monkeypatch: pytest.MonkeyPatch,
-    where: Callable[[pytest.MonkeyPatch, list[Path]], None],
+def found_invalid(product: str, seed: int) -> dict[str, int]:
+    """By rule: what a pixel holds comes before what its quality says, and that before its range."""
+    values, quality, good = level2(product, seed)
+    fill, nan = values == -1e30, np.isnan(values)
+    bad = (quality > 0) & ~fill & ~nan
+    return {
+        "undeclared_fill": int(fill.sum()),
+        "nan": int(nan.sum()),
+        "quality": int(bad.sum()),
+        "out_of_range": int((~good & ~fill & ~nan & ~bad).sum()),
+    }
+
+
+def targets_of(product: str, values: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """What is to be learned: the transforms as they are defined, with the statistics of the training values."""
+    if product == "O3TOT":
+        return (values - training.mean()) / training.std()
+    if product == "CLDO4":
+        share = 0.01 + 0.98 * values
+        return np.log(share / (1 - share))
+    divide = {"NO2": 1e15, "HCHO": 1e16}[product]
+    scale = 1.4826 * np.median(np.abs(training - np.median(training))) / divide
+    return np.arcsinh(values / divide / scale)
+
+
+@pytest.mark.parametrize("product", ["NO2", "HCHO", "O3TOT", "CLDO4"])
+def test_level_2_beside_z(tmp_path: Path, granules: list[Path], product: str) -> None:
+    section = write_products(tmp_path / "l2", granules, (product,))
+    store = run_prepare(tmp_path / "store", granules, split=SPLIT_OF_THREE, l2=section)
+    truth = [np.where(good, v, np.nan).astype(np.float32) for v, _, good in (level2(product, i) for i in range(3))]
+    training = np.concatenate([t[np.isfinite(t)] for t in truth[:2]]).astype(np.float64)
+    for i, scene in enumerate(store.scenes):
+        group = f"scenes/{scene.id}/l2"
+        with xr.open_zarr(store.path, group=group, chunks=None) as ds:
+            found = ds[product].load()
+        assert (found.dims, found.dtype) == (("y", "x"), np.float32)
+        np.testing.assert_array_equal(found, truth[i])
+        target = TargetTransform.from_attributes(found.attrs["transform"])
+        assert found.attrs["units"] == target.units == {"O3TOT": "DU", "CLDO4": "1"}.get(product, "molecules/cm^2")
+        expected = targets_of(product, truth[i].astype(np.float64), training)
+        np.testing.assert_allclose(target.transform(truth[i]), expected, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(target.inverse(expected), truth[i], rtol=1e-5, atol=1e-6 * np.nanmax(truth[i]))
+        learned = targets_of(product, training, training)
+        found_statistics = (target.n, target.mean, target.std, target.minimum, target.maximum)
+        statistics = (len(training), learned.mean(), learned.std(), learned.min(), learned.max())
+        np.testing.assert_allclose(found_statistics, statistics, rtol=1e-6, atol=1e-9)
+        assert store.attributes["targets"] == {product: target.to_attributes()}
+        origin = scene.products[product]
+        assert origin["source"] == granules[i].name.replace("RAD_L1", f"{product}_L2")
+        assert origin["sha256"] == hashlib.sha256((tmp_path / "l2" / origin["source"]).read_bytes()).hexdigest()
+        assert origin["n_valid"] == np.isfinite(truth[i]).sum()
+        assert origin["n_valid"] + sum(origin["invalid"].values()) == NY * NX
+        assert origin["invalid"] == {**dict.fromkeys(PRODUCT_RULES, 0), **found_invalid(product, i)}
+    assert set(xr.open_zarr(store.path, group=f"scenes/{scene.id}", chunks=None).variables) >= {"z", "n_invalid"}
+
+
+def test_level_2_of_regions(tmp_path: Path, granules: list[Path]) -> None:
+    section = write_products(tmp_path / "l2", granules[:1], ("NO2", "O3TOT"))
+    store = run_prepare(tmp_path / "store", [{"path": str(granules[0]), "region": [1, 9, 2, 7]}], l2=section)
+    for product in section:
+        values, _, good = level2(product, 0)
+        truth = np.where(good, values, np.nan).astype(np.float32)
+        for scene in store.scenes:
+            y0, y1, x0, x1 = scene.region or []
+            with xr.open_zarr(store.path, group=f"scenes/{scene.id}/l2", chunks=None) as ds:
+                np.testing.assert_array_equal(ds[product], truth[y0:y1, x0:x1])
+    assert [s.split for s in store.scenes] == ["train", "val"]
+    y0, y1, x0, x1 = store.scenes[0].region or []
+    assert store.attributes["targets"]["O3TOT"]["n"] == np.isfinite(truth[y0:y1, x0:x1]).sum()
+
+
+@pytest.mark.parametrize("scene", [0, 2])  # of training, of validation
+def test_level_2_that_does_not_fit(tmp_path: Path, granules: list[Path], scene: int) -> None:
+    """All of it before anything is written."""
+    out, section = tmp_path / "store", write_products(tmp_path / "l2", granules, ("NO2",))
+    settings = {"split": SPLIT_OF_THREE, "l2": section}
+    path = tmp_path / "l2" / granules[scene].name.replace("RAD_L1", "NO2_L2")
+    write_level2(tmp_path / "l2", granules[scene], "NO2", np.ones((NY, NX + 1)))
+    refused(InputError, out, granules, str(path), f"{NY} x {NX + 1}", f"{NY} x {NX}", **settings)
+    write_level2(tmp_path / "l2", granules[scene], "NO2", np.ones((NY, NX)), units="mol/m^2")
+    refused(InputError, out, granules, "'mol/m^2'", "'molecules/cm^2'", "must be alike", **settings)
+    path.write_bytes(path.read_bytes()[:1000])
+    refused(InputError, out, granules, str(path), **settings)
+    path.unlink()
+    refused(InputError, out, granules, "no NO2 for", granules[scene].name, **settings)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_level_2_of_a_scene_that_is_left_out_does_not_count(
+    tmp_path: Path, granules: list[Path], write_granule: WriteGranule, foreign: bool
 ) -> None:
-    whole = run_prepare(tmp_path / "whole", granules, split=SPLIT_OF_THREE)
-    out = tmp_path / "interrupted"
-    with monkeypatch.context() as patch:
-        where(patch, granules)
-        with pytest.raises(Interrupted):
-            run_prepare(out, granules, split=SPLIT_OF_THREE)
-    with pytest.raises(InputError, match="not finished"):
-        Store(out)
-    first_scene = out / "scenes" / granules[0].stem / "z" / "c" / "0" / "0" / "0"
-    written = first_scene.stat().st_mtime_ns if where is not in_the_statistics else None
-
-    again = run_prepare(out, granules, split=SPLIT_OF_THREE)
-    assert again.hash == whole.hash
-    assert dict(content(out)) == dict(content(whole.path))
-    assert written in (None, first_scene.stat().st_mtime_ns)  # what was done was not done again
+    other = run_prepare(tmp_path / "other", granules, split={"val_fraction": 0})
+    section = write_products(tmp_path / "l2", granules, ("O3TOT",))
+    night = write_granule(granules[0], np.full((NY, NX, NC), np.nan))
+    settings: dict[str, Any] = {"split": SPLIT_OF_THREE, "l2": section, "validity": {"all_invalid": "leave_out"}}
+    if foreign:
+        settings["normalization"] = {"statistics": str(other.path)}
+    store = run_prepare(tmp_path / "store", granules, **settings)
+    assert store.attributes["left_out"] == [night.stem]
+    values, _, good = level2("O3TOT", 1)
+    target = store.attributes["targets"]["O3TOT"]
+    assert target["n"] == good.sum()
+    assert target["center"] == pytest.approx(values[good].mean(), rel=1e-6)
 
 
-def test_statistics_are_not_read_twice(
+# --- statistics of others -------------------------------------------------------------------------
+
+
+def passes_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files whose beginning is read from now on, in turn."""
+    read, found = Scene.read, []
+
+    def counted(self: Scene, rows: slice, columns: slice = slice(None)) -> Any:
+        if rows.start == 0:
+            found.append(self.path.name)
+        return read(self, rows, columns)
+
+    monkeypatch.setattr(Scene, "read", counted)
+    return found
+
+
+def test_statistics_of_another_store(
     tmp_path: Path, granules: list[Path], small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "store"
-    with monkeypatch.context() as patch:
-        at_scene_2(patch, granules)
-        with pytest.raises(Interrupted):
-            run_prepare(out, granules, split=SPLIT_OF_THREE)
-    read = Scene.read
-    passes: list[str] = []
-    monkeypatch.setattr(
-        Scene, "read", lambda self, rows: (rows.start == 0 and passes.append(self.path.name)) or read(self, rows)
-    )
-    run_prepare(out, granules, split=SPLIT_OF_THREE)
-    assert passes == [granules[1].name, granules[2].name]
+    """Taken as they are, and nothing is read twice to get them."""
+    first = run_prepare(tmp_path / "first", granules[:1], split={"val_fraction": 0}, normalization={"clip": 5.0})
+    passes = passes_of(monkeypatch)
+    statistics = {"statistics": str(first.path)}
+    store = run_prepare(tmp_path / "store", granules[1:], split={"val_fraction": 0}, normalization=statistics)
+    assert passes == [p.name for p in granules[1:]]
+    logs = np.log(radiance(1).astype(np.float64)).reshape(-1, NC)
+    for key in ("mean", "std", "minimum", "maximum"):
+        np.testing.assert_array_equal(root_array(store, key), root_array(first, key))
+    np.testing.assert_allclose(store.normalization.mean, logs.mean(axis=0), rtol=1e-10)
+    for i, scene in enumerate(store.scenes):
+        exact = (np.log(radiance(i + 2).astype(np.float64)) - logs.mean(axis=0)) / logs.std(axis=0)
+        np.testing.assert_allclose(z_of(store, scene.id), np.clip(exact, -10, 10), rtol=2.0**-10, atol=1e-6)
+    assert (root_array(store, "count") == 2 * NY * NX).all()
+    assert store.attributes["statistics_from"] == f"store {first.hash}"
+    assert first.attributes["statistics_from"] is None
 
 
-@pytest.mark.parametrize("change", ["new", "gone", "changed"])
-def test_other_files_after_an_interruption_are_refused(
-    tmp_path: Path, granules: list[Path], write_granule: WriteGranule, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    """Statistics and scenes that were made already belong to the old files."""
-    out = tmp_path / "store"
-    pattern = str(tmp_path / "*.nc")
-    with monkeypatch.context() as patch:
-        at_scene_2(patch, granules)
-        with pytest.raises(Interrupted):
-            run_prepare(out, [pattern])
-    if change == "new":
-        write_granule(tmp_path / name("20240605T180000"), radiance(5))
-    elif change == "gone":
-        granules[2].unlink()
-    else:
-        write_granule(granules[0], radiance(8))
-        os.utime(granules[0], ns=(1, 1))
-    refused(ConfigError, out, [pattern], change, "--overwrite", made=True)
-    store = run_prepare(out, [pattern], overwrite=True)
-    fresh = run_prepare(tmp_path / "fresh", [pattern])
-    assert store.hash == fresh.hash
+def write_spectra(folder: Path, mean: np.ndarray, std: np.ndarray) -> dict[str, str]:
+    folder.mkdir(exist_ok=True)
+    torch.save(torch.from_numpy(mean), folder / "mean_spectrum.pt")
+    torch.save(torch.from_numpy(std), folder / "std_spectrum.pt")
+    return {"statistics": str(folder)}
 
 
-def test_interrupted_after_the_marker(
-    tmp_path: Path, granules: list[Path], write_granule: WriteGranule, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The store is whole but not known as finished: the same inputs finish it, others are not mixed in."""
-    out = tmp_path / "store"
-    pattern = str(tmp_path / "*.nc")
-    note = RunDir.note
-
-    def interrupted_note(self: RunDir, **facts: Any) -> None:
-        if "store_hash" in facts:
-            raise Interrupted
-        note(self, **facts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "note", interrupted_note)
-        with pytest.raises(Interrupted):
-            run_prepare(out, [pattern])
-    added = tmp_path / name("20240605T180000")
-    write_granule(added, radiance(5))
-    with pytest.raises(ConfigError, match="is new since the preparation"):
-        run_prepare(out, [pattern])
-    added.unlink()
-    written = (out / "scenes").stat().st_ino
-    assert run_prepare(out, [pattern]).hash == run_prepare(tmp_path / "fresh", [pattern]).hash
-    assert (out / "scenes").stat().st_ino == written
-    assert not (out / ".partial").exists()
+def test_statistics_of_mltools(tmp_path: Path, granules: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    mean, std = np.linspace(24, 30, NC), np.linspace(0.5, 2, NC)
+    statistics = write_spectra(tmp_path / "spectra", mean, std)
+    passes = passes_of(monkeypatch)
+    store = run_prepare(tmp_path / "store", granules, split=SPLIT_OF_THREE, normalization=statistics, dtype="float32")
+    assert passes == [p.name for p in granules]
+    np.testing.assert_array_equal(store.normalization.mean, mean)
+    np.testing.assert_array_equal(store.normalization.std, std)
+    for i, scene in enumerate(store.scenes):
+        exact = np.clip((np.log(radiance(i + 1).astype(np.float64)) - mean) / (std + 1e-8), -10, 10)
+        np.testing.assert_allclose(z_of(store, scene.id), exact, rtol=1e-6)
+    assert (root_array(store, "count") == 2 * NY * NX).all()
+    assert "mean_spectrum.pt" in store.attributes["statistics_from"]
+    short = write_spectra(tmp_path / "spectra", mean[1:], std[1:])
+    words = ("normalization.statistics", "mean_spectrum.pt has 5 channels", "have 6")
+    refused(ConfigError, tmp_path / "short", granules, *words, normalization=short)
 
 
-def test_scratch_without_its_plan_is_not_trusted(tmp_path: Path, granules: list[Path]) -> None:
-    """A kill while it was deleted leaves statistics that may be of other files."""
-    truth = run_prepare(tmp_path / "fresh", granules)
-    out = tmp_path / "store"
-    config = PrepareConfig.model_validate({"output_dir": str(out), "inputs": [str(g) for g in granules]})
-    with RunDir("prepare", config, overwrite=False, resumable=True) as run:
-        (out / ".partial").mkdir()
-        for scene in truth.scenes:
-            (out / ".partial" / f"{scene.id}.npz").write_bytes(b"stale")
-    run.note(state="failed")
-    assert run_prepare(out, granules).hash == truth.hash
+def test_statistics_that_do_not_belong(tmp_path: Path, granules: list[Path], write_granule: WriteGranule) -> None:
+    other = tmp_path / "other" / name("20240604T180000")
+    other.parent.mkdir()
+
+    def statistics(key: str, values: np.ndarray, normalization: dict[str, Any], **arguments: Any) -> dict[str, str]:
+        write_granule(other, values, **arguments)
+        made = run_prepare(tmp_path / key, [other], split={"val_fraction": 0}, normalization=normalization)
+        return {"statistics": str(made.path)}
+
+    far = np.broadcast_to(300.3 + 0.2 * np.arange(NC), (NX, NC))
+    for key, arguments, words in (
+        ("transform", (radiance(4), REFLECTANCE), ("zscore", "log_zscore")),
+        ("min_radiance", (radiance(4), {"min_radiance": 2.0}), ("2.0", "1.0")),
+        ("number of channels", (radiance(4)[..., 1:], {}), ("5", "6")),
+    ):
+        found = statistics(key, *arguments)
+        words = ("normalization.statistics", f"{key} of {found['statistics']} is", *words)
+        refused(ConfigError, tmp_path / "store", granules, *words, normalization=found)
+    for key, more, words in (
+        ("band", {"band": "band_540_740_nm"}, ("band_540_740_nm", "band_290_490_nm")),
+        ("units", {"units": "W/m^2"}, ("W/m^2", "photons/s/cm^2/nm/sr")),
+        ("wavelengths", {"wavelength": far}, ("0.300 nm", "0.200 nm")),
+    ):
+        found = statistics(key, radiance(4), {}, **more)
+        refused(ConfigError, tmp_path / "store", granules, f"{key} of", *words, normalization=found)
+    nowhere = {"statistics": str(tmp_path / "nowhere")}
+    refused(InputError, tmp_path / "store", granules, "nowhere", normalization=nowhere)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_stopped_by_a_signal_it_goes_on(
-    tmp_path: Path, granules: list[Path], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    out = tmp_path / "store"
-    read = Scene.read
-    handler = signal.getsignal(number)
-
-    def signalled_read(self: Scene, rows: slice) -> Any:
-        if self.path == granules[1]:
-            signal.raise_signal(number)
-        return read(self, rows)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Scene, "read", signalled_read)
-        with pytest.raises(Stopped) as stopped:
-            run_prepare(out, granules)
-    assert stopped.value.exit_code == 75
-    assert json.loads((out / "run.json").read_text())["state"] == "stopped"
-    assert signal.getsignal(number) == handler
-    assert run_prepare(out, granules).hash == run_prepare(tmp_path / "fresh", granules).hash
-
-
-def test_copies_of_one_file_are_refused(tmp_path: Path, granules: list[Path]) -> None:
-    """Under another name it would be trained on and judged with."""
-    copy = tmp_path / name("20240607T180000")
-    copy.write_bytes(granules[0].read_bytes())
-    refused(ConfigError, tmp_path / "store", [*granules, copy], "copies of one file", made=True)
+# --- the same again -------------------------------------------------------------------------------
 
 
 def test_inputs_inside_the_directory_survive_overwrite(tmp_path: Path, granules: list[Path]) -> None:
@@ -705,7 +499,7 @@ def test_the_home_of_nobody(tmp_path: Path, pattern: str) -> None:
 
 
 def test_a_path_may_look_like_a_glob(tmp_path: Path, granules: list[Path]) -> None:
-    odd = granules[0].with_name("TEMPO_RAD[1].nc")
+    odd = granules[0].with_name("TEMPO_RAD_L1_V03_a[1].nc")
     granules[0].rename(odd)
     assert len(run_prepare(tmp_path / "store", [odd, *granules[1:]], split={"by": "scene"}).scenes) == 3
 
@@ -713,7 +507,7 @@ def test_a_path_may_look_like_a_glob(tmp_path: Path, granules: list[Path]) -> No
 def test_same_config_same_store(tmp_path: Path, granules: list[Path]) -> None:
     one, two = (run_prepare(tmp_path / f"store{i}", granules) for i in range(2))
     assert one.hash == two.hash
-    assert dict(content(one.path)) == dict(content(two.path))
+    assert same_content(one.path, two.path)
 
 
 def test_hash_follows_the_data(tmp_path: Path, granules: list[Path], write_granule: WriteGranule) -> None:

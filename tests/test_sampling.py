@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from spectralvae.data import sampling
-from spectralvae.data.sampling import Crop, CropSampler, admissible_positions, evenly, grid, noise, turn
+from spectralvae.data.sampling import Crop, CropSampler, as_read, evenly, grid, noise
+from spectralvae.errors import ConfigError
 
 NC, TILE = 6, 4
 
@@ -22,7 +25,7 @@ def invalid_counts(seed: int, shape: tuple[int, int] = (13, 17)) -> np.ndarray:
     return counts
 
 
-def brute_force(n_invalid: np.ndarray, tile: int, most: float) -> set[tuple[int, int]]:
+def brute_force(n_invalid: np.ndarray, most: float, stack: int | None = None, tile: int = TILE) -> set[tuple[int, int]]:
     """First pixels of all tiles in which at most so many samples are invalid, counted one tile after the other."""
     ny, nx = n_invalid.shape
     return {
@@ -30,109 +33,174 @@ def brute_force(n_invalid: np.ndarray, tile: int, most: float) -> set[tuple[int,
         for y in range(ny - tile + 1)
         for x in range(nx - tile + 1)
         if n_invalid[y : y + tile, x : x + tile].sum() <= most
+        and (stack is None or len({row // stack for row in range(y, y + tile)}) == 1)
     }
 
 
-def two_scenes(fraction: float = 0.25) -> tuple[list[tuple[int, int, np.ndarray]], set[tuple[int, int, int]]]:
-    """Sampler input for scenes number 3 and 5 of a store, and the admissible (scene, y, x)."""
-    scenes, allowed = [], set()
-    for index, shape in ((3, (13, 17)), (5, (9, 12))):
-        n_invalid = invalid_counts(index, shape)
-        scenes.append((index, shape[1] - TILE + 1, admissible_positions(n_invalid, NC, TILE, fraction)))
-        allowed |= {(index, y, x) for y, x in brute_force(n_invalid, TILE, fraction * TILE * TILE * NC)}
-    return scenes, allowed
+def sampler_of(
+    seed: int,
+    counts: Mapping[int, np.ndarray],
+    fraction: float = 0.25,
+    stacks: Mapping[int, int] | None = None,
+    tile: int = TILE,
+    n_channels: int = NC,
+) -> CropSampler:
+    """A sampler over scenes with these (y, x) counts of invalid samples."""
+    shapes = [(*n.shape, (stacks or {}).get(scene, n.shape[0])) for scene, n in counts.items()]
+    return CropSampler(
+        seed,
+        list(counts),
+        np.array(shapes),
+        tile_size=tile,
+        n_channels=n_channels,
+        max_invalid_fraction=fraction,
+        count_invalid=lambda scene, y, x, size: int(counts[scene][y : y + size, x : x + size].sum()),
+        where="the scenes of this test",
+    )
 
 
-# --- which tiles are admissible ---------------------------------------------------------------
+# Scenes number 3 and 5 of a store, of different sizes
+TWO = {3: invalid_counts(3), 5: invalid_counts(5, (9, 12))}
+ALLOWED = {(scene, y, x) for scene, n in TWO.items() for y, x in brute_force(n, 0.25 * TILE * TILE * NC)}
 
 
-@pytest.mark.parametrize("fraction", [0, 0.1, 0.25, 0.5, 1])
-@pytest.mark.parametrize("tile", [1, 4, 13])
-def test_admissible_positions_against_brute_force(fraction: float, tile: int) -> None:
-    n_invalid = invalid_counts(0)
-    n_invalid[:5, :5] = 0
-    width = n_invalid.shape[1] - tile + 1
-    found = admissible_positions(n_invalid, NC, tile, fraction)
-    assert sorted(found) == found.tolist()
-    assert {divmod(int(p), width) for p in found} == brute_force(n_invalid, tile, fraction * tile * tile * NC)
-
-
-def test_the_limit_itself_is_admissible() -> None:
-    """A tile with exactly the largest share is drawn, one sample more is not."""
-    n_invalid = np.zeros((4, 4), np.int64)
-    n_invalid[0] = NC  # 24 of 96 samples
-    assert len(admissible_positions(n_invalid, NC, 4, 0.25)) == 1
-    n_invalid[1, 0] = 1
-    assert len(admissible_positions(n_invalid, NC, 4, 0.25)) == 0
+def chi_square_is_likely(observed: list[int]) -> bool:
+    """Of k cells that are equally likely: k - 1 degrees of freedom, mean k - 1, variance 2 (k - 1)."""
+    k, n = len(observed), sum(observed)
+    chi_square = sum((m - n / k) ** 2 / (n / k) for m in observed)
+    return abs(chi_square - (k - 1)) < 4 * np.sqrt(2 * (k - 1))
 
 
 # --- which tile is sample i -------------------------------------------------------------------
 
 
 def test_crop_is_pure() -> None:
-    scenes, _ = two_scenes()
-    forwards = [CropSampler(7, scenes).crop(i) for i in range(300)]
-    one = CropSampler(7, scenes)
+    forwards = [sampler_of(7, TWO).crop(i) for i in range(300)]
+    one = sampler_of(7, TWO)
     backwards = [one.crop(i) for i in reversed(range(300))][::-1]
     assert forwards == backwards
     assert [one.crop(250), one.crop(3), one.crop(250)] == [forwards[250], forwards[3], forwards[250]]
     np.random.default_rng(0).random()
-    assert CropSampler(7, scenes).crop(10**12) == CropSampler(7, scenes).crop(10**12)
+    assert sampler_of(7, TWO).crop(10**12) == sampler_of(7, TWO).crop(10**12)
 
 
 def test_other_seed_differs() -> None:
-    scenes, _ = two_scenes()
-    a, b = CropSampler(7, scenes), CropSampler(8, scenes)
+    a, b = sampler_of(7, TWO), sampler_of(8, TWO)
     assert sum(a.crop(i) == b.crop(i) for i in range(300)) < 30
 
 
 def test_only_admissible_tiles_all_of_them_and_evenly() -> None:
-    scenes, allowed = two_scenes()
-    sampler = CropSampler(1, scenes)
-    assert len(sampler) == len(allowed) > 20
-    n = 200 * len(allowed)
-    drawn = Counter((c.scene, c.y, c.x) for c in map(sampler.crop, range(n)))
+    """Over scenes of different sizes and different shares of admissible tiles."""
+    possible = 10 * 14 + 6 * 9
+    assert 20 < len(ALLOWED) < 0.7 * possible
+    assert {scene for scene, _, _ in ALLOWED} == {3, 5}
+    sampler = sampler_of(1, TWO)
+    drawn = Counter((c.scene, c.y, c.x) for c in map(sampler.crop, range(200 * len(ALLOWED))))
+    assert set(drawn) == ALLOWED
+    assert chi_square_is_likely(list(drawn.values()))
+
+
+def test_tiles_of_a_stack_are_whole_and_even() -> None:
+    """Scene 0 is a stack of three pieces of five rows, scene 1 of three of exactly a tile, scene 2 an image."""
+    counts = {0: invalid_counts(0, (15, 8)), 1: invalid_counts(1, (12, 9)), 2: invalid_counts(2, (6, 8))}
+    stacks = {0: 5, 1: TILE}
+    most = 0.5 * TILE * TILE * NC
+    allowed = {(s, y, x) for s, n in counts.items() for y, x in brute_force(n, most, stacks.get(s))}
+    assert {y for s, y, _ in allowed if s == 0} == {0, 1, 5, 6, 10, 11}
+    assert {y for s, y, _ in allowed if s == 1} == {0, 4, 8}
+    sampler = sampler_of(4, counts, 0.5, stacks)
+    drawn = Counter((c.scene, c.y, c.x) for c in map(sampler.crop, range(200 * len(allowed))))
     assert set(drawn) == allowed
-    # chi-square with k - 1 degrees of freedom: mean k - 1, variance 2 (k - 1)
-    k = len(allowed)
-    chi_square = sum((drawn[p] - n / k) ** 2 / (n / k) for p in allowed)
-    assert abs(chi_square - (k - 1)) < 4 * np.sqrt(2 * (k - 1))
+    assert chi_square_is_likely(list(drawn.values()))
 
 
 def test_orientations_are_even_and_independent_of_the_place() -> None:
-    sampler = CropSampler(2, [(0, 2, np.array([0, 3]))])
+    counts = np.zeros((5, 5), np.int64)
+    counts[0, 4] = counts[4, 0] = 1  # of the four places, those on the diagonal are left
+    sampler = sampler_of(2, {0: counts}, 0.0)
     crops = [sampler.crop(i) for i in range(16_000)]
     drawn = Counter((c.y, c.x, c.flip, c.turns) for c in crops)
     assert set(drawn) == {(p, p, flip, turns) for p in (0, 1) for flip in (False, True) for turns in range(4)}
-    chi_square = sum((m - 1000) ** 2 / 1000 for m in drawn.values())
-    assert chi_square < 15 + 4 * np.sqrt(30)
+    assert chi_square_is_likely(list(drawn.values()))
 
 
 def test_neighbouring_samples_are_independent() -> None:
-    scenes, allowed = two_scenes()
-    sampler = CropSampler(3, scenes)
+    sampler = sampler_of(3, TWO)
     crops = [sampler.crop(i) for i in range(4000)]
     same = sum(a == b for a, b in pairwise(crops))
-    assert same < 3 * 4000 / (8 * len(allowed)) + 5
+    assert same < 3 * 4000 / (8 * len(ALLOWED)) + 5
 
 
 def test_scene_without_admissible_tile_is_passed_over() -> None:
-    sampler = CropSampler(0, [(0, 3, np.array([], np.int64)), (1, 3, np.array([4])), (2, 3, np.array([], np.int64))])
-    assert {(c.scene, c.y, c.x) for c in map(sampler.crop, range(50))} == {(1, 1, 1)}
+    lost, good = np.full((8, 9), NC), np.full((8, 9), NC)
+    good[2:6, 3:7] = 0
+    sampler = sampler_of(0, {0: lost, 1: good, 2: lost}, 0.0)
+    assert {(c.scene, c.y, c.x) for c in map(sampler.crop, range(50))} == {(1, 2, 3)}
+
+
+@pytest.mark.parametrize(("fraction", "n_channels", "most"), [(0.25, 6, 37), (0.29, 4, 29), (0.07, 4, 7), (0.0, 6, 0)])
+def test_the_limit_itself_is_admissible(fraction: float, n_channels: int, most: int) -> None:
+    """A tile with exactly the largest share is drawn, one sample more is not (0.29 * 100 is 28.999999999999996)."""
+    counts = np.zeros((5, 5), np.int64)
+    counts[2, 1] = most
+    assert sampler_of(0, {0: counts}, fraction, tile=5, n_channels=n_channels).crop(0).scene == 0
+    counts[4, 4] = 1
+    with pytest.raises(ConfigError):
+        sampler_of(0, {0: counts}, fraction, tile=5, n_channels=n_channels).crop(0)
+
+
+def test_no_admissible_tile_is_an_error() -> None:
+    sampler = sampler_of(0, {0: np.full((8, 9), NC)}, 0.5)
+    with pytest.raises(ConfigError, match=r"data\.max_invalid_fraction: 0\.5 leaves no tile of 4 x 4 in the scenes of"):
+        sampler.crop(5)
+
+
+def test_an_archive_costs_four_numbers_a_scene_and_no_lookup() -> None:
+    """10,000 granules: the positions are counted, never listed, and their files are not opened."""
+
+    def lookup(scene: int, y: int, x: int, tile_size: int) -> int:
+        looked_up.append((scene, y, x))
+        return 0
+
+    looked_up: list[tuple[int, int, int]] = []
+    shapes = np.broadcast_to([131, 2048, 131], (10_000, 3))
+    sampler = CropSampler(
+        0,
+        range(10_000),
+        shapes,
+        tile_size=64,
+        n_channels=1028,
+        max_invalid_fraction=0.5,
+        count_invalid=lookup,
+        where="an archive",
+    )
+    assert looked_up == []
+    arrays = [v for v in vars(sampler).values() if isinstance(v, np.ndarray)]
+    assert sum(a.nbytes for a in arrays) + sys.getsizeof(sampler.scenes) < 10_000 * 8 * 6
+    assert not [v for v in vars(sampler).values() if isinstance(v, dict | set)]
+    crops = [sampler.crop(i) for i in range(2000)]
+    assert looked_up == [(c.scene, c.y, c.x) for c in crops]
+    assert {c.y for c in crops} == set(range(131 - 64 + 1))
+    n, mean = len(crops), np.mean([[c.scene, c.x] for c in crops], axis=0)
+    for found, last in zip(mean, (9999, 2048 - 64), strict=True):  # even: mean last / 2, variance last^2 / 12
+        assert abs(found - last / 2) < 4 * last / np.sqrt(12 * n)
 
 
 # --- orientations -----------------------------------------------------------------------------
 
 
-def test_turn_gives_the_eight_symmetries_of_a_square() -> None:
+def test_as_read_undoes_the_eight_symmetries_of_a_square() -> None:
     tile = np.arange(3 * 3 * 2).reshape(3, 3, 2)
-    turned = {(flip, turns): turn(tile, Crop(0, 0, 0, flip, turns)) for flip in (False, True) for turns in (0, 1, 2, 3)}
-    assert len({t.tobytes() for t in turned.values()}) == 8
-    np.testing.assert_array_equal(turned[False, 0], tile)
-    np.testing.assert_array_equal(turned[True, 0], tile[::-1])
-    np.testing.assert_array_equal(turned[False, 2], tile[::-1, ::-1])
-    np.testing.assert_array_equal(turned[False, 1], tile.transpose(1, 0, 2)[::-1])
-    for t in turned.values():  # spectra stay whole
+    finished = {}
+    for flip in (False, True):
+        for turns in range(4):
+            out = np.empty_like(tile)
+            as_read(out, Crop(0, 0, 0, flip, turns))[...] = tile
+            np.testing.assert_array_equal(out, np.rot90(np.flipud(tile) if flip else tile, turns))
+            finished[flip, turns] = out
+    assert len({t.tobytes() for t in finished.values()}) == 8
+    np.testing.assert_array_equal(finished[False, 1], tile.transpose(1, 0, 2)[::-1])
+    for t in finished.values():  # spectra stay whole
         assert {tuple(p) for p in t.reshape(-1, 2)} == {tuple(p) for p in tile.reshape(-1, 2)}
 
 

@@ -15,10 +15,12 @@ from spectralvae import __version__
 from spectralvae.config import (
     CommandConfig,
     ConvertConfig,
+    DownloadConfig,
     PrepareConfig,
     SimulateConfig,
     TrainConfig,
     may_change_on_resume,
+    prepare_may_change_on_resume,
 )
 from spectralvae.configfile import dump_config, load_config, to_yaml
 from spectralvae.console import new_console
@@ -40,6 +42,7 @@ Set = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Clear an output_dir that this command made.")]
 Debug = Annotated[bool, typer.Option("--debug", help="200 steps on reduced data with everything written often.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List names and bytes; nothing is written.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
 
 console = new_console()
@@ -78,15 +81,40 @@ def simulate(config: Config, set_: Set = None, overwrite: Overwrite = False, pri
             n_channels=cfg.n_channels,
             products=cfg.products,
             invalid_fraction=cfg.invalid_fraction,
+            scans_per_day=cfg.scans_per_day,
+            noise=cfg.noise,
+            version=cfg.version,
+            planted=cfg.plant,
         )
     console.print(f"{run.path}: {len(paths)} files")
+
+
+@app.command()
+def download(
+    config: Config,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Fetch TEMPO granules from NASA Earthdata: level 1 with level 2."""
+    cfg = _read(DownloadConfig, config, set_, print_config)
+    if dry_run:
+        from spectralvae.download import list_granules
+
+        list_granules(cfg, console)
+        return
+    run = _claim("download", cfg, overwrite=overwrite, resumable=True)
+    from spectralvae.download import download as work
+
+    work(cfg, run, console)
 
 
 @app.command()
 def prepare(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
     """Turn scenes into a store: statistics, normalisation, split."""
     cfg = _read(PrepareConfig, config, set_, print_config)
-    run = _claim("prepare", cfg, overwrite=overwrite, resumable=True)
+    run = _claim("prepare", cfg, overwrite=overwrite, resumable=True, may_differ=prepare_may_change_on_resume)
     from spectralvae.data.prepare import prepare as work
 
     work(cfg, run, console)
@@ -116,6 +144,20 @@ def convert(config: Config, set_: Set = None, overwrite: Overwrite = False, prin
     from spectralvae.export import convert as work
 
     work(cfg, run, console)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A store, run, checkpoint, export, scene or level-2 product.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of it and check digests, counts, statistics.")
+    ] = False,
+) -> None:
+    """Tell what a file or folder is, and whether it is sound; nothing is changed."""
+    from spectralvae.inspection import inspect as work
+
+    work(path.expanduser(), verify=verify, as_json=json, console=console)
 
 
 def _version(value: bool) -> None:

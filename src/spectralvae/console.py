@@ -17,7 +17,11 @@ def warn(console: Console, message: str) -> None:
 
 
 def new_progress(*fields: str) -> Progress:
-    """A progress bar on stderr; ``fields`` are rich markup over a task's own fields."""
+    """A progress bar on stderr; ``fields`` are rich markup over a task's own fields.
+
+    It is for people: where stderr is no terminal, nothing but an error's one line is printed there.
+    """
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -25,5 +29,6 @@ def new_progress(*fields: str) -> Progress:
         *(TextColumn(field) for field in fields),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
+        disable=not console.is_terminal,
     )

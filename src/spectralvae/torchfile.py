@@ -29,24 +29,36 @@ _NUMPY_GLOBALS: list[Any] = [
 ]
 
 
-def _check_zip(path: Path) -> None:
-    """Compare every byte with its checksum, which ``torch.load`` does not: a flipped bit is a wrong weight."""
+def _check_zip(path: Path, *, every_byte: bool) -> None:
+    """Refuse archives that are not of torch.save.
+
+    Args:
+        path: the file.
+        every_byte: compare all with the checksums, which ``torch.load`` does not: a flipped bit is a wrong weight.
+    """
     with zipfile.ZipFile(path) as archive:
         members = {name.rpartition("/")[2] for name in archive.namelist()}
         if "data.pkl" not in members or "constants.pkl" in members:
             raise InputError(f"{path}: is a zip file, but not of torch.save (nor may it be TorchScript)")
         # torch.save never compresses; a file that unpacks to more than its size is a trap for memory
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise InputError(
                 f"{path}: is a compressed archive, which torch.save never writes; save it anew with torch.save"
             )
-        damaged = archive.testzip()
+        damaged = archive.testzip() if every_byte else None
     if damaged is not None:
         raise InputError(f"{path}: is damaged: the checksum of {damaged!r} does not match; copy the file again")
 
 
-def load_torch_file(path: Path) -> Any:
+def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
     """Read whatever ``torch.save`` put into ``path``.
+
+    Args:
+        path: the file.
+        mmap: map the tensors into memory, so that only what is used of them is read. Damaged bytes in them are then
+            not noticed, and files that PyTorch before 1.6 wrote are refused.
 
     Returns:
         Tensors on the CPU, plain values, numpy scalars, and containers of them.
@@ -62,14 +74,16 @@ def load_torch_file(path: Path) -> Any:
         with path.open("rb") as file:
             magic = file.read(4)
         if magic == b"PK\x03\x04":
-            _check_zip(path)
+            _check_zip(path, every_byte=not mmap)
         elif magic[:1] == b"\x80" and magic[:2] != b"\x80\x02":
             raise InputError(f"{path}: is a plain pickle, whose code is never run; {advice}")
         elif magic[:1] != b"\x80":
             raise InputError(f"{path}: is not a file of torch.save; give a .pt, .pth or .ckpt written by torch.save")
+        elif mmap:
+            raise InputError(f"{path}: is of the format before PyTorch 1.6, which cannot be mapped; save it anew")
         with torch.serialization.safe_globals(_NUMPY_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about oddities of the file; the user gets one line
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except InputError:
         raise
     except pickle.UnpicklingError as error:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +18,11 @@ from torch.utils.data import IterableDataset
 
 from spectralvae.data import sampling
 from spectralvae.data.sampling import Crop, CropSampler
-from spectralvae.data.store import Store
+from spectralvae.data.store import SceneRecord, Store
 from spectralvae.errors import ConfigError
 
 BATCHES_AHEAD = 2
+SAMPLES_TRIED = 8  # at the start of a run, that nothing can be drawn from is known before it has begun
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,28 @@ class Batch:
 def make_sampler(
     store: Store, scenes: Sequence[int], *, seed: int, tile_size: int, max_invalid_fraction: float
 ) -> CropSampler:
-    """A sampler over some scenes of a store.
+    """A sampler over some scenes of a store, whose files are all there.
 
     Raises:
-        ConfigError: a scene is smaller than a tile, or no tile anywhere is valid enough.
+        ConfigError: a scene is smaller than a tile, or hardly a tile anywhere is valid enough.
+        InputError: a file of a scene is lost or not as long as it was written.
     """
-    found = _admissible(store, scenes, tile_size, max_invalid_fraction)
-    if not any(len(positions) for _, _, positions in found):
-        raise _no_tile_left(store, scenes, tile_size, max_invalid_fraction)
-    return CropSampler(seed, found)
+    shapes = [_tileable(store.scenes[scene], tile_size) for scene in scenes]
+    for scene in scenes:
+        store.check_files(scene)
+    sampler = CropSampler(
+        seed,
+        scenes,
+        np.array(shapes),
+        tile_size=tile_size,
+        n_channels=store.normalization.n_channels,
+        max_invalid_fraction=max_invalid_fraction,
+        count_invalid=store.count_invalid,
+        where=_where(store, scenes),
+    )
+    for i in range(SAMPLES_TRIED):
+        sampler.crop(i)
+    return sampler
 
 
 def grid_crops(
@@ -59,45 +76,43 @@ def grid_crops(
 
     Raises:
         ConfigError: a scene is smaller than a tile, or there are scenes, but no tile of theirs will do.
+        InputError: a file of a scene is lost or damaged.
     """
+    samples = tile_size * tile_size * store.normalization.n_channels
     crops = []
-    for scene, width, positions in _admissible(store, scenes, tile_size, max_invalid_fraction):
-        ny, nx, _ = store.scenes[scene].shape
-        admissible = set(positions.tolist())
+    for scene in scenes:
+        ny, nx, piece = _tileable(store.scenes[scene], tile_size)
+        n_invalid = store.n_invalid(scene)
         crops += [
             Crop(scene, y, x)
-            for y in sampling.grid(ny, tile_size)
+            for start in range(0, ny, piece)
+            for y in (start + first for first in sampling.grid(piece, tile_size))
             for x in sampling.grid(nx, tile_size)
-            if y * width + x in admissible
+            if n_invalid[y : y + tile_size, x : x + tile_size].sum() / samples <= max_invalid_fraction
         ]
     if scenes and not crops:
-        raise _no_tile_left(store, scenes, tile_size, max_invalid_fraction)
+        raise sampling.no_tile_left(max_invalid_fraction, tile_size, _where(store, scenes))
     return [crops[i] for i in sampling.evenly(len(crops), at_most)]
 
 
-def _admissible(
-    store: Store, scenes: Sequence[int], tile_size: int, max_invalid_fraction: float
-) -> list[tuple[int, int, NDArray[np.int64]]]:
-    """(scene, width of its positions, admissible positions) of each scene."""
-    found = []
-    for scene in scenes:
-        record = store.scenes[scene]
-        ny, nx, nc = record.shape
-        if min(ny, nx) < tile_size:
-            raise ConfigError(
-                f"data.tile_size: {tile_size} is larger than {record.split} scene {record.id} ({ny} x {nx} pixels)"
-            )
-        positions = sampling.admissible_positions(store.n_invalid(scene), nc, tile_size, max_invalid_fraction)
-        found.append((scene, nx - tile_size + 1, positions))
-    return found
+def _tileable(record: SceneRecord, tile_size: int) -> tuple[int, int, int]:
+    """(y, x, height of the pieces that no tile may straddle) of a scene.
+
+    Raises:
+        ConfigError: not one tile fits in.
+    """
+    ny, nx, _ = record.shape
+    piece = record.stack or ny
+    assert ny % piece == 0
+    if min(piece, nx) < tile_size:
+        raise ConfigError(
+            f"data.tile_size: {tile_size} is larger than {record.split} scene {record.id} ({piece} x {nx} pixels)"
+        )
+    return ny, nx, piece
 
 
-def _no_tile_left(store: Store, scenes: Sequence[int], tile_size: int, max_invalid_fraction: float) -> ConfigError:
-    split = store.scenes[scenes[0]].split
-    return ConfigError(
-        f"data.max_invalid_fraction: {max_invalid_fraction} leaves no tile of {tile_size} x {tile_size} "
-        f"in the {len(scenes)} {split} scenes of {store.path}"
-    )
+def _where(store: Store, scenes: Sequence[int]) -> str:
+    return f"the {len(scenes)} {store.scenes[scenes[0]].split} scenes of {store.path}"
 
 
 def read_crops(store: Store, crops: Sequence[Crop], tile_size: int) -> Tensor:
@@ -109,12 +124,30 @@ def read_crops(store: Store, crops: Sequence[Crop], tile_size: int) -> Tensor:
 
 
 def _read_crop(store: Store, crop: Crop, out: np.ndarray) -> None:
-    if crop.flip or crop.turns:
-        tile = np.empty_like(out)
-        store.read_tile(crop.scene, crop.y, crop.x, tile)
-        out[...] = sampling.turn(tile, crop)
-    else:
-        store.read_tile(crop.scene, crop.y, crop.x, out)
+    store.read_tile(crop.scene, crop.y, crop.x, sampling.as_read(out, crop))
+
+
+class _Memory:
+    """Memory for batches. What nobody holds any more is used again: to write to fresh pages takes longer than reading.
+
+    Args:
+        shape, dtype: of a batch.
+        pin: for transfers to a GPU that do not block.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: np.dtype[Any], pin: bool) -> None:
+        self._shape, self._dtype, self._pin = tuple(shape), dtype, pin
+        self._free: list[NDArray[Any]] = []
+
+    def take(self) -> Tensor:
+        """Uninitialised. Its memory is free again when the tensor and all its views are gone."""
+        if self._pin:  # torch itself keeps such memory, and knows which transfers still need it
+            dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
+            return torch.empty(self._shape, dtype=dtype, pin_memory=True)
+        memory = self._free.pop() if self._free else np.empty(self._shape, self._dtype)
+        lent = memory.view()  # what the tensor and its views hold on to, and the free list does not
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent)
 
 
 class TileStream(IterableDataset[Batch]):
@@ -123,12 +156,16 @@ class TileStream(IterableDataset[Batch]):
     Args:
         store: where the tiles are.
         sampler: which tiles.
-        batch_size: tiles a step.
+        batch_size: tiles a step, of all processes together.
         tile_size: pixels along y and x.
         noise_shape: (E, h, w) of the posterior.
         first_step: batch of this step comes first; samples of step s are s * batch_size and on.
         num_workers: reader threads; 0 reads when asked.
         pin_memory: for transfers to a GPU that do not block.
+        rank, world_size: which of how many processes: each gets its share of a step's samples, in order.
+
+    Raises:
+        ConfigError: batch_size cannot be shared out evenly.
     """
 
     def __init__(
@@ -142,7 +179,12 @@ class TileStream(IterableDataset[Batch]):
         first_step: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        if batch_size % world_size:
+            raise ConfigError(f"data.batch_size: {batch_size} must be a multiple of the {world_size} processes")
+        assert 0 <= rank < world_size and tile_size == sampler.tile_size
         self.store = store
         self.sampler = sampler
         self.batch_size = batch_size
@@ -151,52 +193,49 @@ class TileStream(IterableDataset[Batch]):
         self.first_step = first_step
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-
-    def _new_batch(self, step: int) -> Batch:
-        channels = self.store.normalization.n_channels
-        dtype = torch.from_numpy(np.empty(0, self.store.dtype)).dtype
-        shape = (self.batch_size, self.tile_size, self.tile_size, channels)
-        samples = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return Batch(
-            step,
-            torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory),
-            torch.empty((self.batch_size, *self.noise_shape), pin_memory=self.pin_memory),
-            [self.sampler.crop(i) for i in samples],
-        )
-
-    def _fill(self, batch: Batch, j: int) -> None:
-        _read_crop(self.store, batch.crops[j], batch.tiles[j].numpy())
-        i = batch.step * self.batch_size + j
-        batch.noise[j] = torch.from_numpy(sampling.noise(self.sampler.seed, sampling.NOISE, i, self.noise_shape))
+        self.rank = rank
+        self.share = batch_size // world_size
 
     def __iter__(self) -> Iterator[Batch]:
+        shape = (self.share, self.tile_size, self.tile_size, self.store.normalization.n_channels)
+        memory = _Memory(shape, self.store.dtype, self.pin_memory)
         if self.num_workers == 0:
-            yield from self._read_in_turn()
+            yield from self._read_in_turn(memory)
         else:
-            yield from self._read_ahead()
+            yield from self._read_ahead(memory)
 
-    def _read_in_turn(self) -> Iterator[Batch]:
-        step = self.first_step
-        while True:
-            batch = self._new_batch(step)
-            for j in range(self.batch_size):
-                self._fill(batch, j)
+    def _new_batch(self, step: int, memory: _Memory) -> Batch:
+        """A batch that is to be filled."""
+        noise = torch.empty((self.share, *self.noise_shape), pin_memory=self.pin_memory)
+        return Batch(step, memory.take(), noise, [])
+
+    def _fill(self, batch: Batch, j: int) -> Crop:
+        """Read the tile and draw the noise of sample j of a batch."""
+        i = batch.step * self.batch_size + self.rank * self.share + j
+        crop = self.sampler.crop(i)
+        _read_crop(self.store, crop, batch.tiles[j].numpy())
+        batch.noise[j] = torch.from_numpy(sampling.noise(self.sampler.seed, sampling.NOISE, i, self.noise_shape))
+        return crop
+
+    def _read_in_turn(self, memory: _Memory) -> Iterator[Batch]:
+        for step in count(self.first_step):
+            batch = self._new_batch(step, memory)
+            batch.crops.extend(self._fill(batch, j) for j in range(self.share))
             yield batch
-            step += 1
+            del batch  # or its memory would not be free for the next one
 
-    def _read_ahead(self) -> Iterator[Batch]:
-        queue: deque[tuple[Batch, list[Future[None]]]] = deque()
-        step = self.first_step
+    def _read_ahead(self, memory: _Memory) -> Iterator[Batch]:
+        queue: deque[tuple[Batch, list[Future[Crop]]]] = deque()
+        steps = count(self.first_step)
         readers = ThreadPoolExecutor(self.num_workers, thread_name_prefix="tiles")
         try:
             while True:
                 while len(queue) <= BATCHES_AHEAD:
-                    batch = self._new_batch(step)
-                    queue.append((batch, [readers.submit(self._fill, batch, j) for j in range(self.batch_size)]))
-                    step += 1
+                    batch = self._new_batch(next(steps), memory)
+                    queue.append((batch, [readers.submit(self._fill, batch, j) for j in range(self.share)]))
                 batch, pending = queue.popleft()
-                for future in pending:
-                    future.result()
+                batch.crops.extend(future.result() for future in pending)
                 yield batch
+                del batch
         finally:
             readers.shutdown(cancel_futures=True)

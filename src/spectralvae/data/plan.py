@@ -1,87 +1,100 @@
-"""Which scenes a store will hold, and which of them are kept for validation: decided before anything is written."""
+"""Which scenes a store will hold: everything is opened and checked before anything is written."""
 
 from __future__ import annotations
 
 import glob
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import date, timedelta
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from spectralvae.config import InputSpec, PrepareConfig, SplitConfig
-from spectralvae.console import warn
+from spectralvae.config import InputSpec, PrepareConfig
+from spectralvae.console import new_progress
+from spectralvae.data.splits import PlannedScene, split_scenes
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import Scene, open_reader
+from spectralvae.readers.base import Window
+from spectralvae.readers.containers import is_zarr
+from spectralvae.readers.products import ProductFolder, read_product
+from spectralvae.readers.tiles import tile_files
 
-DAY_OFFSET = timedelta(hours=6)  # local days of North America, in UTC
-
-
-@dataclass
-class PlannedScene:
-    """A scene and its place in the store."""
-
-    scene: Scene
-    spec: InputSpec
-    split: str = ""
-
-    @property
-    def id(self) -> str:
-        """The scene's name, as the name of a folder."""
-        return re.sub(r"[^A-Za-z0-9._-]|^\.", "_", self.scene.name)
+Float64 = NDArray[np.float64]
 
 
-def plan_scenes(config: PrepareConfig, console: Console) -> list[PlannedScene]:
+def plan_scenes(config: PrepareConfig, console: Console) -> tuple[list[PlannedScene], Float64]:
     """Open every input far enough to know that it is a scene, check that all go together, and split them.
+
+    Returns:
+        The scenes, and the wavelengths of the first training scene: (channel), nm.
 
     Raises:
         ConfigError, InputError: as `prepare`.
     """
-    planned = [
-        PlannedScene(_open(path, spec, config.band, spec.region), spec)
-        for spec in config.inputs
-        for path in _expand(spec.path)
-    ]
-    planned = split_scenes(planned, config, console)
-    _check_distinct(planned)
-    first = planned[0].scene
-    for p in planned[1:]:
-        for what, ours, theirs in (
-            ("channels", p.scene.shape[2], first.shape[2]),
-            ("band", p.scene.band, first.band),
-            ("units", p.scene.units, first.units),
-        ):
-            if ours != theirs:
-                raise ConfigError(f"inputs: {what} of {p.scene.path} is {ours}, but of {first.path} {theirs}")
-    return planned
+    files = [(path, spec) for spec in config.inputs for path in _expand(spec.path)]
+    with new_progress() as progress:
+        task = progress.add_task("opening the inputs", total=2 * len(files))
+        advance = partial(progress.advance, task)
+        planned = []
+        for path, spec in files:
+            planned.append(PlannedScene(_open(path, spec, config, spec.region), spec))
+            advance()
+        _check_distinct(planned)
+        planned = split_scenes(planned, config.split, partial(_crop, config=config), console)
+        _check_distinct(planned)  # the parts have names of their own
+        _check_copies(planned)
+        _check_alike(planned, config.mixed_versions)
+        _check_angles(planned, config.validity.max_solar_zenith)
+        _pair(planned, config)
+        reference = next(p for p in planned if p.split == "train")
+        wavelength = check_wavelengths(planned, reference, advance)
+    return planned, wavelength
 
 
 def _expand(pattern: str) -> list[Path]:
+    """The files that a path, a glob or a folder means."""
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 (pathlib's raises over an unknown user)
     if Path(pattern).exists() or not glob.has_magic(pattern):
-        return [Path(pattern)]
+        return _scenes_of(Path(pattern)) if Path(pattern).is_dir() else [Path(pattern)]
     paths = sorted(Path(path) for path in glob.iglob(pattern, recursive=True))  # noqa: PTH207
     if not paths:
         raise InputError(f"inputs: no file matches {pattern}")
     return paths
 
 
-def _open(path: Path, spec: InputSpec, band: str | None, region: Sequence[int] | None) -> Scene:
+def _scenes_of(folder: Path) -> list[Path]:
+    """The scenes of a folder: itself where it is a Zarr group, else its tiles or its level-1 granules."""
+    if is_zarr(folder):
+        return [folder]
+    paths = tile_files(folder) or sorted(folder.glob("TEMPO_RAD*_L1_*.nc*"))
+    if not paths:
+        raise InputError(
+            f"inputs: folder {folder} holds no TEMPO_RAD*_L1_*.nc, no tiles NNNNN.pt, and is no Zarr group; "
+            "name the files, with a glob say"
+        )
+    return paths
+
+
+def _open(path: Path, spec: InputSpec, config: PrepareConfig, region: Sequence[int] | None) -> Scene:
     wavelength = spec.wavelength
     return open_reader(
-        path,
+        path.absolute(),  # for workers that were started in another folder
         variable=spec.variable,
         size=spec.size,
         wavelength=wavelength if wavelength is None or isinstance(wavelength, list) else wavelength.model_dump(),
         region=region,
-        band=band,
+        band=config.band,
+        dims=spec.dims,
+        units=spec.units,
+        flag_bits=config.validity.flag_bits,
     )
+
+
+def _crop(p: PlannedScene, region: Window, config: PrepareConfig) -> PlannedScene:
+    return PlannedScene(_open(p.scene.path, p.spec, config, region), p.spec)
 
 
 def _check_distinct(planned: Sequence[PlannedScene]) -> None:
@@ -100,6 +113,22 @@ def _check_distinct(planned: Sequence[PlannedScene]) -> None:
             )
 
 
+def _check_copies(planned: Sequence[PlannedScene]) -> None:
+    """One file under two names is one scene: it may not be trained on and judged with."""
+    alike: dict[int, dict[Path, PlannedScene]] = {}
+    for p in planned:
+        size = sum(file.stat().st_size for file in p.scene.files())
+        alike.setdefault(size, {})[p.scene.path.resolve()] = p
+    for candidates in alike.values():
+        if len(candidates) == 1:  # to read all of every file takes hours
+            continue
+        seen: dict[str, PlannedScene] = {}
+        for p in candidates.values():
+            twin = seen.setdefault(p.scene.sha256(), p)
+            if twin is not p:
+                raise ConfigError(f"inputs: {twin.scene.path} and {p.scene.path} are copies of one file: give it once")
+
+
 def _overlap(a: Scene, b: Scene) -> bool:
     if a.region is None or b.region is None:
         return True
@@ -107,102 +136,63 @@ def _overlap(a: Scene, b: Scene) -> bool:
     return ay0 < by1 and by0 < ay1 and ax0 < bx1 and bx0 < ax1
 
 
-def split_scenes(planned: list[PlannedScene], config: PrepareConfig, console: Console) -> list[PlannedScene]:
-    """Give every scene its split; a lone scene is cut in two.
-
-    Raises:
-        ConfigError: lists that miss a scene or name it twice, or days asked of scenes without a time.
-    """
-    split = config.split
-    if split.train is not None and split.val is not None:
-        for p in planned:
-            p.split = _listed_split(p, split.train, split.val)
-        for pattern in (*split.train, *split.val):
-            if not any(_matches(p, pattern) for p in planned):
-                raise ConfigError(f"split: no scene matches {pattern!r}; take it out, or correct it")
-    elif split.val_fraction == 0:
-        for p in planned:
-            p.split = "train"
-    elif len(planned) == 1:
-        planned = _cut(planned[0], config.band, split.val_fraction)
-        train, val = (p.scene for p in planned)
-        assert train.region and val.region
-        along_y = train.region[0] != val.region[0]
-        kept = f"{val.shape[0]} rows" if along_y else f"{val.shape[1]} columns"
-        console.print(f"one scene only: its last {kept} are kept for validation")
-    else:
-        groups = _groups(planned, split, console)
-        names = sorted(set(groups))
-        n_val = min(max(1, round(split.val_fraction * len(names))), len(names) - 1)
-        order = np.random.Generator(np.random.Philox(key=split.seed)).permutation(len(names))
-        chosen = {names[i] for i in order[:n_val]}
-        for p, group in zip(planned, groups, strict=True):
-            p.split = "val" if group in chosen else "train"
-    if not any(p.split == "train" for p in planned):
-        raise ConfigError("split: no scene is left for training")
-    return planned
+def _check_alike(planned: Sequence[PlannedScene], mixed_versions: bool) -> None:
+    first = planned[0].scene
+    for p in planned[1:]:
+        for what, ours, theirs in (
+            ("channels", p.scene.shape[2], first.shape[2]),
+            ("band", p.scene.band, first.band),
+            ("units", p.scene.units, first.units),
+        ):
+            if ours != theirs:
+                raise ConfigError(f"inputs: {what} of {p.scene.path} is {ours}, but of {first.path} {theirs}")
+        if p.scene.version != first.version and not mixed_versions:
+            raise ConfigError(
+                f"inputs: version of {p.scene.path} is {p.scene.version}, but of {first.path} {first.version}: "
+                "calibrations differ between versions; leave one out, or set mixed_versions: true"
+            )
 
 
-def _listed_split(p: PlannedScene, train: Sequence[str], val: Sequence[str]) -> str:
-    found = [
-        name for name, patterns in (("train", train), ("val", val)) if any(_matches(p, pattern) for pattern in patterns)
-    ]
-    if len(found) != 1:
-        where = "neither in train nor in val" if not found else "in train and in val"
-        raise ConfigError(f"split: scene {p.id} is {where}: every scene belongs to exactly one")
-    return found[0]
-
-
-def _matches(p: PlannedScene, pattern: str) -> bool:
-    return fnmatchcase(p.id, pattern) or fnmatchcase(p.scene.path.name, pattern)
-
-
-def _groups(planned: Sequence[PlannedScene], split: SplitConfig, console: Console) -> list[str]:
-    """What is never divided between training and validation: a day or a scene."""
-    by = split.by or ("day" if all(p.scene.format == "tempo" for p in planned) else "scene")
-    if by == "scene":
-        return [p.id for p in planned]
-    days = []
+def _check_angles(planned: Sequence[PlannedScene], max_solar_zenith: float | None) -> None:
     for p in planned:
-        if p.scene.time is None:
-            raise ConfigError(f"split.by: day, but {p.scene.path} has no time; use `by: scene` or lists")
-        days.append(str(local_day(p)))
-    if len(set(days)) == 1:
-        warn(
-            console,
-            f"all scenes are of {days[0]}: split by scan, so validation sees places and weather that training saw",
-        )
-        return [p.id for p in planned]
-    return days
+        if max_solar_zenith is not None and "solar_zenith_angle" in p.scene.absent:
+            raise ConfigError(
+                f"validity.max_solar_zenith: {p.scene.path} has no solar_zenith_angle; leave the limit out, or the file"
+            )
 
 
-def local_day(p: PlannedScene) -> date:
-    """The date of UTC - 6 h: scans of one North American day are never divided by UTC's midnight."""
-    assert p.scene.time is not None
-    return (p.scene.time - DAY_OFFSET).date()
+def _pair(planned: Sequence[PlannedScene], config: PrepareConfig) -> None:
+    """Find the level-2 files of every scene, and look at one pixel of each: what is wrong with a file shows."""
+    for product, wanted in config.l2.items():
+        folder = ProductFolder(wanted.folder.absolute(), product)
+        first = None
+        for p in planned:
+            p.products[product] = folder.find(p.scene.path)
+            ny, nx, _ = p.scene.full_shape
+            found = read_product(
+                p.products[product],
+                product,
+                field=wanted.field,
+                max_quality=wanted.max_quality,
+                valid_range=wanted.valid_range,
+                region=(0, 1, 0, 1),
+                expected_shape=(ny, nx),
+            )
+            first = first or found
+            if (found.field, found.units) != (first.field, first.units):
+                raise InputError(
+                    f"{found.path}: {found.field} is in {found.units!r}, but {first.field} of {first.path} in "
+                    f"{first.units!r}; they must be alike: correct l2.{product}"
+                )
 
 
-def _cut(p: PlannedScene, band: str | None, val_fraction: float) -> list[PlannedScene]:
-    """The two parts of a lone scene, cut across its longer axis."""
-    ny, nx, _ = p.scene.shape
-    y0, y1, x0, x1 = p.scene.region or (0, ny, 0, nx)
-    size = max(ny, nx)
-    if size < 2:
-        raise ConfigError(f"split: {p.scene.path} is a single pixel and cannot be cut in two")
-    n_val = min(max(1, round(val_fraction * size)), size - 1)
-    regions = (
-        ([y0, y1 - n_val, x0, x1], [y1 - n_val, y1, x0, x1])
-        if ny >= nx
-        else ([y0, y1, x0, x1 - n_val], [y0, y1, x1 - n_val, x1])
-    )
-    return [
-        PlannedScene(_open(p.scene.path, p.spec, band, region), p.spec, split)
-        for region, split in zip(regions, ("train", "val"), strict=True)
-    ]
-
-
-def check_wavelengths(planned: Sequence[PlannedScene], reference: PlannedScene) -> NDArray[np.float64]:
+def check_wavelengths(planned: Sequence[PlannedScene], reference: PlannedScene, advance: Callable[[], None]) -> Float64:
     """All scenes must have the reference's wavelengths within one channel spacing.
+
+    Args:
+        planned: all scenes.
+        reference: one of them.
+        advance: called after each.
 
     Returns:
         The reference's wavelengths, (channel), nm, averaged over x where they depend on it.
@@ -220,14 +210,15 @@ def check_wavelengths(planned: Sequence[PlannedScene], reference: PlannedScene) 
                 f"inputs: wavelengths of {p.scene.path} ({_span(found)}) differ by up to {worst:.3f} nm from those of "
                 f"{reference.scene.path} ({_span(expected)}); at most one channel ({limit:.3f} nm) is allowed"
             )
+        advance()
     return expected
 
 
-def _span(wavelength: NDArray[np.float64]) -> str:
+def _span(wavelength: Float64) -> str:
     return f"{wavelength.min():.2f}-{wavelength.max():.2f} nm"
 
 
-def _channel_means(scene: Scene) -> NDArray[np.float64]:
+def _channel_means(scene: Scene) -> Float64:
     with scene:
         wavelength = scene.wavelength.reshape(-1, scene.shape[2])
     known = np.isfinite(wavelength)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import resource
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -16,18 +20,47 @@ from rich.progress import Progress
 
 from spectralvae.config import NormalizationConfig, PrepareConfig
 from spectralvae.console import new_progress, warn
-from spectralvae.data import store
-from spectralvae.data.normalize import Float64, Normalization, reject_small, transform_values
-from spectralvae.data.plan import PlannedScene, check_wavelengths, plan_scenes
-from spectralvae.data.statistics import Moments
-from spectralvae.data.store import SceneRecord, ZWriter
-from spectralvae.errors import ConfigError
+from spectralvae.data.normalize import Float64, Normalization
+from spectralvae.data.plan import plan_scenes
+from spectralvae.data.scenes import (
+    BELOW_MINIMUM,
+    Bench,
+    Written,
+    load_measured,
+    load_product_values,
+    load_written,
+    measure,
+    product_field,
+    write,
+)
+from spectralvae.data.splits import PlannedScene
+from spectralvae.data.statistics import Moments, RatioHistogram
+from spectralvae.data.store import SceneRecord, Store
+from spectralvae.data.store_writer import finish_store
+from spectralvae.data.targets import TargetTransform, fit_transform
+from spectralvae.data.validity import Validity
+from spectralvae.data.workers import Runner, workers
+from spectralvae.errors import ConfigError, RunError
 from spectralvae.readers import Scene
+from spectralvae.readers.products import PRODUCTS
 from spectralvae.rundir import RunDir, write_atomic
 from spectralvae.signals import stop_at_once
 
-BLOCK_BYTES = 16e6  # of float32 read at a time
-BELOW_MINIMUM = "below_min_radiance"
+
+@dataclass(frozen=True)
+class Statistics:
+    """By what a store is normalised.
+
+    Attributes:
+        mean, std: (channel); NaN for a channel without a valid training sample.
+        more: other root arrays, (channel) each.
+        source: whose they are; None for the store's own.
+    """
+
+    mean: Float64
+    std: Float64
+    more: dict[str, Any]
+    source: str | None = None
 
 
 def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
@@ -37,62 +70,128 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
         ConfigError: inputs that do not go together, an impossible split, or the wrong transform.
         InputError: a file that cannot be read.
     """
-    planned = plan_scenes(config, console)
-    training = [p for p in planned if p.split == "train"]
-    wavelength = check_wavelengths(planned, training[0])
-    check_transform(training[0].scene, config.normalization)
+    stages = Stages()
+    with stages.timed("planning"):
+        planned, wavelength = plan_scenes(config, console)
+        given = given_statistics(config, planned, wavelength)
+        validity = Validity.of(config)
+        check_transform(next(p for p in planned if p.split == "train").scene, validity, config.normalization)
     for p in planned:
-        run.refuse_inside("inputs", p.scene.path)
+        for note in p.scene.notes:
+            warn(console, f"{p.scene.path}: {note}")
+        for path in (p.scene.path, *p.products.values()):
+            run.refuse_inside("inputs", path)
+    if config.normalization.statistics:
+        run.refuse_inside("normalization.statistics", config.normalization.statistics)
     with run, stop_at_once():
         scratch = run.path / ".partial"
         scratch.mkdir(exist_ok=True)
-        check_same_plan(planned, run.path, scratch)
-        with new_progress() as progress:
-            moments = training_moments(training, config.normalization, scratch, progress)
-            normalization = Normalization(
-                config.normalization.transform,
-                *checked_statistics(moments, wavelength, console),
-                clip=config.normalization.clip,
-                min_radiance=config.normalization.min_radiance,
-                band=planned[0].scene.band,
-                wavelength=wavelength,
-                units=planned[0].scene.units,
-            )
-            task = progress.add_task("writing the store", total=sum(p.scene.shape[0] for p in planned))
-            advance = partial(progress.advance, task)
-            records = [write_scene(run.path, p, normalization, config.dtype, advance) for p in planned]
-        check_sources(records)
-        run.note(store_hash=store.finish_store(run.path, records, normalization, moments, config.dtype))
-        report(records, run.path, console)
+        check_same_plan(planned, given.source if given else None, run.path, scratch)
+        bench = Bench(
+            root=run.path.absolute(),
+            scratch=scratch.absolute(),
+            validity=validity,
+            products={str(product): wanted for product, wanted in config.l2.items()},
+            dtype=config.dtype,
+            leave_out=config.validity.all_invalid == "leave_out",
+            measured=given is None or (config.validity.all_invalid == "leave_out" and bool(config.l2)),
+        )
+        with workers(config.cluster, config.n_workers) as work, new_progress() as progress:
+            training = [p for p in planned if p.split == "train"]
+            if given is None or config.l2:
+                with stages.timed("statistics"):
+                    _work(work, progress, "statistics of the training scenes", partial(measure, bench), training)
+            if bench.measured:
+                training = [p for p in training if load_measured(bench, p).n_valid] or training
+            statistics = given or own_statistics(bench, training, config.normalization, wavelength, console)
+            normalization = _normalization(config, planned[0].scene, statistics, wavelength)
+            targets = fit_targets(bench, training)
+            with stages.timed("writing"):
+                _work(work, progress, "writing the store", partial(write, bench, normalization, targets), planned)
+        written = [load_written(bench, p) for p in planned]
+        records = [w.record for w in written if w.record is not None]
+        left_out = [p.id for p, w in zip(planned, written, strict=True) if w.record is None]
+        if not any(record.split == "train" for record in records):
+            raise ConfigError("inputs: no training scene has a valid sample")
+        arrays = {**statistics.more, **_written_arrays(written, statistics)}
+        store_hash = finish_store(
+            run.path,
+            records,
+            normalization,
+            arrays,
+            config.dtype,
+            statistics_from=statistics.source,
+            left_out=left_out,
+            targets={product: target.to_attributes() for product, target in targets.items()},
+        )
+        run.note(store_hash=store_hash, stages=stages.facts)
+        report(run.path, records, left_out, arrays, console)
     shutil.rmtree(scratch)  # last: without it a preparation that is not known as finished begins anew
 
 
-def check_same_plan(planned: Sequence[PlannedScene], root: Path, scratch: Path) -> None:
+class Stages:
+    """How long each stage took, and the most memory that this process had needed by its end.
+
+    Attributes:
+        facts: stage -> seconds and peak_memory_mb, for run.json.
+    """
+
+    def __init__(self) -> None:
+        self.facts: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Time a stage."""
+        begun = time.monotonic()
+        yield
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        self.facts[stage] = {"seconds": round(time.monotonic() - begun, 2), "peak_memory_mb": round(peak)}
+
+
+def _normalization(config: PrepareConfig, scene: Scene, statistics: Statistics, wavelength: Float64) -> Normalization:
+    return Normalization(
+        config.normalization.transform,
+        statistics.mean,
+        statistics.std,
+        clip=config.normalization.clip,
+        min_radiance=config.normalization.min_radiance,
+        band=scene.band,
+        wavelength=wavelength,
+        units=scene.units,
+    )
+
+
+def _work(work: Runner, progress: Progress, text: str, what: Any, scenes: Sequence[PlannedScene]) -> None:
+    task = progress.add_task(f"{text} (pixels)", total=sum(p.scene.shape[0] * p.scene.shape[1] for p in scenes))
+    work(what, scenes, partial(progress.advance, task))
+
+
+def check_same_plan(planned: Sequence[PlannedScene], statistics: str | None, root: Path, scratch: Path) -> None:
     """An interrupted preparation goes on only from the same files, split alike.
 
     A file that appeared under a glob meanwhile would move scenes between training and validation, and change the
     statistics, while scenes already written keep the old ones.
 
     Raises:
-        ConfigError: a file is new, gone or changed since the preparation began.
+        ConfigError: a file is new, gone or changed since the preparation began, or the given statistics are others.
     """
-    plan = {
-        p.id: [str(p.scene.path), p.split, p.scene.path.stat().st_size, p.scene.path.stat().st_mtime_ns]
+    plan: dict[str, Any] = {
+        f"inputs: scene {p.id}": [p.split, *(_identity(path) for path in (*p.scene.files(), *p.products.values()))]
         for p in planned
     }
+    plan["normalization.statistics: the source"] = statistics
     begun = scratch / "plan.json"
     if begun.is_file():
         before = json.loads(begun.read_text())
-        changed = {scene for scene in before.keys() & plan.keys() if before[scene] != plan[scene]}
-        for how, scenes in (
+        changed = {what for what in before.keys() & plan.keys() if before[what] != plan[what]}
+        for how, found in (
             ("is new", plan.keys() - before.keys()),
             ("is gone", before.keys() - plan.keys()),
             ("has changed", changed),
         ):
-            if scenes:
+            if found:
                 raise ConfigError(
-                    f"inputs: scene {min(scenes)} {how} since the preparation in {root} began: "
-                    "start afresh with --overwrite"
+                    f"{min(found)} {how} since the preparation in {root} began: start afresh with --overwrite"
                 )
         return
     shutil.rmtree(scratch)
@@ -103,20 +202,12 @@ def check_same_plan(planned: Sequence[PlannedScene], root: Path, scratch: Path) 
     write_atomic(begun, json.dumps(plan))
 
 
-def check_sources(records: Sequence[SceneRecord]) -> None:
-    """One file under two names is one scene: it may not be trained on and judged with.
-
-    Raises:
-        ConfigError: two scenes are copies of the same pixels.
-    """
-    seen: dict[tuple[str, str], SceneRecord] = {}
-    for record in records:
-        twin = seen.setdefault((record.sha256, str(record.region)), record)
-        if twin is not record:
-            raise ConfigError(f"inputs: scenes {twin.id} and {record.id} are copies of one file: give it once")
+def _identity(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 
 
-def check_transform(scene: Scene, normalization: NormalizationConfig) -> None:
+def check_transform(scene: Scene, validity: Validity, normalization: NormalizationConfig) -> None:
     """Look at the middle of a scene before anything is written.
 
     Raises:
@@ -125,8 +216,8 @@ def check_transform(scene: Scene, normalization: NormalizationConfig) -> None:
     middle = scene.shape[0] // 2
     with scene:
         values, _ = scene.read(slice(middle, middle + 1))
-    n_valid = int(np.count_nonzero(np.isfinite(values)))
-    _check_share(reject_small(values, normalization.transform, normalization.min_radiance), n_valid, normalization)
+    n_small = replace(validity, max_solar_zenith=None).reject(values, None)[BELOW_MINIMUM]
+    _check_share(n_small, int(np.count_nonzero(np.isfinite(values))) + n_small, normalization)
 
 
 def _check_share(n_small: int, n_valid: int, normalization: NormalizationConfig) -> None:
@@ -137,49 +228,82 @@ def _check_share(n_small: int, n_valid: int, normalization: NormalizationConfig)
         )
 
 
-def blocks(scene: Scene) -> Iterator[slice]:
-    """The scene's rows in pieces of about BLOCK_BYTES."""
-    ny, nx, nc = scene.shape
-    step = max(1, int(BLOCK_BYTES / (4 * nx * nc)))
-    return (slice(y, min(y + step, ny)) for y in range(0, ny, step))
-
-
-def training_moments(
-    training: Sequence[PlannedScene], normalization: NormalizationConfig, scratch: Path, progress: Progress
-) -> Moments:
-    """Moments of the transformed training scenes, one scene after the other.
-
-    What is done is kept in ``scratch``, so that an interrupted preparation goes on from there.
+def given_statistics(config: PrepareConfig, planned: Sequence[PlannedScene], wavelength: Float64) -> Statistics | None:
+    """The statistics that `normalization.statistics` names.
 
     Raises:
-        ConfigError: most samples lie below min_radiance.
+        ConfigError, InputError: there are none, or they do not belong to such scenes.
     """
-    task = progress.add_task("statistics of the training scenes", total=sum(p.scene.shape[0] for p in training))
-    total = Moments.empty(training[0].scene.shape[2])
-    n_small = n_valid = 0
+    path = config.normalization.statistics
+    if path is None:
+        return None
+    n_channels = planned[0].scene.shape[2]
+    if (path / "mean_spectrum.pt").exists():
+        return _spectra(path, n_channels)
+    theirs = Store(path)
+    for what, ours, other in (
+        ("transform", config.normalization.transform, theirs.normalization.transform),
+        ("min_radiance", config.normalization.min_radiance, theirs.normalization.min_radiance),
+        ("band", planned[0].scene.band, theirs.normalization.band),
+        ("units", planned[0].scene.units, theirs.normalization.units),
+        ("number of channels", n_channels, theirs.normalization.n_channels),
+    ):
+        if ours != other:
+            raise ConfigError(f"normalization.statistics: {what} of {path} is {other}, but here {ours}")
+    assert theirs.normalization.wavelength is not None
+    limit = float(np.median(np.abs(np.diff(wavelength)))) if n_channels > 1 else np.inf
+    worst = float(np.abs(theirs.normalization.wavelength - wavelength).max())
+    if worst > limit:
+        raise ConfigError(
+            f"normalization.statistics: wavelengths of {path} differ by up to {worst:.3f} nm from those of the inputs; "
+            f"at most one channel ({limit:.3f} nm) is allowed"
+        )
+    more = {name: theirs.arrays[name] for name in ("minimum", "maximum", "noise") if name in theirs.arrays}
+    return Statistics(theirs.normalization.mean, theirs.normalization.std, more, f"store {theirs.hash}")
+
+
+def _spectra(folder: Path, n_channels: int) -> Statistics:
+    """mltools' statistics."""
+    from spectralvae.mltools import read_spectrum  # torch takes seconds to import
+
+    mean, std = (read_spectrum(folder / f"{name}_spectrum.pt") for name in ("mean", "std"))
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != n_channels:
+            raise ConfigError(
+                f"normalization.statistics: {folder / name}_spectrum.pt has {len(values)} channels, "
+                f"but the inputs have {n_channels}"
+            )
+    digest = hashlib.sha256(mean.tobytes() + std.tobytes()).hexdigest()
+    return Statistics(mean, std, {}, f"mean_spectrum.pt and std_spectrum.pt, {digest}")
+
+
+def own_statistics(
+    bench: Bench,
+    training: Sequence[PlannedScene],
+    normalization: NormalizationConfig,
+    wavelength: Float64,
+    console: Console,
+) -> Statistics:
+    """Merge what was measured, in the order of the plan, so that nothing depends on who measured it when.
+
+    Raises:
+        ConfigError: most samples lie below min_radiance, no sample is valid, or a channel has no spread.
+    """
+    moments = Moments.empty(len(wavelength))
+    noise: RatioHistogram | None = None
+    n_small = 0
     for p in training:
-        kept = scratch / f"{p.id}.npz"
-        if not kept.is_file():
-            moments = Moments.empty(p.scene.shape[2])
-            small = 0
-            with p.scene:
-                for rows in blocks(p.scene):
-                    values, _ = p.scene.read(rows)
-                    small += reject_small(values, normalization.transform, normalization.min_radiance)
-                    moments = moments.merge(Moments.of(transform_values(values, normalization.transform)))
-                    progress.advance(task, rows.stop - rows.start)
-            buffer = io.BytesIO()
-            np.savez(buffer, small=small, **vars(moments))
-            write_atomic(kept, buffer.getvalue())
-        else:
-            progress.advance(task, p.scene.shape[0])
-        with np.load(kept) as saved:
-            moments = Moments(**{name: saved[name] for name in saved if name != "small"})
-            n_small += int(saved["small"])
-        n_valid += int(moments.count.sum())
-        total = total.merge(moments)
-    _check_share(n_small, n_valid + n_small, normalization)
-    return total
+        measured = load_measured(bench, p)
+        moments = moments.merge(measured.moments)
+        n_small += measured.n_small
+        if measured.noise is not None:
+            noise = measured.noise if noise is None else noise.merge(measured.noise)
+    _check_share(n_small, int(moments.count.sum()) + n_small, normalization)
+    mean, std = checked_statistics(moments, wavelength, console)
+    more: dict[str, Any] = {"count": moments.count, "minimum": moments.minimum, "maximum": moments.maximum}
+    if noise is not None:
+        more["noise"] = noise.median()
+    return Statistics(mean, std, more)
 
 
 def checked_statistics(moments: Moments, wavelength: Float64, console: Console) -> tuple[Float64, Float64]:
@@ -205,80 +329,73 @@ def checked_statistics(moments: Moments, wavelength: Float64, console: Console) 
     return mean, moments.std
 
 
-def write_scene(
-    root: Path, p: PlannedScene, normalization: Normalization, dtype: str, advance: Callable[[int], None]
-) -> SceneRecord:
-    """Write one scene, or find that an earlier start of the same preparation has.
+def fit_targets(bench: Bench, training: Sequence[PlannedScene]) -> dict[str, TargetTransform]:
+    """The transform of every level-2 product, with statistics of the training scenes.
 
-    Args:
-        root: the store.
-        p: the scene.
-        normalization: of the store.
-        dtype: of z.
-        advance: called with the number of rows that are done.
+    Raises:
+        ConfigError: a product has nothing that can be learned.
     """
-    folder = store.scene_folder(root, p.id)
-    done = store.finished_scene(folder)
-    if done is not None:
-        advance(p.scene.shape[0])
-        return done
-    if folder.exists():
-        shutil.rmtree(folder)  # cut off in the middle: only the group's metadata, written last, says otherwise
-    folder.mkdir(parents=True)
-    attributes = {"long_name": f"normalised radiance ({normalization.transform})", "units": "1"}
-    n_invalid = np.zeros(p.scene.shape[:2], np.int32)
-    invalid: dict[str, int] = {}
-    with p.scene, ZWriter(folder, p.scene.shape, dtype, attributes) as writer:
-        for rows in blocks(p.scene):
-            values, counts = p.scene.read(rows)
-            counts = {
-                **counts,
-                BELOW_MINIMUM: reject_small(values, normalization.transform, normalization.min_radiance),
-            }
-            invalid = {rule: invalid.get(rule, 0) + n for rule, n in counts.items()}
-            stored = writer.write(normalization.normalize(values))
-            n_invalid[rows] = np.isnan(stored).sum(axis=-1)
-            advance(rows.stop - rows.start)
-        wavelength = p.scene.wavelength
-        arrays: dict[str, store.NamedArray] = {
-            **p.scene.coordinates(),
-            "n_invalid": (("y", "x"), n_invalid),
-            "wavelength": (("x", "channel")[-wavelength.ndim :], wavelength),
-        }
-    record = SceneRecord(
-        id=p.id,
-        source=p.scene.path.name,
-        region=list(p.scene.region) if p.scene.region else None,
-        shape=list(p.scene.shape),
-        source_bytes=p.scene.path.stat().st_size,
-        sha256=file_sha256(p.scene.path),
-        time=p.scene.time.isoformat() if p.scene.time else None,
-        split=p.split,
-        invalid=invalid,
-        absent=list(p.scene.absent),
-        z_sha256=writer.sha256,
-        n_invalid=int(n_invalid.sum()),
-    )
-    store.write_scene_group(folder, record, arrays)
-    return record
+    targets = {}
+    for product in bench.products:
+        first = product_field(bench, training[0], product)
+        targets[product] = fit_transform(
+            PRODUCTS[product],
+            first.field,
+            first.units,
+            lambda product=product: (load_product_values(bench, p, product) for p in training),  # type: ignore[misc]
+        )
+    return targets
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _written_arrays(written: Sequence[Written], statistics: Statistics) -> dict[str, Any]:
+    """Root arrays that only writing could tell.
+
+    Raises:
+        RunError: not the samples were written that had been measured.
+    """
+    count = sum((w.n_valid for w in written if w.record and w.record.split == "train"), np.int64(0))
+    if "count" in statistics.more and not np.array_equal(count, statistics.more["count"]):
+        raise RunError("inputs: a file changed between the statistics and the writing; start afresh with --overwrite")
+    n_valid = sum((w.n_valid for w in written), np.int64(0))
+    return {
+        "count": count,
+        "n_clipped": sum((w.n_clipped for w in written), np.int64(0)),
+        "rounding_max": np.max([w.rounding_max for w in written], axis=0),
+        "rounding_rms": np.sqrt(sum(w.rounding_sum for w in written) / np.maximum(n_valid, 1)),
+    }
 
 
-def report(records: Sequence[SceneRecord], path: Path, console: Console) -> None:
+def report(
+    path: Path,
+    records: Sequence[SceneRecord],
+    left_out: Sequence[str],
+    arrays: Mapping[str, Any],
+    console: Console,
+) -> None:
     """Print what was made, with the invalid samples by rule."""
     total = sum(int(np.prod(r.shape)) for r in records)
     rules = {rule: sum(r.invalid[rule] for r in records) for rule in records[0].invalid}
     by_rule = ", ".join(f"{rule} {n / total:.2%}" for rule, n in rules.items() if n) or "none"
-    n_val = sum(r.split == "val" for r in records)
     console.print(f"invalid samples: {by_rule}")
+    for product in records[0].products:
+        pixels = sum(r.shape[0] * r.shape[1] for r in records)
+        valid = sum(r.products[product]["n_valid"] for r in records)
+        console.print(f"{product}: {valid} of {pixels} pixels are valid ({valid / pixels:.1%})")
+    if left_out:
+        warn(console, f"left out, for they have no valid sample: {', '.join(left_out)}")
     absent = sorted({name for r in records for name in r.absent})
     if absent:
         console.print(f"absent in some scenes: {', '.join(absent)}")
+    if clipped := int(arrays["n_clipped"].sum()):
+        console.print(f"clipped: {clipped} samples ({clipped / total:.2g} of all)")
     console.print(
-        f"store {path}: {len(records) - n_val} training and {n_val} validation scenes, {total / 1e6:.1f} M samples"
+        f"rounding of z: rms {np.sqrt(np.mean(arrays['rounding_rms'] ** 2)):.1e}, at most "
+        f"{arrays['rounding_max'].max():.1e}"
+    )
+    n_val = sum(r.split == "val" for r in records)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and ".partial" not in file.parts)
+    source = sum(r.source_bytes for r in records)
+    console.print(
+        f"store {path}: {len(records) - n_val} training and {n_val} validation scenes, {total / 1e6:.1f} M samples, "
+        f"{size / 1e6:.1f} MB ({size / source:.2f} of the sources)"
     )

@@ -1,17 +1,19 @@
-"""Which tile is sample number i: a pure function of (seed, i), and of nothing else.
+"""Which tile is sample number i: a pure function of (seed, i) and of the data, and of nothing else.
 
 So a run that goes on after a kill needs no state of the loader, and neither the number of reader threads
-nor of processes changes what is seen. No files here; numpy only.
+nor of processes changes what is seen. No files here: how many samples of a tile are invalid, a function tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from spectralvae.errors import ConfigError
 
 # Streams of random numbers that must not meet: (seed, stream, i) names a generator.
 TILES, NOISE, VALIDATION_NOISE = 0, 1, 2
@@ -40,63 +42,82 @@ class Crop:
     turns: int = 0
 
 
-def turn(tile: NDArray[Any], crop: Crop) -> NDArray[Any]:
-    """(y, x, channel) as read -> a view of it, flipped and turned."""
-    return np.rot90(tile[::-1] if crop.flip else tile, crop.turns)
+def as_read(out: NDArray[Any], crop: Crop) -> NDArray[Any]:
+    """Where a tile goes: (y, x, channel) of the finished tile -> a view of it, flipped and turned as in the scene."""
+    tile = np.rot90(out, -crop.turns)
+    return tile[::-1] if crop.flip else tile
 
 
-def admissible_positions(
-    n_invalid: NDArray[np.int64], n_channels: int, tile: int, max_invalid_fraction: float
-) -> NDArray[np.int64]:
-    """Where tiles may begin.
-
-    Args:
-        n_invalid: (y, x) invalid samples of each pixel.
-        n_channels: samples of a pixel.
-        tile: size of a tile.
-        max_invalid_fraction: largest share of invalid samples in a tile.
-
-    Returns:
-        Sorted flat indices into the (y - tile + 1, x - tile + 1) possible first pixels.
-    """
-    ny, nx = n_invalid.shape
-    table = np.zeros((ny + 1, nx + 1), np.int64)  # summed-area table (Crow 1984)
-    np.cumsum(np.cumsum(n_invalid, axis=0), axis=1, out=table[1:, 1:])
-    inside = table[tile:, tile:] - table[:-tile, tile:] - table[tile:, :-tile] + table[:-tile, :-tile]
-    return np.flatnonzero(inside <= max_invalid_fraction * tile * tile * n_channels)
+ATTEMPTS = 10_000  # a sample fails with (1 - p)^ATTEMPTS, p the share of admissible positions: 1e-13 for 0.3 %
 
 
 class CropSampler:
     """Draws tiles evenly over all admissible positions of all scenes, each in one of its eight orientations.
 
+    A position is drawn evenly from all that there are, and drawn again until the tile there is admissible. So
+    nothing has to be known of a scene but its size, however many scenes there are.
+
     Args:
         seed: of the run.
-        scenes: (index in the store, width nx - tile + 1 of its positions, admissible positions) of each scene.
+        scenes: indices in the store.
+        shapes: (scene, 3): y, x, and the height of the pieces along y that no tile may straddle.
+        tile_size: pixels along y and x.
+        n_channels: samples of a pixel.
+        max_invalid_fraction: largest share of invalid samples in an admissible tile.
+        count_invalid: (scene, y, x, tile_size) -> how many samples of that tile are invalid.
+        where: names the scenes in an error.
     """
 
-    def __init__(self, seed: int, scenes: Sequence[tuple[int, int, NDArray[np.int64]]]) -> None:
-        self.seed = seed
-        self._scenes = [scene for scene in scenes if len(scene[2])]
-        self._ends = np.cumsum([len(positions) for _, _, positions in self._scenes])
-        assert self._scenes, "no admissible position in any scene"
-
-    @property
-    def scenes(self) -> list[int]:
-        """The scenes that have admissible positions, as indices in the store."""
-        return [scene for scene, _, _ in self._scenes]
-
-    def __len__(self) -> int:
-        """How many positions there are."""
-        return int(self._ends[-1])
+    def __init__(
+        self,
+        seed: int,
+        scenes: Sequence[int],
+        shapes: NDArray[np.int64],
+        *,
+        tile_size: int,
+        n_channels: int,
+        max_invalid_fraction: float,
+        count_invalid: Callable[[int, int, int, int], int],
+        where: str,
+    ) -> None:
+        self.seed, self.scenes, self.tile_size = seed, list(scenes), tile_size
+        self._max_invalid_fraction, self._count_invalid, self._where = max_invalid_fraction, count_invalid, where
+        self._samples = tile_size * tile_size * n_channels
+        heights, widths, self._pieces = shapes.T
+        self._widths = widths - tile_size + 1  # first pixels along x
+        self._rows = self._pieces - tile_size + 1  # first pixels along y in a piece
+        assert len(scenes) == len(shapes) and (self._widths > 0).all() and (self._rows > 0).all()
+        self._ends = np.cumsum(heights // self._pieces * self._rows * self._widths)
 
     def crop(self, i: int) -> Crop:
-        """Sample number i."""
+        """Sample number i.
+
+        Raises:
+            ConfigError: no admissible tile was found.
+        """
         random = generator(self.seed, TILES, i)
-        k = int(random.integers(len(self)))
+        for _ in range(ATTEMPTS):
+            crop = self._draw(random)
+            n_invalid = self._count_invalid(crop.scene, crop.y, crop.x, self.tile_size)
+            # the quotient is rounded as the limit was: a share of exactly the limit is admissible
+            if n_invalid / self._samples <= self._max_invalid_fraction:
+                return crop
+        raise no_tile_left(self._max_invalid_fraction, self.tile_size, self._where)
+
+    def _draw(self, random: np.random.Generator) -> Crop:
+        k = int(random.integers(self._ends[-1]))
         s = int(np.searchsorted(self._ends, k, side="right"))
-        scene, width, positions = self._scenes[s]
-        y, x = divmod(int(positions[k - (int(self._ends[s - 1]) if s else 0)]), width)
-        return Crop(scene, y, x, flip=bool(random.integers(2)), turns=int(random.integers(4)))
+        row, x = divmod(k - (int(self._ends[s - 1]) if s else 0), int(self._widths[s]))
+        piece, y = divmod(row, int(self._rows[s]))
+        flip, turns = bool(random.integers(2)), int(random.integers(4))
+        return Crop(self.scenes[s], piece * int(self._pieces[s]) + y, x, flip, turns)
+
+
+def no_tile_left(max_invalid_fraction: float, tile_size: int, where: str) -> ConfigError:
+    """The error that no tile is valid enough."""
+    return ConfigError(
+        f"data.max_invalid_fraction: {max_invalid_fraction} leaves no tile of {tile_size} x {tile_size} in {where}"
+    )
 
 
 def grid(size: int, tile: int) -> list[int]:

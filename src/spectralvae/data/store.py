@@ -2,15 +2,16 @@
 
 Layout (C channels; a scene is ny x nx)::
 
-    zarr.json                       written last: without it there is no store
-    mean, std, wavelength,
-    count, minimum, maximum         (channel)
+    zarr.json                       written last: without it there is no store; its attributes hold the table of scenes
+    mean, std, wavelength, ...      (channel); all root arrays with their meaning: store_writer.ATTRIBUTES
     scenes/<id>/z                   (y, x, channel) float16 | float32: normalised, clipped, NaN = invalid
-    scenes/<id>/n_invalid           (y, x) how many channels are invalid
+    scenes/<id>/n_invalid           (y, x) how many channels are invalid, uint8 | uint16 | uint32
     scenes/<id>/latitude, ...       (y, x), time (y), wavelength (channel) or (x, channel)
+    scenes/<id>/l2/<PRODUCT>        (y, x) float32 in the product's units, NaN = invalid; transform in the attributes
 
 ``z`` is one uncompressed shard of (1, nx, C) chunks. The shard's file therefore begins with the plain
 row-major array, so a crop is read with ``preadv`` past zarr, and rows can be written as they come.
+``n_invalid`` is one uncompressed chunk, which is always written: its file is the plain array as well.
 """
 
 from __future__ import annotations
@@ -18,38 +19,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from spectralvae import __version__
 from spectralvae.data.normalize import Normalization
-from spectralvae.data.statistics import Moments
 from spectralvae.errors import InputError
-from spectralvae.rundir import command_of, write_atomic
+from spectralvae.rundir import command_of
 
-FORMAT = 1
-UNITS = {
-    "latitude": "degrees_north",
-    "longitude": "degrees_east",
-    "solar_zenith_angle": "degrees",
-    "viewing_zenith_angle": "degrees",
-    "relative_azimuth_angle": "degrees",
-    "time": "seconds since 1970-01-01T00:00:00Z",
-    "wavelength": "nm",
-}
-
-ROOT_ARRAYS = ("mean", "std", "wavelength", "count", "minimum", "maximum")
-
-NamedArray = tuple[tuple[str, ...], NDArray[Any]]  # dimensions and values
+FORMAT = 2
+REQUIRED_ARRAYS = ("mean", "std", "wavelength", "count", "rounding_rms", "rounding_max", "n_clipped")
 
 
 @dataclass(frozen=True)
@@ -68,6 +53,10 @@ class SceneRecord:
         absent: optional variables that the source lacks.
         z_sha256: digest of z, without the shard's index.
         n_invalid: samples of z that are NaN.
+        stack: height of the tiles that make up a scene of (N * height, x, channel); None for an image.
+        version: of the processing that made the source, where known.
+        products: of each level-2 product its source, digest, field, and rejected pixels by rule.
+        beside_sha256: digest of the files of all arrays beside z.
     """
 
     id: str
@@ -82,81 +71,30 @@ class SceneRecord:
     absent: list[str]
     z_sha256: str
     n_invalid: int
+    stack: int | None = None
+    version: str | None = None
+    products: dict[str, dict[str, Any]] = field(default_factory=dict)
+    beside_sha256: str = ""
 
 
-class ZWriter:
-    """Writes a scene's ``z`` row by row; a shard is complete only once the writer is left without error.
-
-    Args:
-        folder: the scene's group.
-        shape: (y, x, channel).
-        dtype: float16 or float32.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: str, attributes: Mapping[str, Any]) -> None:
-        ny, nx, nc = shape
-        array = zarr.create_array(
-            folder / "z",
-            shape=shape,
-            chunks=(1, nx, nc),
-            shards=shape,
-            dtype=dtype,
-            compressors=None,
-            filters=None,
-            fill_value=float("nan"),
-            dimension_names=("y", "x", "channel"),
-            attributes=dict(attributes),
-            overwrite=True,
-        )
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._row_bytes = nx * nc * array.dtype.itemsize
-        self._n_rows, self._rows_left = ny, ny
-        self._digest = hashlib.sha256()
-        path = _shard(folder)
-        path.parent.mkdir(parents=True)
-        self._file = path.open("wb")
-
-    def write(self, z: NDArray[Any]) -> NDArray[Any]:
-        """Append rows (rows, x, channel); returns them as they are stored."""
-        stored = np.ascontiguousarray(z, dtype=self._dtype)
-        self._rows_left -= len(stored)
-        self._digest.update(stored.data)
-        self._file.write(stored.data)
-        return stored
-
-    @property
-    def sha256(self) -> str:
-        """Digest of what was written so far."""
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with self._file:
-            if error is None:
-                assert self._rows_left == 0, f"{self._rows_left} rows of z are missing"
-                self._file.write(shard_index(self._n_rows, self._row_bytes))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-
-
-def shard_index(n_chunks: int, chunk_bytes: int) -> bytes:
-    """The index at the end of a shard whose chunks stand in order without gaps (Zarr v3, sharding_indexed).
-
-    (offset, length) of each chunk as little-endian uint64, then the CRC-32C of these.
-    """
-    entries = np.empty((n_chunks, 2), "<u8")
-    entries[:, 0] = np.arange(n_chunks, dtype=np.uint64) * np.uint64(chunk_bytes)
-    entries[:, 1] = chunk_bytes
-    index = entries.tobytes()
-    return index + struct.pack("<I", google_crc32c.value(index))
-
-
-def _shard(scene_folder: Path) -> Path:
+def shard_file(scene_folder: Path) -> Path:
+    """The shard of a scene's z: the plain (y, x, channel) array, then the index."""
     return scene_folder / "z" / "c" / "0" / "0" / "0"
+
+
+def counts_file(scene_folder: Path) -> Path:
+    """The plain (y, x) array of a scene's n_invalid."""
+    return scene_folder / "n_invalid" / "c" / "0" / "0"
+
+
+def count_dtype(n_channels: int) -> np.dtype[Any]:
+    """Of n_invalid."""
+    return np.dtype(np.min_scalar_type(n_channels)).newbyteorder("<")
+
+
+def index_bytes(n_chunks: int) -> int:
+    """Length of a shard's index."""
+    return 16 * n_chunks + 4
 
 
 def scene_folder(store: Path, scene_id: str) -> Path:
@@ -164,39 +102,15 @@ def scene_folder(store: Path, scene_id: str) -> Path:
     return store / "scenes" / scene_id
 
 
-def write_scene_group(folder: Path, record: SceneRecord, arrays: Mapping[str, NamedArray]) -> None:
-    """Write what stands beside ``z``, and the group's own metadata last: it marks the scene as complete."""
-    for name, (dims, values) in arrays.items():
-        _create_array(folder / name, values, dims)
-    write_atomic(folder / "zarr.json", _group_json(asdict(record), _member_metadata(folder)))
-
-
-def _create_array(path: Path, values: NDArray[Any], dims: tuple[str, ...], **attributes: Any) -> None:
-    if path.name in UNITS:
-        attributes["units"] = UNITS[path.name]
-    zarr.create_array(
-        path, data=np.ascontiguousarray(values), dimension_names=dims, attributes=attributes, overwrite=True
-    )
-
-
-def finished_scene(folder: Path) -> SceneRecord | None:
-    """The record of a scene that was written completely, else None."""
-    path = folder / "zarr.json"
-    return SceneRecord(**json.loads(path.read_text())["attributes"]) if path.is_file() else None
-
-
-def _member_metadata(folder: Path) -> dict[str, Any]:
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/zarr.json"))}
-
-
-def _group_json(attributes: Mapping[str, Any], members: Mapping[str, Any]) -> str:
-    group = {
-        "zarr_format": 3,
-        "node_type": "group",
-        "attributes": attributes,
-        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": members},
-    }
-    return json.dumps(group) + "\n"
+def beside_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files of a scene's group, but for those of z and its own metadata."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] != "z" and str(name) != "zarr.json":
+            content = path.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def content_hash(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
@@ -208,48 +122,6 @@ def content_hash(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any
     return digest.hexdigest()
 
 
-def finish_store(
-    path: Path, records: list[SceneRecord], normalization: Normalization, moments: Moments, dtype: str
-) -> str:
-    """Write the root arrays, then the root metadata: from then on there is a store.
-
-    Returns:
-        The store's hash: SHA-256 over the table of scenes (which holds the digest of every z), the
-        normalisation and its arrays.
-    """
-    arrays = {
-        **normalization.arrays(),
-        "count": moments.count,
-        "minimum": moments.minimum,
-        "maximum": moments.maximum,
-    }
-    for name, values in arrays.items():
-        _create_array(path / name, values, ("channel",))
-    table = [asdict(record) for record in records]
-    attributes: dict[str, Any] = {
-        "title": "spectralvae store: normalised hyperspectral scenes",
-        "spectralvae_store": FORMAT,
-        "spectralvae_version": __version__,
-        "normalization": normalization.settings(),
-        "dtype": dtype,
-        "scenes": table,
-    }
-    attributes["hash"] = content_hash(attributes, arrays)
-
-    members: dict[str, Any] = {name: json.loads((path / name / "zarr.json").read_text()) for name in arrays}
-    empty = {"kind": "inline", "must_understand": False, "metadata": {}}
-    members["scenes"] = {"zarr_format": 3, "node_type": "group", "attributes": {}, "consolidated_metadata": empty}
-    for record in records:
-        folder = scene_folder(path, record.id)
-        group = json.loads((folder / "zarr.json").read_text())
-        for name, metadata in group["consolidated_metadata"]["metadata"].items():
-            members[f"scenes/{record.id}/{name}"] = metadata
-        members[f"scenes/{record.id}"] = {**group, "consolidated_metadata": empty}
-    write_atomic(path / "scenes" / "zarr.json", _group_json({}, {}))
-    write_atomic(path / "zarr.json", _group_json(attributes, members))
-    return str(attributes["hash"])
-
-
 class Store:
     """A finished store, open for reading.
 
@@ -259,6 +131,8 @@ class Store:
         normalization: how its z was made.
         hash: identifies its content.
         dtype: of z.
+        arrays: the root arrays, (channel) each, by name.
+        attributes: of the root, but for the table of scenes.
 
     Raises:
         InputError: when made from something else than a finished store.
@@ -278,9 +152,13 @@ class Store:
             raise InputError(f"store {path}: is no store ({what}); give the output_dir of a `spectralvae prepare`")
         try:
             attributes = json.loads(root.read_text())["attributes"]
-            if attributes.get("spectralvae_store") != FORMAT:
-                raise InputError(f"store {path}: is a Zarr group, but no spectralvae store of format {FORMAT}")
-            arrays = {name: np.asarray(zarr.open_array(path / name, mode="r")[:]) for name in ROOT_ARRAYS}
+            if (found := attributes.get("spectralvae_store")) != FORMAT:
+                what = f"is a store of format {found}" if found else "is a Zarr group, but no spectralvae store"
+                raise InputError(f"store {path}: {what}; needed: format {FORMAT}; prepare it with this version")
+            names = {*REQUIRED_ARRAYS, *attributes["arrays"]}
+            arrays = {name: np.asarray(zarr.open_array(path / name, mode="r")[:]) for name in names}
+            self.arrays = arrays
+            self.attributes = {name: value for name, value in attributes.items() if name != "scenes"}
             self.normalization = Normalization.from_parts(attributes["normalization"], arrays)
             self.scenes = [SceneRecord(**scene) for scene in attributes["scenes"]]
             self.hash: str = attributes["hash"]
@@ -295,29 +173,66 @@ class Store:
         """Which scenes belong to a split."""
         return [i for i, scene in enumerate(self.scenes) if scene.split == split]
 
+    def check_files(self, scene: int) -> None:
+        """Ask the file system whether z and n_invalid are there and as long as they were written.
+
+        Raises:
+            InputError: one is lost, cut off, or of another layout.
+        """
+        record = self.scenes[scene]
+        folder = scene_folder(self.path, record.id)
+        ny, nx, nc = record.shape
+        for path, expected in (
+            (shard_file(folder), ny * nx * nc * self.dtype.itemsize + index_bytes(ny)),
+            (counts_file(folder), ny * nx * count_dtype(nc).itemsize),
+        ):
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror}; prepare the store again") from error
+            if found != expected:
+                raise InputError(f"{path}: has {found} bytes instead of {expected}; prepare the store again")
+
     def n_invalid(self, scene: int) -> NDArray[np.int64]:
         """(y, x): how many channels of each pixel are invalid.
 
         Raises:
             InputError: the array is lost or damaged, or z is not as long as it was written.
         """
+        self.check_files(scene)
         record = self.scenes[scene]
-        folder = scene_folder(self.path, record.id)
-        ny, nx, nc = record.shape
-        z_bytes = ny * nx * nc * self.dtype.itemsize + len(shard_index(ny, 1))
-        try:
-            n_invalid = np.asarray(zarr.open_array(folder / "n_invalid", mode="r")[:], np.int64)
-            found = _shard(folder).stat().st_size
-        except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
-            raise InputError(f"{folder}: is damaged ({type(error).__name__}: {error}); prepare it again") from error
-        if n_invalid.sum() != record.n_invalid:  # zarr reads a lost chunk as zeros, without a word
-            raise InputError(f"{folder / 'n_invalid'}: is damaged (its sum is not the table's); prepare it again")
-        if found != z_bytes:
-            raise InputError(f"{_shard(folder)}: has {found} bytes instead of {z_bytes}; prepare it again")
+        n_invalid = self._read_counts(scene, 0, record.shape[0]).astype(np.int64)
+        if n_invalid.sum() != record.n_invalid:
+            path = counts_file(scene_folder(self.path, record.id))
+            raise InputError(f"{path}: is damaged (its sum is not the table's); prepare the store again")
         return n_invalid
 
+    def count_invalid(self, scene: int, y: int, x: int, tile_size: int) -> int:
+        """How many samples of the square tile whose first pixel is (y, x) are invalid.
+
+        Raises:
+            InputError: the counts are lost or shorter than they were written.
+        """
+        return int(self._read_counts(scene, y, tile_size)[:, x : x + tile_size].sum(dtype=np.int64))
+
+    def _read_counts(self, scene: int, y: int, height: int) -> NDArray[np.unsignedinteger[Any]]:
+        """Whole rows of n_invalid in one read: apart, the parts of a tile would be one read for each row."""
+        record = self.scenes[scene]
+        ny, nx, nc = record.shape
+        assert 0 <= y <= ny - height
+        path, dtype = counts_file(scene_folder(self.path, record.id)), count_dtype(nc)
+        row_bytes = nx * dtype.itemsize
+        with _opened(path) as file:
+            rows = os.pread(file, height * row_bytes, y * row_bytes)
+        if len(rows) != height * row_bytes:
+            raise InputError(f"{path}: is shorter than the {ny} x {nx} counts it should hold")
+        return np.frombuffer(rows, dtype).reshape(height, nx)
+
     def read_tile(self, scene: int, y: int, x: int, out: NDArray[Any]) -> None:
-        """Read the tile whose first pixel is (y, x) into ``out`` (tile_y, tile_x, channel), C-contiguous.
+        """Read the tile whose first pixel is (y, x) into ``out`` (tile_y, tile_x, channel).
+
+        ``out`` may be a turned view; rows that are not contiguous in it go through a buffer of one row, which
+        stays in the processor's cache.
 
         Raises:
             InputError: the file is shorter than it was written (a memory map would die by SIGBUS).
@@ -326,18 +241,32 @@ class Store:
         ny, nx, nc = record.shape
         height, width, channels = out.shape
         assert channels == nc and 0 <= y <= ny - height and 0 <= x <= nx - width
-        assert out.flags.c_contiguous and out.dtype == self.dtype
-        path = _shard(scene_folder(self.path, record.id))
+        assert out.dtype == self.dtype
+        path = shard_file(scene_folder(self.path, record.id))
         pixel_bytes = nc * self.dtype.itemsize
-        rows: list[Any] = list(out.reshape(height, -1).view(np.uint8))
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        try:
-            for i, row in enumerate(rows):
+        buffer = np.empty((width, nc), self.dtype)
+        with _opened(path) as file:
+            for i, row in enumerate(out):
+                contiguous = row if row.flags.c_contiguous else buffer
                 offset = ((y + i) * nx + x) * pixel_bytes
-                if os.preadv(file, [row], offset) != row.nbytes:
+                if os.preadv(file, [contiguous.data], offset) != contiguous.nbytes:
                     raise InputError(f"{path}: is shorter than the {ny} x {nx} x {nc} samples it should hold")
-        finally:
-            os.close(file)
+                if contiguous is buffer:
+                    row[...] = buffer
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A file's descriptor, for reads without a position of their own.
+
+    Raises:
+        InputError: there is no such file, or it may not be read.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        yield file
+    finally:
+        os.close(file)

@@ -13,6 +13,7 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
+from spectralvae.readers import envi, guard, tiles
 from spectralvae.readers.base import READABLE, RULES, Scene, check_file, damage_named
 
 __all__ = ["RULES", "Scene", "Wavelength", "open_reader"]
@@ -37,11 +38,15 @@ class Format:
     arguments: frozenset[str]
 
 
+_GENERIC = frozenset({"wavelength", "region", "units"})
+
 FORMATS = {
-    "tempo": Format("HDF5/netCDF-4", ("tempo", "TempoScene"), frozenset({"band", "region", "flag_bits"})),
-    "matlab": Format(
-        "MATLAB", ("matlab", "MatlabScene"), frozenset({"variable", "size", "wavelength", "region", "units"})
-    ),
+    "tempo": Format("TEMPO", ("tempo", "TempoScene"), frozenset({"band", "region", "flag_bits"})),
+    "matlab": Format("MATLAB", ("matlab", "MatlabScene"), _GENERIC | {"variable", "size"}),
+    "envi": Format("ENVI", ("envi", "EnviScene"), _GENERIC),
+    "netcdf": Format("netCDF/HDF5", ("netcdf", "NetcdfScene"), _GENERIC | {"variable", "dims"}),
+    "zarr": Format("Zarr", ("netcdf", "ZarrScene"), _GENERIC | {"variable", "dims"}),
+    "tiles": Format("tile", ("tiles", "TilesScene"), _GENERIC),
 }
 
 
@@ -66,6 +71,8 @@ def open_reader(
     Returns:
         The scene; no file is open until it is read.
     """
+    if "://" in os.fspath(path):
+        raise InputError(f"{path}: a URL; only local files are read: download it first")
     path = Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises over a file of the name "~copy.nc")
     check_file(path)
     arguments = {
@@ -78,7 +85,9 @@ def open_reader(
         "units": units,
         "flag_bits": flag_bits,
     }
-    return open_unguarded(path, {key: value for key, value in arguments.items() if value is not None})
+    given = {key: value for key, value in arguments.items() if value is not None}
+    guard.try_out(path, given)
+    return open_unguarded(path, given)
 
 
 def open_unguarded(path: Path, arguments: Mapping[str, Any]) -> Scene:
@@ -100,15 +109,43 @@ def open_unguarded(path: Path, arguments: Mapping[str, Any]) -> Scene:
 
 
 def _format_of(path: Path) -> str:
-    """The key in `FORMATS`; refuses what is none of them."""
+    """The key in `FORMATS`; refuses what is none of them. A file's name matters only where its content doesn't tell."""
+    if path.is_dir():
+        return _format_of_folder(path)
     with damage_named(path), path.open("rb") as file:
         head = file.read(4096)
-    if head.startswith((b"MATLAB 5.0", b"MATLAB 7.3")) or path.suffix.lower() == ".mat":
+    suffix = path.suffix.lower()
+    if head.startswith((b"MATLAB 5.0", b"MATLAB 7.3")) or suffix == ".mat":
         return "matlab"
     if any(head.startswith(_HDF5, offset) for offset in (0, 512, 1024, 2048)):
-        return "tempo"
+        return _format_of_hdf5(path)
     if head.startswith(b"CDF"):
-        raise InputError(f"{path}: a classic netCDF-3 file; formats read now: {READABLE}")
-    if path.suffix.lower() in {".nc", ".nc4", ".h5", ".hdf5"}:
+        return "netcdf"
+    if head.startswith(envi.MAGIC):
+        return "envi"
+    if tiles.is_torch_file(path, head):
+        return "tiles"
+    if suffix in {".nc", ".nc4", ".h5", ".hdf5"}:
         raise InputError(f"{path}: it doesn't begin as HDF5/netCDF-4 does, so it is damaged; fetch it again")
+    if envi.find_header(path):
+        return "envi"
     raise InputError(f"{path}: a file of unknown format; formats read now: {READABLE}")
+
+
+def _format_of_hdf5(path: Path) -> str:
+    import h5py
+
+    from spectralvae.readers.tempo import is_tempo
+
+    with damage_named(path), h5py.File(path, "r") as file:
+        return "tempo" if is_tempo(file) else "netcdf"
+
+
+def _format_of_folder(path: Path) -> str:
+    from spectralvae.readers.containers import is_zarr
+
+    if is_zarr(path):
+        return "zarr"
+    if found := tiles.tile_files(path):
+        raise InputError(f"{path}: a folder of {len(found)} tile files; give these: {path}/[0-9]*.pt")
+    raise InputError(f"{path}: a folder that is no Zarr array or group; formats read now: {READABLE}")

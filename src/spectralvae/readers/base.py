@@ -6,8 +6,10 @@ Shapes: ny rows, nx columns, nc channels; a scene is (ny, nx, nc).
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import operator
 import struct
+import unicodedata
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +22,11 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
 
-READABLE = "TEMPO L1 radiance (netCDF-4) and MATLAB .mat (v5, v7.3)"
+READABLE = "TEMPO L1 radiance (netCDF-4), MATLAB .mat (v5, v7.3), ENVI, netCDF, HDF5, Zarr and tiles (NNNNN.pt)"
 
 # In order: a sample is counted under the first rule that rejects it.
-RULES = ("fill", "undeclared_fill", "default_fill", "nan", "infinite", "flagged")
+# "ambiguous" is what may be fill or a clipped value: see readers/tiles.py.
+RULES = ("fill", "undeclared_fill", "default_fill", "nan", "infinite", "flagged", "ambiguous")
 
 # Fills that files hold without declaring them: TEMPO's own, and the default of netCDF for floats.
 UNDECLARED_FILLS = {"undeclared_fill": -1e30, "default_fill": 9.969209968386869e36}
@@ -32,6 +35,9 @@ UNDECLARED_FILLS = {"undeclared_fill": -1e30, "default_fill": 9.969209968386869e
 ANGLES = ("solar_zenith_angle", "viewing_zenith_angle", "relative_azimuth_angle")
 COORDINATES = ("latitude", "longitude", *ANGLES, "time")
 FLAG = "pixel_quality_flag"
+
+# Vectors of these names (in any case) hold wavelengths.
+WAVELENGTH_NAMES = {"wavelength", "wavelengths", "wl", "lambda"}
 
 _MICROMETRES_BELOW = 20.0
 
@@ -56,6 +62,7 @@ class Scene(ABC):
         format: "tempo", "matlab", "envi", "netcdf", "zarr" or "tiles".
         band: The band group's name, None where the format has no bands.
         region: (y0, y1, x0, x1), half-open pixel bounds in the file's full image, or None for all of it.
+        full_shape: (ny, nx, nc) of the file's full image.
         shape: (ny, nx, nc) of this scene, that is after `region`.
         units: Units of the radiance, None where the file doesn't say.
         time: Start of the scan, UTC, where known.
@@ -63,10 +70,12 @@ class Scene(ABC):
         absent: The optional variables that the file lacks.
         chunk: (rows, columns) that the file stores together and that are best read together.
         stack: Height of each tile where the scene is a stack of tiles that don't adjoin, else None.
+        notes: What a user should know of the values, a sentence each.
     """
 
     format: ClassVar[str]
     stack: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -81,7 +90,7 @@ class Scene(ABC):
         version: str | None = None,
         chunk: tuple[int, int] | None = None,
     ) -> None:
-        ny, nx, nc = full_shape
+        self.full_shape = ny, nx, nc = full_shape
         if 0 in full_shape:
             raise InputError(f"{path}: the image is empty: (y, x, channel) = {full_shape}; every axis needs at least 1")
         self.path = path
@@ -105,6 +114,20 @@ class Scene(ABC):
         y0, y1, x0, x1 = self.region
         return f"{self.path.stem}_y{y0}-{y1}_x{x0}-{x1}"
 
+    def files(self) -> list[Path]:
+        """All files that the scene is read from, sorted; they are what identifies it."""
+        if not self.path.is_dir():
+            return [self.path]
+        return sorted(file for file in self.path.rglob("*") if file.is_file())
+
+    def sha256(self) -> str:
+        """SHA-256 of the file, hexadecimal; of several files that of their names and digests."""
+        files = self.files()
+        if files == [self.path]:
+            return file_sha256(self.path)
+        lines = [f"{file_sha256(file)}  {file.relative_to(self.path.parent)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
     @property
     @abstractmethod
     def wavelength(self) -> NDArray[np.float64]:
@@ -118,6 +141,15 @@ class Scene(ABC):
             For each of `COORDINATES` that the file has: its dimensions, ("y", "x") or ("y",), and the float array,
             NaN where invalid; degrees, and for `time` seconds since 1970-01-01 UTC.
         """
+
+    def probe(self) -> None:
+        """Read everything but the samples, so that what is wrong with the file shows.
+
+        Raises:
+            InputError, ConfigError: What is wrong.
+        """
+        _ = self.wavelength
+        self.coordinates()
 
     @abstractmethod
     def _open(self) -> Any:
@@ -212,7 +244,10 @@ class Scene(ABC):
 
 
 def invalidate(
-    raw: NDArray[Any], filled: NDArray[np.bool_], flagged: NDArray[np.bool_] | None
+    raw: NDArray[Any],
+    filled: NDArray[np.bool_],
+    flagged: NDArray[np.bool_] | None,
+    ambiguous: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.float32], dict[str, int]]:
     """Set every invalid sample to NaN and count them by rule.
 
@@ -220,6 +255,7 @@ def invalidate(
         raw: (rows, columns, nc), any real dtype.
         filled: Declared fills; broadcasts to raw.
         flagged: Samples rejected by a quality flag, as raw; None without a flag.
+        ambiguous: Samples of which nobody can tell whether they are fill, as raw; None where that can be told.
 
     Returns:
         values: As raw, float32 in C order.
@@ -245,6 +281,8 @@ def invalidate(
     reject("infinite", np.isinf(values))
     if flagged is not None:
         reject("flagged", flagged)
+    if ambiguous is not None:
+        reject("ambiguous", ambiguous)
     values[rejected] = np.nan
     return values, counts
 
@@ -353,16 +391,28 @@ def check_wavelengths(what: str, values: NDArray[np.float64], nc: int) -> NDArra
     return values
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_file(path: Path) -> None:
-    """Check that there is a file with something in it.
+    """Check that there is a file with something in it, or a folder.
 
     Raises:
-        InputError: There isn't.
+        InputError: There isn't; a pipe or a device, of which a read may never end, is neither.
     """
+    if any(unicodedata.category(c) == "Cc" for c in str(path)):
+        raise InputError(f"{str(path)!r}: a line break or control character in its name; rename it")
+    with damage_named(path):
+        found = path.exists()
     if path.is_dir():
-        raise InputError(f"{path}: a directory, not a file; formats read now: {READABLE}")
-    if not path.is_file():
+        return
+    if not found:
         raise InputError(f"{path}: no such file; check the path")
+    if not path.is_file():
+        raise InputError(f"{path}: neither a file nor a folder; formats read now: {READABLE}")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty (0 bytes), so it is damaged or truncated; fetch it again")
 

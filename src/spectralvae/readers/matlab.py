@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
+from spectralvae.readers import hdf5
 from spectralvae.readers.base import (
     COORDINATES,
     FLAG,
+    WAVELENGTH_NAMES,
     Coordinate,
     Scene,
     Window,
@@ -31,7 +33,6 @@ from spectralvae.readers.base import (
 
 _NUMERIC = {"double", "single", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 _SIZE_NAMES = (("lines", "cols"), ("nrow", "ncol"), ("rows", "cols"))
-_WAVELENGTH_NAMES = {"wavelength", "wavelengths", "wl", "lambda"}
 
 # Name -> (shape as MATLAB shows it, MATLAB's class name).
 Listing = dict[str, tuple[tuple[int, ...], str]]
@@ -43,6 +44,7 @@ class _Source(Protocol):
     def listing(self) -> Listing: ...
     def array(self, name: str) -> NDArray[Any]: ...
     def window(self, name: str, ny: int, window: Window) -> NDArray[Any]: ...
+    def probe(self, name: str, ny: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -98,6 +100,10 @@ class MatlabScene(Scene):
 
     def coordinates(self) -> dict[str, Coordinate]:
         return {}
+
+    def probe(self) -> None:
+        with damage_named(self.path):
+            self._file.probe(self._name, self._ny)
 
     def _open(self) -> _Source:
         return _open(self.path)
@@ -170,6 +176,9 @@ class _Mat5:
         y0, y1, x0, x1 = window
         return self._cube[y0:y1, x0:x1]
 
+    def probe(self, name: str, ny: int) -> None:
+        self.window(name, ny, (0, 0, 0, 0))
+
     def close(self) -> None:
         self._cube = None
 
@@ -178,6 +187,7 @@ class _Mat73:
     """Version 7.3: HDF5, which shows MATLAB's dimensions in reverse. Only the rows asked for are read."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = h5py.File(path, "r")
 
     def listing(self) -> Listing:
@@ -199,18 +209,23 @@ class _Mat73:
         return kind.decode() if isinstance(kind, bytes) else str(kind)
 
     def array(self, name: str) -> NDArray[Any]:
-        return np.asarray(self._file[name][()]).T
+        self.probe(name)
+        return hdf5.read(self._file[name]).T
 
     def window(self, name: str, ny: int, window: Window) -> NDArray[Any]:
         y0, y1, x0, x1 = window
         item = self._file[name]
         if item.ndim == 3:
-            return np.asarray(item[:, x0:x1, y0:y1]).transpose(2, 1, 0)
+            return hdf5.read(item, slice(None), slice(x0, x1), slice(y0, y1)).transpose(2, 1, 0)
         if y0 == y1:
             return np.empty((0, x1 - x0, item.shape[1]), dtype=item.dtype)
         runs = h5py.MultiBlockSlice(start=x0 * ny + y0, stride=ny, count=x1 - x0, block=y1 - y0)
-        pixels = np.asarray(item[runs, :])  # (x * y, channel)
+        pixels = hdf5.read(item, runs, slice(None))  # (x * y, channel)
         return pixels.reshape(x1 - x0, y1 - y0, -1).transpose(1, 0, 2)
+
+    def probe(self, name: str, ny: int = 0) -> None:
+        hdf5.check_variables(self._path, {name: self._file[name]})
+        hdf5.check_written(self._path, name, self._file[name])
 
     def close(self) -> None:
         self._file.close()
@@ -334,7 +349,7 @@ def _wavelengths(
     """(nc,) wavelengths in nm, the user's or else the file's."""
     if given is not None:
         return given_wavelengths(f"{path}: wavelength", given, nc)
-    names = [n for n, (shape, kind) in listing.items() if n.lower() in _WAVELENGTH_NAMES and kind in _NUMERIC]
+    names = [n for n, (shape, kind) in listing.items() if n.lower() in WAVELENGTH_NAMES and kind in _NUMERIC]
     remedy = "give them in nm, wavelength: [...] or wavelength: {first: 401, last: 889}"
     if not names:
         raise InputError(f"{path}: no wavelengths in it for its {nc} channels, and they are never invented; {remedy}")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
+from spectralvae.readers import hdf5
 from spectralvae.readers.base import (
     COORDINATES,
     FLAG,
@@ -25,6 +26,16 @@ from spectralvae.readers.base import (
     Window,
     damage_named,
     is_undeclared_fill,
+)
+from spectralvae.readers.packing import (
+    EPOCH,
+    check_packing,
+    decode,
+    is_declared_fill,
+    nanometres,
+    text,
+    unix_seconds,
+    unpack,
 )
 
 DEFAULT_BAND = "band_290_490_nm"
@@ -42,15 +53,10 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(COORDINATES, (Y, X)),
     "time": (Y,),
 }
-_NUMERIC_ATTRIBUTES = ("_FillValue", "missing_value", "scale_factor", "add_offset")
-_NANOMETRES = {"nm", "nanometer", "nanometers", "nanometre", "nanometres"}
 
 _BAND = re.compile(r"band_\d+_\d+_nm")
 _NAME_TIME = re.compile(r"_(\d{8}T\d{6})Z(?![0-9A-Za-z])")
 _NAME_VERSION = re.compile(r"_V(\d+)_")
-_TIME_UNITS = re.compile(r"(s|seconds?|minutes?|hours?|days?) since (.+)")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 class TempoScene(Scene):
@@ -88,7 +94,7 @@ class TempoScene(Scene):
                 region,
                 absent=absent,
                 band=band,
-                units=_text(radiance.attrs.get("units", "")) or None,
+                units=text(radiance.attrs.get("units", "")) or None,
                 time=_scan_start(path, None if "time" in absent else file["time"]),
                 version=_version(path, file),
                 chunk=_chunk(radiance),
@@ -100,7 +106,7 @@ class TempoScene(Scene):
         with damage_named(self.path):
             variable = self._variable("nominal_wavelength")
             wanted = (X, C)[-variable.ndim :]
-            return _decode(variable, _slab(variable, wanted, self._window)).astype(np.float64)
+            return decode(variable, _slab(variable, wanted, self._window)).astype(np.float64)
 
     def coordinates(self) -> dict[str, Coordinate]:
         coordinates: dict[str, Coordinate] = {}
@@ -109,12 +115,20 @@ class TempoScene(Scene):
                 continue
             with damage_named(self.path):
                 variable = self._variable(name)
-                values = _decode(variable, _slab(variable, _OPTIONAL[name], self._window))
+                values = decode(variable, _slab(variable, _OPTIONAL[name], self._window))
                 if name == "time":
-                    coordinates[name] = ("y",), _unix_seconds(self.path, variable, values)
+                    coordinates[name] = ("y",), unix_seconds(self.path, text(variable.attrs["units"]), values)
                 else:
                     coordinates[name] = ("y", "x"), values
         return coordinates
+
+    def probe(self) -> None:
+        with damage_named(self.path):
+            names = [name for name in _REQUIRED | _OPTIONAL if name not in self.absent]
+            variables = {_place(self.band, name): self._variable(name) for name in names}
+            hdf5.check_variables(self.path, variables)
+            for place, variable in variables.items():
+                hdf5.check_written(self.path, place, variable)
 
     def _open(self) -> h5py.File:
         return _open(self.path)
@@ -126,19 +140,25 @@ class TempoScene(Scene):
         with damage_named(self.path):
             radiance = self._variable("radiance")
             raw = _slab(radiance, (Y, X, C), window)
-            filled = _is_declared_fill(radiance, raw)
+            filled = is_declared_fill(radiance, raw)
             flagged = None
             if FLAG not in self.absent:
                 flag = self._variable(FLAG)
                 flagged = _is_rejected(flag, _slab(flag, (Y, X, C), window), self._flag_mask)
-            return _unpack(radiance, raw), filled, flagged
+            return unpack(radiance, raw), filled, flagged
 
     def read_noise(self, rows: slice, columns: slice = slice(None)) -> NDArray[np.float32] | None:
         if NOISE in self.absent:
             return None
         with damage_named(self.path):
             noise = self._variable(NOISE)
-            return _decode(noise, _slab(noise, (Y, X, C), self._in_file(rows, columns))).astype(np.float32, copy=False)
+            return decode(noise, _slab(noise, (Y, X, C), self._in_file(rows, columns))).astype(np.float32, copy=False)
+
+
+def is_tempo(file: h5py.File) -> bool:
+    """Is an HDF5 file of TEMPO: does it have a band group, or is it a level-2 product, which is then refused?"""
+    names = text(file.attrs.get("collection_shortname", "")) + text(file.attrs.get("title", ""))
+    return any(_BAND.fullmatch(name) for name in file) or ("product" in file and "TEMPO" in names)
 
 
 def _open(path: Path) -> h5py.File:
@@ -171,8 +191,8 @@ def _choose_band(path: Path, file: h5py.File, band: str | None) -> str:
 
 def _what_it_is(file: h5py.File) -> str:
     """Say what a file without a band group is."""
-    collection = _text(file.attrs.get("collection_shortname", ""))
-    title = _text(file.attrs.get("title", ""))
+    collection = text(file.attrs.get("collection_shortname", ""))
+    title = text(file.attrs.get("title", ""))
     if "product" in file and "TEMPO" in collection + title:
         return f"a TEMPO level-2 product ({collection or title}), which holds no radiance"
     return "an HDF5/netCDF-4 file that is no TEMPO L1 radiance: it has no group band_290_490_nm or band_540_740_nm"
@@ -204,16 +224,14 @@ def _check_layout(path: Path, file: h5py.File, band: str) -> tuple[dict[str, int
             )
         if variable.dtype.kind not in "iuf":
             raise InputError(f"{path}: {place} holds {variable.dtype}, not numbers")
-        for key in _NUMERIC_ATTRIBUTES:
-            if np.asarray(value := variable.attrs.get(key, 0)).dtype.kind not in "iuf":
-                raise InputError(f"{path}: {place} has {key} = {_text(value)!r}, no number; correct or remove it")
+        check_packing(f"{path}: {place}", variable)
         for dim, size in zip(found, variable.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
                 raise InputError(
                     f"{path}: {place} has {size} along {dim}, but the radiance has {sizes[dim]}; they must be equal"
                 )
-    units = _text(file[band]["nominal_wavelength"].attrs.get("units", "nm"))
-    if units.lower() not in _NANOMETRES:
+    units = text(file[band]["nominal_wavelength"].attrs.get("units", "nm"))
+    if nanometres(units) != 1:
         raise InputError(f"{path}: {band}/nominal_wavelength is in {units!r}; only nm is read")
     return sizes, tuple(absent)
 
@@ -223,46 +241,13 @@ def _slab(variable: h5py.Dataset, dims: tuple[str, ...], window: Window) -> NDAr
     y0, y1, x0, x1 = window
     cut = {Y: slice(y0, y1), X: slice(x0, x1), C: slice(None)}
     stored = _dims(variable)
-    raw = np.asarray(variable[tuple(cut[d] for d in stored)])
+    raw = hdf5.read(variable, *(cut[d] for d in stored))
     return raw.transpose([stored.index(d) for d in dims])
-
-
-def _is_declared_fill(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which raw values equal the variable's _FillValue or one of its missing_values; same shape."""
-    filled = np.zeros(raw.shape, dtype=np.bool_)
-    for name in ("_FillValue", "missing_value"):
-        for fill in np.ravel(variable.attrs.get(name, ())):
-            if raw.dtype.kind == "f":
-                # In float32, for -1e30 declared in one precision and stored in the other is still the fill.
-                with np.errstate(over="ignore"):
-                    filled |= raw.astype(np.float32, copy=False) == np.float32(fill)
-                if np.isnan(fill):
-                    filled |= np.isnan(raw)
-            else:
-                filled |= raw == fill
-    return filled
-
-
-def _unpack(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[Any]:
-    """Apply the variable's scale_factor and add_offset, where it has them; undeclared fills stay what they are."""
-    if "scale_factor" not in variable.attrs and "add_offset" not in variable.attrs:
-        return raw
-    scale, offset = (float(np.ravel(variable.attrs.get(k, d))[0]) for k, d in (("scale_factor", 1), ("add_offset", 0)))
-    raw = raw.astype(np.float64)
-    return np.where(is_undeclared_fill(raw), raw, raw * scale + offset)
-
-
-def _decode(variable: h5py.Dataset, raw: NDArray[Any]) -> NDArray[Any]:
-    """Raw values as float32 or float64, unpacked, NaN where they are fill or not finite; same shape."""
-    unpacked = _unpack(variable, raw)
-    values = unpacked.astype(np.float32 if unpacked.dtype == np.float32 else np.float64)
-    values[_is_declared_fill(variable, raw) | is_undeclared_fill(values) | ~np.isfinite(values)] = np.nan
-    return values
 
 
 def _is_rejected(variable: h5py.Dataset, flags: NDArray[Any], mask: int) -> NDArray[np.bool_]:
     """Which flags have a bit of the mask, or are themselves fill; same shape."""
-    rejected = _is_declared_fill(variable, flags)
+    rejected = is_declared_fill(variable, flags)
     if flags.dtype.kind == "f":
         # Subsetted files may hold flags as floats, NaN where there is none.
         missing = ~np.isfinite(flags) | is_undeclared_fill(flags)
@@ -297,29 +282,6 @@ def _scan_start(path: Path, time: h5py.Dataset | None) -> dt.datetime | None:
             raise InputError(f"{path}: {match[1]}Z in its name is no date and time; correct the name") from error
     if time is None:
         return None
-    seconds = _unix_seconds(path, time, _decode(time, np.asarray(time[...])))
+    seconds = unix_seconds(path, text(time.attrs["units"]), decode(time, hdf5.read(time)))
     seconds = seconds[np.isfinite(seconds)]
-    return _EPOCH + dt.timedelta(seconds=float(seconds[0])) if seconds.size else None
-
-
-def _unix_seconds(path: Path, time: h5py.Dataset, values: NDArray[Any]) -> NDArray[np.float64]:
-    """Times in the variable's own units as seconds since 1970-01-01 UTC.
-
-    Leap seconds are not counted, as in CF; real granules count them since 1980, and so run 18 s ahead of UTC (2024).
-    """
-    units = _text(time.attrs["units"])
-    match = _TIME_UNITS.fullmatch(units.strip())
-    try:
-        base = dt.datetime.fromisoformat(match[2].removesuffix("UTC").strip()) if match else None
-    except ValueError:
-        base = None
-    if match is None or base is None:
-        raise InputError(f"{path}: time has units {units!r}; needed: seconds (minutes, hours, days) since YYYY-MM-DD")
-    base = base.replace(tzinfo=base.tzinfo or dt.UTC)
-    return values.astype(np.float64) * _SECONDS[match[1][0]] + (base - _EPOCH).total_seconds()
-
-
-def _text(attribute: Any) -> str:
-    """An attribute as text; files hold them as str, bytes or arrays of one."""
-    value = np.ravel(attribute)[0] if np.size(attribute) else ""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return EPOCH + dt.timedelta(seconds=float(seconds[0])) if seconds.size else None

@@ -1,28 +1,35 @@
 """The simulated world: one place with its surface and cities, and the weather of each day above it.
 
-Every random draw comes from its own stream, keyed by (seed, purpose, granule), so that no granule depends on how
-many others are made, nor one field on another. Shape letters: y mirror step (east to west), x cross-track pixel
-(north to south), c spectral channel.
+Every random draw comes from its own stream, keyed by (seed, purpose, day or granule), so that no granule depends on how
+many others are made, nor one field on another. The scans of one day share its weather, which drifts with the wind of
+the day and changes slowly with the hour; some of their clouds differ from scan to scan. Shape letters: y mirror step
+(east to west), x cross-track pixel (north to south), c spectral channel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.simulate.physics import BAND_NM, DOBSON_UNIT, Array, Pixels
+from spectralvae.simulate.physics import BAND_NM, DOBSON_UNIT, Array, Optics, Pixels, radiance
 
 LATITUDE = (50.0, 22.0)  # of the first and the last cross-track pixel
 LONGITUDE = (-87.0, -97.0)  # of the first and the last mirror step
 SATELLITE_LONGITUDE = -91.0
 ORBIT_RADII = 42164.0 / 6371.0  # geostationary orbit, in earth radii
 SECONDS_PER_STEP = 3.0
+LONGEST_SCAN = 1800.0  # seconds, so that scans of a day do not overlap; with more mirror steps, each is shorter
+FIRST_DAY = datetime(2024, 6, 1, tzinfo=UTC)
+DAYLIGHT = (15.0, 21.0)  # UTC; the sun is up over the whole place all year
+MAX_SCANS_PER_DAY = 12
+HOURS = (15, 18, 21)  # UTC of the scans where a day has one
 HIDING_CLOUD = 0.5  # above this cloud fraction too little of the lowest layer is seen
 
+_PIECE_SAMPLES = 30_000  # samples whose radiance is worked out at a time
 _N_CITIES = 24
 # Reflectance of ocean, vegetation and bare soil at the short and at the long end of the band
 _SURFACE_ENDS = np.array([(0.075, 0.040), (0.020, 0.050), (0.050, 0.200)])
@@ -41,23 +48,36 @@ class Purpose(IntEnum):
     NO2 = 7
     HCHO = 8
     NOISE = 9
+    WIND = 10
+    CLOUD_CHANGE = 11
+    PLANT = 12
+    PLANT_L2 = 13
 
 
-def random_stream(seed: int, purpose: Purpose, granule: int = 0) -> np.random.Generator:
-    """Random numbers that depend on these three arguments and nothing else."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(purpose, granule))))
+def random_stream(seed: int, purpose: Purpose, number: int = 0) -> np.random.Generator:
+    """Random numbers that depend on these three arguments and nothing else; number is of the day or the granule."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(purpose, number))))
 
 
-def smooth_field(random: np.random.Generator, shape: tuple[int, int], exponent: float) -> Array:
+def smooth_field(
+    random: np.random.Generator, shape: tuple[int, int], exponent: float, drift: tuple[float, float] = (0.0, 0.0)
+) -> Array:
     """Gaussian random field of mean 0 and deviation 1, its power falling as wavenumber^-exponent.
 
     White noise filtered by FFT on twice the grid, of which a quarter is kept: otherwise opposite edges would match.
     Structures stop growing at the grid's shorter side. A grid of one pixel gives 0.
+
+    Args:
+        random: the stream to draw from.
+        shape: (y, x).
+        exponent: the larger, the smoother.
+        drift: how far the field has moved along y and x, as a share of the grid; between -1 and 1.
     """
     rows, columns = 2 * shape[0], 2 * shape[1]
     square = np.fft.fftfreq(rows)[:, None] ** 2 + np.fft.rfftfreq(columns) ** 2 + 1.0 / min(rows, columns) ** 2
     spectrum = np.fft.rfft2(random.standard_normal((rows, columns))) * square ** (-exponent / 4.0)
-    field = np.fft.irfft2(spectrum, s=(rows, columns))[: shape[0], : shape[1]]
+    moved = round(drift[0] * shape[0]), round(drift[1] * shape[1])
+    field = np.roll(np.fft.irfft2(spectrum, s=(rows, columns)), moved, axis=(0, 1))[: shape[0], : shape[1]]
     field -= field.mean()
     return np.asarray(field / max(float(field.std()), 1e-300))
 
@@ -75,7 +95,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Granule:
-    """One overpass: the truth and the geometry."""
+    """One scan: the truth and the geometry."""
 
     index: int
     start: datetime
@@ -127,25 +147,37 @@ def surface_reflectance(weights: Array, wavelength: Array) -> Array:
     return np.asarray(start[..., None] + (end - start)[..., None] * position)
 
 
-def make_granule(place: Place, seed: int, index: int, start: datetime) -> Granule:
-    """Draw the weather and the columns of one granule, and work out where sun and satellite stand.
+def scan_start(index: int, scans_per_day: int) -> datetime:
+    """When a granule's first mirror step is taken: its day's scans are spread evenly over the daylight.
+
+    Where a day has one scan, the hour goes round `HOURS` from day to day.
+    """
+    day, scan = divmod(index, scans_per_day)
+    if scans_per_day == 1:
+        return FIRST_DAY + timedelta(days=day, hours=HOURS[day % len(HOURS)])
+    hours = DAYLIGHT[0] + (DAYLIGHT[1] - DAYLIGHT[0]) * scan / (scans_per_day - 1)
+    return FIRST_DAY + timedelta(days=day, minutes=round(60.0 * hours))
+
+
+def make_granule(place: Place, seed: int, index: int, scans_per_day: int = 1) -> Granule:
+    """Draw the weather and the columns of one scan, and work out where sun and satellite stand.
 
     Args:
         place: made with the same seed.
         seed: of the whole simulation.
-        index: number of the granule, the key of its random streams.
-        start: time of the first mirror step, UTC.
+        index: number of the granule: scan index % scans_per_day of day index // scans_per_day.
+        scans_per_day: how many granules share a day.
     """
     shape = (place.latitude.shape[0], place.latitude.shape[1])
+    day, start = index // scans_per_day, scan_start(index, scans_per_day)
+    hour = start.hour + start.minute / 60.0
+    local_hour = hour + SATELLITE_LONGITUDE / 15.0
+    towards, drift = _wind(seed, day, hour - DAYLIGHT[0])
 
     def field(purpose: Purpose, exponent: float) -> Array:
-        return smooth_field(random_stream(seed, purpose, index), shape, exponent)
+        return smooth_field(random_stream(seed, purpose, day), shape, exponent, drift)
 
-    random = random_stream(seed, Purpose.CLOUD, index)
-    threshold = random.uniform(-0.1, 0.4)
-    cloud = np.clip((smooth_field(random, shape, 3.0) - threshold) / 1.2, 0.0, 1.0)
-
-    time = SECONDS_PER_STEP * np.arange(shape[0], dtype=np.float64)
+    time = min(SECONDS_PER_STEP, LONGEST_SCAN / shape[0]) * np.arange(shape[0], dtype=np.float64)
     solar_zenith, solar_azimuth, distance = sun_position(start, time[:, None], place.latitude, place.longitude)
     viewing_zenith, viewing_azimuth = satellite_position(place.latitude, place.longitude)
     between = np.abs((solar_azimuth - viewing_azimuth + 180.0) % 360.0 - 180.0)
@@ -154,36 +186,77 @@ def make_granule(place: Place, seed: int, index: int, start: datetime) -> Granul
     north = (place.latitude - min(LATITUDE)) / (max(LATITUDE) - min(LATITUDE))
     ozone = 275.0 + 40.0 * north + 20.0 * season * north + 18.0 * field(Purpose.OZONE, 4.5)
     hcho = (3e15 + 1.2e16 * place.vegetation) * np.exp(0.3 * field(Purpose.HCHO, 3.0))
+    # The sun makes formaldehyde and breaks NO2, both most by early afternoon; in the stratosphere it frees NO2 all day
+    afternoon = np.cos(2.0 * np.pi * (local_hour - 14.0) / 24.0)
     pixels = Pixels(
         solar_zenith=solar_zenith,
         viewing_zenith=viewing_zenith,
         relative_azimuth=between,
         ozone=np.clip(ozone, 180.0, 500.0) * DOBSON_UNIT,
-        no2_stratosphere=2.5e15 + 1.0e15 * north + 0.4e15 * season,
-        no2_troposphere=_tropospheric_no2(place, random_stream(seed, Purpose.NO2, index)),
-        hcho=hcho,
-        cloud_fraction=cloud,
+        no2_stratosphere=2.5e15 + 1.0e15 * north + 0.4e15 * season + 0.1e15 * (local_hour - 12.0),
+        no2_troposphere=_tropospheric_no2(place, random_stream(seed, Purpose.NO2, day), towards, drift)
+        * (1.3 - 0.3 * afternoon),
+        hcho=hcho * (0.85 + 0.15 * afternoon),
+        cloud_fraction=_cloud_fraction(seed, day, index, shape, drift),
     )
     return Granule(index, start, time, distance, pixels)
 
 
-def _tropospheric_no2(place: Place, random: np.random.Generator) -> Array:
+def _wind(seed: int, day: int, hours: float) -> tuple[float, tuple[float, float]]:
+    """The wind of a day: 4 to 12 m/s in one direction.
+
+    Returns:
+        Where it blows, radians from east towards north, and how far it has carried the air after some hours, as a
+        share of the grid along y and x.
+    """
+    random = random_stream(seed, Purpose.WIND, day)
+    towards = random.uniform(0.0, 2.0 * np.pi)
+    degrees = random.uniform(4.0, 12.0) * 3600.0 * hours / 111e3
+    north = degrees * np.sin(towards)
+    east = degrees * np.cos(towards) / np.cos(np.radians(np.mean(LATITUDE)))
+    return towards, (east / (LONGITUDE[1] - LONGITUDE[0]), north / (LATITUDE[1] - LATITUDE[0]))
+
+
+def _cloud_fraction(seed: int, day: int, index: int, shape: tuple[int, int], drift: tuple[float, float]) -> Array:
+    """Clouds of the day, carried by its wind, and others that come and go from scan to scan: 0 ... 1, (y, x)."""
+    random = random_stream(seed, Purpose.CLOUD, day)
+    threshold = random.uniform(-0.1, 0.4)
+    lasting = smooth_field(random, shape, 3.0, drift)
+    passing = smooth_field(random_stream(seed, Purpose.CLOUD_CHANGE, index), shape, 3.0)
+    return np.clip((0.8 * lasting + 0.6 * passing - threshold) / 1.2, 0.0, 1.0)
+
+
+def _tropospheric_no2(place: Place, random: np.random.Generator, towards: float, drift: tuple[float, float]) -> Array:
     """Background plus, for each city, a core and a plume that widens and thins with the wind of the day."""
     shape = (place.latitude.shape[0], place.latitude.shape[1])
-    wind = random.uniform(0.0, 2.0 * np.pi)
     length = random.uniform(1.0, 2.5)  # degrees
     emission = np.exp(0.3 * random.standard_normal(len(place.cities)))
-    column = 8e14 * np.exp(0.4 * smooth_field(random, shape, 3.0))
+    column = 8e14 * np.exp(0.4 * smooth_field(random, shape, 3.0, drift))
     for (latitude, longitude, core, radius), today in zip(place.cities, emission, strict=True):
         north = place.latitude - latitude
         east = (place.longitude - longitude) * np.cos(np.radians(latitude))
-        along = east * np.cos(wind) + north * np.sin(wind)
-        across = north * np.cos(wind) - east * np.sin(wind)
+        along = east * np.cos(towards) + north * np.sin(towards)
+        across = north * np.cos(towards) - east * np.sin(towards)
         downwind = np.maximum(along, 0.0)
         centre = np.exp(-0.5 * (along**2 + across**2) / radius**2)
         tail = 0.7 * np.exp(-downwind / length - 0.5 * (across / (radius + 0.25 * downwind)) ** 2)
         column += core * today * np.where(along > 0.0, np.maximum(centre, tail), centre)
     return np.asarray(column)
+
+
+def clean_radiance(optics: Optics, place: Place, granule: Granule, rows: slice) -> Array:
+    """Noise-free radiance of some mirror steps: (y, x, c) in photons/s/cm^2/nm/sr."""
+    channels = optics.wavelength.shape[1]
+    light = np.empty((*granule.pixels.ozone[rows].shape, channels))
+    # Pieces that fit into the processor's cache: faster, and the dozen intermediate arrays stay small
+    width = max(1, _PIECE_SAMPLES // (light.shape[0] * channels))
+    for x in range(0, light.shape[1], width):
+        columns = slice(x, x + width)
+        local = Optics(**{name: values[columns] for name, values in vars(optics).items()})
+        pixels = Pixels(**{name: values[rows, columns] for name, values in vars(granule.pixels).items()})
+        surface = surface_reflectance(place.surface[:, rows, columns], local.wavelength)
+        light[:, columns] = radiance(local, pixels, surface, granule.earth_sun_distance)
+    return light
 
 
 def sun_position(start: datetime, seconds: Array, latitude: Array, longitude: Array) -> tuple[Array, Array, float]:

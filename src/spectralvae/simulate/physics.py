@@ -4,6 +4,10 @@ Enough physics that the columns really are in the spectra, and no more. Each pix
 atmosphere in eight layers over a Lambertian surface, mixed with an opaque Lambertian cloud. The path radiance is
 single scattering; multiple scattering enters only through the total transmittance and the spherical albedo.
 
+In the order in which light meets it: `solar_irradiance`; `air_mass` of the way in and out; `beer_lambert` absorption by
+the gases; `rayleigh_optical_depth` of the air, its `spherical_albedo` and `total_transmittance`;
+`lambertian_reflectance` of surface and cloud, mixed in `radiance`; `noise_sigma` of the photons that are counted.
+
 THE CROSS SECTIONS AND THE SOLAR LINES ARE STYLISED: right in magnitude, position and shape, but not laboratory data.
 Use them to try out methods, never to retrieve anything from real measurements.
 
@@ -228,12 +232,52 @@ def total_transmittance(depth: Array, cosine: Array) -> Array:
     return np.asarray(((2 / 3 + cosine) + (2 / 3 - cosine) * np.exp(-depth / cosine)) / (4 / 3 + depth))
 
 
+def air_mass(cos_sun: Array, cos_view: Array) -> Array:
+    """Length of the way in and out through a plane-parallel layer, in units of its thickness: m = 1/mu0 + 1/mu.
+
+    The geometric approximation: Platt and Stutz (2008), Differential Optical Absorption Spectroscopy, ch. 9. Args:
+    cosines of the solar and the viewing zenith angle, shapes that broadcast.
+    """
+    return np.asarray(1.0 / cos_sun + 1.0 / cos_view)
+
+
+def beer_lambert(mass: Array, cross_section: Array, column: Array) -> Array:
+    """Share of light that a gas lets through: exp(-sigma S), where S = m N is the effective (slant) column.
+
+    Args:
+        mass: m, the air mass, (y, x, 1).
+        cross_section: sigma in cm^2, (x, c).
+        column: N, the vertical column in molecules/cm^2, (y, x).
+
+    Returns:
+        (y, x, c).
+    """
+    return np.asarray(np.exp(-cross_section * (mass * column[..., None])))
+
+
+def lambertian_reflectance(albedo: Array | float, above: Array, depth: Array, cos_sun: Array, cos_view: Array) -> Array:
+    """What a Lambertian reflector below scattering air adds at the top: A T(mu0) T(mu) / (1 - A S).
+
+    Vermote and Tanré (1992), as for `spherical_albedo`.
+
+    Args:
+        albedo: A of the reflector.
+        above: S, the spherical albedo of the air above it.
+        depth: Rayleigh optical depth of that air, for the transmittances T.
+        cos_sun: mu0.
+        cos_view: mu.
+    """
+    transmitted = total_transmittance(depth, cos_sun) * total_transmittance(depth, cos_view)
+    return np.asarray(transmitted * (albedo / (1.0 - albedo * above)))
+
+
 def radiance(optics: Optics, pixels: Pixels, surface: Array, earth_sun_distance: float) -> Array:
     """Noise-free radiance at the top of the atmosphere.
 
-    L = E mu0 / (pi d^2) * rho, with the reflectance rho of the independent pixel approximation,
-    rho = (1 - f) rho_clear + f rho_cloud. A reflector of albedo A adds A T(mu0) T(mu) / (1 - A S) to the path; gas
-    columns N absorb by Beer-Lambert, exp(-m sigma N), along the geometric air mass m = 1/mu0 + 1/mu.
+    L = E mu0 / (pi d^2) * rho, with the reflectance rho = rho_path + (1 - f) rho_surface + f rho_cloud of the
+    independent pixel approximation, the cloud being an opaque Lambertian reflector: Koelemeijer et al. (2001), J.
+    Geophys. Res. 106, 3475. Ozone and stratospheric NO2 absorb above both; HCHO and tropospheric NO2 only below the
+    cloud top, so that a cloud hides them.
 
     Args:
         optics: made for the same x and c.
@@ -245,31 +289,35 @@ def radiance(optics: Optics, pixels: Pixels, surface: Array, earth_sun_distance:
         (y, x, c), photons/s/cm^2/nm/sr.
     """
     sun, view = (np.cos(np.radians(a))[..., None] for a in (pixels.solar_zenith, pixels.viewing_zenith))
+    mass = air_mass(sun, view)
     cloud = pixels.cloud_fraction[..., None]
-    air_mass = 1.0 / sun + 1.0 / view
-    low_gases = optics.no2 * pixels.no2_troposphere[..., None] + optics.hcho * pixels.hcho[..., None]
-    low_path = np.exp(-air_mass * low_gases)  # (y, x, c)
-    ozone = np.exp(-air_mass * optics.ozone * pixels.ozone[..., None])
+    low_gases = beer_lambert(mass, optics.no2, pixels.no2_troposphere) * beer_lambert(mass, optics.hcho, pixels.hcho)
 
-    path = _path_reflectance(optics, pixels, air_mass, np.sqrt(low_path))
-    ground = ozone * low_path * surface / (1.0 - surface * optics.albedo_below)
-    for cosine in (sun, view):
-        ground *= total_transmittance(optics.rayleigh, cosine)
+    ground = lambertian_reflectance(surface, optics.albedo_below, optics.rayleigh, sun, view)
+    ground *= low_gases * (1.0 - cloud)
     cloud_depth = CLOUD_PRESSURE * optics.rayleigh
-    top = ozone * (CLOUD_ALBEDO / (1.0 - CLOUD_ALBEDO * optics.albedo_below_cloud_top))
-    for cosine in (sun, view):
-        top *= total_transmittance(cloud_depth, cosine)
-
-    reflectance = path + (1.0 - cloud) * ground + cloud * top
-    reflectance *= np.exp(-air_mass * optics.no2 * pixels.no2_stratosphere[..., None])
+    top = lambertian_reflectance(CLOUD_ALBEDO, optics.albedo_below_cloud_top, cloud_depth, sun, view)
+    reflectance = (ground + cloud * top) * beer_lambert(mass, optics.ozone, pixels.ozone)
+    reflectance += _path_reflectance(optics, pixels, mass, np.sqrt(low_gases))
+    reflectance *= beer_lambert(mass, optics.no2, pixels.no2_stratosphere)
     return np.asarray(reflectance * optics.irradiance * (sun / (np.pi * earth_sun_distance**2)))
 
 
-def _path_reflectance(optics: Optics, pixels: Pixels, air_mass: Array, low_half_path: Array) -> Array:
+def _path_reflectance(optics: Optics, pixels: Pixels, mass: Array, low_half_way: Array) -> Array:
     """Light scattered once, P(Theta) / (4 mu0 mu) * sum over layers of dtau exp(-m tau), without stratospheric NO2.
 
     Each layer scatters at its middle, and Rayleigh's phase function is P = 3/4 (1 + cos^2 Theta): Liou (2002), An
-    Introduction to Atmospheric Radiation, ch. 3 and 6. The cloud hides the lowest layer. Returns (y, x, c).
+    Introduction to Atmospheric Radiation, ch. 3 and 6. The cloud hides the lowest layer, half of whose gases the light
+    that is scattered there has met.
+
+    Args:
+        optics: made for the same x and c.
+        pixels: (y, x) each.
+        mass: air mass, (y, x, 1).
+        low_half_way: share of light that the upper half of the lowest layer's gases lets through, (y, x, c).
+
+    Returns:
+        (y, x, c).
     """
     sun, view = np.radians(pixels.solar_zenith), np.radians(pixels.viewing_zenith)
     cos_scattering = -np.cos(sun) * np.cos(view) - np.sin(sun) * np.sin(view) * np.cos(
@@ -282,16 +330,17 @@ def _path_reflectance(optics: Optics, pixels: Pixels, air_mass: Array, low_half_
     middle = (LAYER_PRESSURE[1:] + LAYER_PRESSURE[:-1]) / 2.0
     ozone_above = (OZONE_ABOVE[1:] + OZONE_ABOVE[:-1]) / 2.0
     ozone = optics.ozone * pixels.ozone[..., None]
-    total = np.zeros_like(low_half_path)
+    total = np.zeros_like(low_half_way)
     for layer, (share, pressure, above) in enumerate(zip(thickness, middle, ozone_above, strict=True)):
-        light = share * np.exp(-air_mass * (pressure * optics.rayleigh + above * ozone))
-        total += light * low_half_path * clear if layer == thickness.size - 1 else light
+        light = share * np.exp(-mass * (pressure * optics.rayleigh + above * ozone))
+        total += light * low_half_way * clear if layer == thickness.size - 1 else light
     return np.asarray(phase[..., None] * optics.rayleigh * total)
 
 
 def noise_sigma(signal: Array) -> Array:
     """Standard deviation of photon noise: proportional to sqrt(signal), signal-to-noise 1000 at 1e13.
 
+    Photons arrive as a Poisson process, whose variance is its mean; so many are counted that it is as good as normal.
     Args and returns: photons/s/cm^2/nm/sr, any shape.
     """
     return np.asarray(np.sqrt(signal * 1e13) / 1000.0)

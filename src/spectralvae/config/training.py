@@ -1,174 +1,21 @@
-"""The configs of all commands: their keys, limits and defaults.
-
-Relative paths are taken from the folder the command is started in.
-"""
+"""Configs of train and convert."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import Field, model_validator
 
-
-def _to_path(value: Any) -> Path:
-    if isinstance(value, Path) or (isinstance(value, str) and value and "\0" not in value):
-        try:
-            return Path(value).expanduser()
-        except RuntimeError as error:  # ~nobody
-            raise ValueError(f"must be a path: {error}") from error
-    raise ValueError("must be a path")
-
-
-def _check_distinct(values: list[str]) -> list[str]:
-    if len(set(values)) < len(values):
-        raise ValueError("must not name anything twice")
-    return values
-
-
-def _check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
-        raise ValueError("must be auto, cpu, cuda or cuda:N")
-    return value
-
-
-ConfigPath = Annotated[Path, BeforeValidator(_to_path), PlainSerializer(str)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Device = Annotated[str, AfterValidator(_check_device)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Product = Literal["NO2", "HCHO", "O3TOT", "CLDO4"]
-
-
-class Section(BaseModel):
-    """Part of a config: no unknown keys, no silent conversions, no changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class CommandConfig(Section):
-    """What every command's config has."""
-
-    output_dir: ConfigPath = Field(description="folder for the results of this command and of nothing else")
-
-
-class Wavelengths(Section):
-    """Evenly spaced channel centres."""
-
-    first: float = Field(gt=0, description="centre of the first channel in nm")
-    last: float = Field(gt=0, description="centre of the last channel in nm")
-
-
-# --- simulate ---------------------------------------------------------------------------------
-
-
-class SimulateConfig(CommandConfig):
-    """`spectralvae simulate`: TEMPO-format granules with known truth."""
-
-    seed: Seed = Field(0, description="the same seed gives the same granules")
-    n_granules: PositiveInt = Field(2, description="how many granules; each is one scan, on a day of its own")
-    shape: list[PositiveInt] = Field(
-        [131, 256],
-        min_length=2,
-        max_length=2,
-        description="pixels [mirror_step, xtrack] of a granule; a real one has [131, 2048]",
-    )
-    n_channels: int = Field(1028, ge=16, description="spectral channels, evenly over 290-490 nm")
-    products: Annotated[list[Product], AfterValidator(_check_distinct)] = Field(
-        ["NO2", "HCHO", "O3TOT", "CLDO4"], description="level-2 products to write beside level 1"
-    )
-    invalid_fraction: float = Field(
-        0.02, ge=0, lt=1, description="share of pixels without data (fill values at the edges of the swath)"
-    )
-
-
-# --- prepare ----------------------------------------------------------------------------------
-
-
-class InputSpec(Section):
-    """A file or glob with what is needed to read it; a bare string is its path."""
-
-    path: str = Field(min_length=1, description="file or glob")
-    variable: str | None = Field(None, description="name of the array, where a file has several")
-    size: list[PositiveInt] | None = Field(
-        None, min_length=2, max_length=2, description="[y, x] of a bands x pixels array"
-    )
-    wavelength: list[float] | Wavelengths | None = Field(
-        None, description="channel centres in nm: a list, or {first, last} evenly spaced; for files without"
-    )
-    region: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, min_length=4, max_length=4, description="[y0, y1, x0, x1]; disjoint regions of one file are scenes"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, data: Any) -> Any:
-        return {"path": data} if isinstance(data, str) else data
-
-
-class NormalizationConfig(Section):
-    """How radiance becomes z."""
-
-    transform: Literal["log_zscore", "zscore"] = Field(
-        "log_zscore",
-        description="log_zscore (z-score of the logarithm) for radiance, which spans decades; zscore for reflectance",
-    )
-    min_radiance: float | None = Field(
-        None,
-        gt=0,
-        description="log_zscore only: smaller values are invalid; in the units of the file; if left out, 1.0",
-    )
-    clip: float = Field(10.0, gt=0, le=1000, description="z is clipped to [-clip, clip], in standard deviations")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_min_radiance(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("transform", "log_zscore") == "log_zscore":
-            return {**data, "min_radiance": 1.0 if data.get("min_radiance") is None else data["min_radiance"]}
-        return data
-
-    @model_validator(mode="after")
-    def _only_log_has_min_radiance(self) -> NormalizationConfig:
-        if self.transform == "zscore" and self.min_radiance is not None:
-            raise ValueError("min_radiance belongs to log_zscore; under zscore zeros and negatives are valid")
-        return self
-
-
-class SplitConfig(Section):
-    """Which scenes are kept for validation."""
-
-    by: Literal["scene", "day"] | None = Field(
-        None,
-        description="what is never divided between training and validation; if left out, day (of UTC - 6 h) for TEMPO, "
-        "else scene",
-    )
-    val_fraction: float = Field(
-        0.2, ge=0, lt=1, description="share of scenes or days kept for validation; 0 = no validation"
-    )
-    seed: Seed = Field(0, description="another seed chooses other scenes or days")
-    train: list[str] | None = Field(
-        None, description="instead of by and val_fraction: names or globs of the training scenes"
-    )
-    val: list[str] | None = Field(
-        None, description="given together with train: names or globs of the validation scenes"
-    )
-
-    @model_validator(mode="after")
-    def _lists_come_in_pairs(self) -> SplitConfig:
-        if (self.train is None) != (self.val is None):
-            raise ValueError("train and val are given together or not at all")
-        return self
-
-
-class PrepareConfig(CommandConfig):
-    """`spectralvae prepare`: scenes to a store (output_dir is the store)."""
-
-    inputs: list[InputSpec] = Field(min_length=1, description="files, globs, or mappings with the keys below")
-    band: str | None = Field(None, description="TEMPO: band_290_490_nm (default) or band_540_740_nm")
-    normalization: NormalizationConfig = NormalizationConfig()
-    split: SplitConfig = SplitConfig()
-    dtype: Literal["float16", "float32"] = Field("float16", description="type of z in the store")
-
+from spectralvae.config.base import (
+    CommandConfig,
+    ConfigPath,
+    Device,
+    NormalizationConfig,
+    PositiveInt,
+    Section,
+    Seed,
+    Wavelengths,
+)
 
 # --- train ------------------------------------------------------------------------------------
 

@@ -1,0 +1,47 @@
+"""The configs of all commands: their keys, limits and defaults.
+
+Relative paths are taken from the folder the command is started in.
+"""
+
+from spectralvae.config.base import CommandConfig, NormalizationConfig, Section, Wavelengths
+from spectralvae.config.data import (
+    LEVEL_1,
+    PLANTED_KINDS,
+    DownloadConfig,
+    InputSpec,
+    PlantConfig,
+    PrepareConfig,
+    ProductConfig,
+    SimulateConfig,
+    SplitConfig,
+    prepare_may_change_on_resume,
+)
+from spectralvae.config.training import (
+    DEBUG_OVERRIDES,
+    ConvertConfig,
+    SpectraConfig,
+    TrainConfig,
+    may_change_on_resume,
+)
+
+__all__ = [
+    "DEBUG_OVERRIDES",
+    "LEVEL_1",
+    "PLANTED_KINDS",
+    "CommandConfig",
+    "ConvertConfig",
+    "DownloadConfig",
+    "InputSpec",
+    "NormalizationConfig",
+    "PlantConfig",
+    "PrepareConfig",
+    "ProductConfig",
+    "Section",
+    "SimulateConfig",
+    "SpectraConfig",
+    "SplitConfig",
+    "TrainConfig",
+    "Wavelengths",
+    "may_change_on_resume",
+    "prepare_may_change_on_resume",
+]

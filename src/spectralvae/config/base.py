@@ -1,0 +1,87 @@
+"""What the configs of all commands share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+T = TypeVar("T")
+
+
+def _to_path(value: Any) -> Path:
+    if isinstance(value, Path) or (isinstance(value, str) and value and "\0" not in value):
+        try:
+            return Path(value).expanduser()
+        except RuntimeError as error:  # ~nobody
+            raise ValueError(f"must be a path: {error}") from error
+    raise ValueError("must be a path")
+
+
+def check_distinct(values: list[T]) -> list[T]:
+    if len(set(values)) < len(values):
+        raise ValueError("must not name anything twice")
+    return values
+
+
+def _check_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return value
+
+
+ConfigPath = Annotated[Path, BeforeValidator(_to_path), PlainSerializer(str)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Device = Annotated[str, AfterValidator(_check_device)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Product = Literal["NO2", "HCHO", "O3TOT", "CLDO4"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Part of a config: no unknown keys, no silent conversions, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class CommandConfig(Section):
+    """What every command's config has."""
+
+    output_dir: ConfigPath = Field(description="folder for the results of this command and of nothing else")
+
+
+class Wavelengths(Section):
+    """Evenly spaced channel centres."""
+
+    first: float = Field(gt=0, description="centre of the first channel in nm")
+    last: float = Field(gt=0, description="centre of the last channel in nm")
+
+
+class NormalizationConfig(Section):
+    """How radiance becomes z."""
+
+    transform: Literal["log_zscore", "zscore"] = Field(
+        "log_zscore",
+        description="log_zscore (z-score of the logarithm) for radiance, which spans decades; zscore for reflectance",
+    )
+    min_radiance: float | None = Field(
+        None,
+        gt=0,
+        description="log_zscore only: smaller values are invalid; in the units of the file; if left out, 1.0",
+    )
+    clip: float = Field(10.0, gt=0, le=1000, description="z is clipped to [-clip, clip], in standard deviations")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_min_radiance(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("transform", "log_zscore") == "log_zscore":
+            return {**data, "min_radiance": 1.0 if data.get("min_radiance") is None else data["min_radiance"]}
+        return data
+
+    @model_validator(mode="after")
+    def _only_log_has_min_radiance(self) -> NormalizationConfig:
+        if self.transform == "zscore" and self.min_radiance is not None:
+            raise ValueError("min_radiance belongs to log_zscore; under zscore zeros and negatives are valid")
+        return self

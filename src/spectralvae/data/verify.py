@@ -1,0 +1,116 @@
+"""Whether a store still is what was written: digests, counts and statistics, all computed anew from its files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spectralvae.data.statistics import Moments
+from spectralvae.data.store import Store, beside_digest, scene_folder, shard_file
+from spectralvae.data.store_writer import shard_index
+from spectralvae.errors import InputError
+
+_BLOCK_BYTES = 2**24
+
+
+def verify_store(store: Store, advance: Callable[[int], None]) -> list[str]:
+    """Read all of a store and compare it with its own table.
+
+    Args:
+        store: open, so the root arrays and the table match the store's hash already.
+        advance: called with the number of pixels that are done.
+
+    Returns:
+        One line for each thing that is wrong; none for a sound store.
+    """
+    problems: list[str] = []
+    training = Moments.empty(store.normalization.n_channels)
+    for i, record in enumerate(store.scenes):
+        folder = scene_folder(store.path, record.id)
+        try:
+            found = _read_scene(store, i, advance)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if found.z_sha256 != record.z_sha256:
+            problems.append(f"{shard_file(folder)}: z has changed (its SHA-256 is not the table's)")
+        if not found.index_is_sound:
+            problems.append(f"{shard_file(folder)}: the shard's index has changed")
+        try:
+            n_invalid = store.n_invalid(i)
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            if not np.array_equal(n_invalid, found.n_invalid):
+                problems.append(f"{folder / 'n_invalid'}: does not count the invalid samples of z")
+        if beside_digest(folder) != record.beside_sha256:
+            problems.append(f"{folder}: an array beside z has changed (the SHA-256 is not the table's)")
+        if record.split == "train":
+            training = training.merge(found.moments)
+    if not problems:
+        problems += _check_statistics(store, training)
+    return problems
+
+
+@dataclass(frozen=True)
+class _Found:
+    z_sha256: str
+    index_is_sound: bool
+    n_invalid: NDArray[np.int64]
+    moments: Moments
+
+
+def _read_scene(store: Store, scene: int, advance: Callable[[int], None]) -> _Found:
+    """Read z past zarr, a few rows at a time."""
+    store.check_files(scene)
+    record = store.scenes[scene]
+    path: Path = shard_file(scene_folder(store.path, record.id))
+    ny, nx, nc = record.shape
+    row_bytes = nx * nc * store.dtype.itemsize
+    digest = hashlib.sha256()
+    n_invalid = np.zeros((ny, nx), np.int64)
+    moments = Moments.empty(nc)
+    height = max(1, _BLOCK_BYTES // row_bytes)
+    try:
+        with path.open("rb") as file:
+            for y in range(0, ny, height):
+                content = file.read(row_bytes * min(height, ny - y))
+                digest.update(content)
+                z = np.frombuffer(content, store.dtype).reshape(-1, nx, nc)
+                n_invalid[y : y + len(z)] = np.count_nonzero(np.isnan(z), axis=-1)
+                moments = moments.merge(Moments.of(z))
+                advance(len(z) * nx)
+            index_is_sound = file.read() == shard_index(ny, row_bytes)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {os.strerror(getattr(error, 'errno', None) or 5)}") from error
+    return _Found(digest.hexdigest(), index_is_sound, n_invalid, moments)
+
+
+def _check_statistics(store: Store, training: Moments) -> list[str]:
+    """z of the training scenes must have as many samples as were counted, and mean 0 and deviation 1.
+
+    Rounding moves every z by at most `rounding_max`, and so mean and deviation by no more. A channel of which samples
+    were clipped, or one normalised by the statistics of another store, need not have mean 0 and deviation 1.
+    """
+    problems = []
+    if not np.array_equal(training.count, store.arrays["count"]):
+        wrong = np.flatnonzero(training.count != store.arrays["count"])
+        problems.append(f"{store.path / 'count'}: is wrong in {len(wrong)} channels, first in {wrong[0]}")
+    if store.attributes.get("statistics_from") is None:
+        exact = (training.count > 0) & (store.arrays["n_clipped"] == 0)
+        bound = store.arrays["rounding_max"] + 1e-8 / np.maximum(store.normalization.std, 1e-300) + 1e-9
+        for name, found, expected in (("mean", training.mean, 0.0), ("std", training.std, 1.0)):
+            wrong = np.flatnonzero(exact & ~(np.abs(found - expected) <= bound))
+            if len(wrong):
+                c = wrong[0]
+                problems.append(
+                    f"{store.path / name}: does not normalise z: the {name} of z is {found[c]:.6g} in channel {c}, "
+                    f"not {expected:g} within {bound[c]:.1e} ({len(wrong)} such channels)"
+                )
+    return problems

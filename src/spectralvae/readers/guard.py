@@ -1,0 +1,253 @@
+"""Files are tried out in a process of its own, with limits, before this one opens them.
+
+A damaged or hostile file may hang a library, crash it, or make it ask for all memory there is. What the other process
+survives, this one repeats on the same bytes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from spectralvae.errors import ConfigError, InputError, RunError, UserError
+from spectralvae.readers import hdf5
+from spectralvae.readers.base import damage_named
+
+_SECONDS = 30
+_BYTES = 2**31
+
+# A MATLAB file of version 5 has to be loaded whole: more time and memory, by its size. Others may be mapped.
+_LOADED_WHOLE = b"MATLAB 5.0"
+_BYTES_PER_SECOND = 20e6
+_INFLATION = 20
+
+_MAX_MESSAGE = 2000
+_MEMORY, _UNFORESEEN = "MemoryError", "unforeseen"
+_ERRORS: dict[str, type[UserError]] = {"InputError": InputError, "ConfigError": ConfigError}
+
+# Modules come from where this process has them; the working directory is no such place.
+_PROGRAM = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from spectralvae.readers.guard import serve
+serve()
+"""
+
+
+def try_out(path: Path, arguments: Mapping[str, Any], function: str = "spectralvae.readers.guard:probe") -> None:
+    """Call a function of a file in another process; by default, the reading of a scene's structure.
+
+    Args:
+        path: An existing file or folder.
+        arguments: By name; those of `open_reader` that were given.
+        function: "module:name"; it is called with the path and the arguments, and what it returns is dropped.
+
+    Raises:
+        InputError, ConfigError: What the function has against them; or it took too long, needed too much memory or
+            crashed.
+        RunError: The other process cannot be started.
+    """
+    seconds, limit = _limits(path)
+    request = {
+        "path": str(path),
+        "folder": None if path.is_absolute() else os.getcwd(),  # noqa: PTH109 (the path is for the other process)
+        "arguments": arguments,
+        "function": function,
+        "seconds": seconds,
+        "bytes": limit,
+    }
+    line, status = _HELPER.ask(json.dumps(request, default=_plain))
+    remedy = "so it is damaged or hostile; fetch it again"
+    if status is not None:
+        how = f"took more than {seconds} s" if status == -signal.SIGALRM else f"crashed the reader (status {status})"
+        raise InputError(f"{path}: reading its structure {how}, {remedy}")
+    answer = json.loads(line)
+    if answer["error"] == _MEMORY:
+        _HELPER.end()  # or what it still holds would count against the next file
+        raise InputError(f"{path}: reading its structure needed more than {limit / 2**30:.3g} GiB, {remedy}")
+    if answer["error"] in _ERRORS:
+        raise _ERRORS[answer["error"]](_one_line(answer["message"]))
+    if answer["error"] is not None:
+        unforeseen = InputError(_one_line(f"{path}: reading its structure failed ({answer['message']}), {remedy}"))
+        unforeseen.add_note(answer["traceback"])
+        raise unforeseen
+
+
+def _limits(path: Path) -> tuple[int, int]:
+    """Seconds and bytes that reading the file's structure may take."""
+    if path.is_dir():
+        return _SECONDS, _BYTES
+    with damage_named(path), path.open("rb") as file:
+        loaded_whole = file.read(len(_LOADED_WHOLE)) == _LOADED_WHOLE
+    size = path.stat().st_size
+    if loaded_whole:
+        return _SECONDS + int(size / _BYTES_PER_SECOND), _BYTES + _INFLATION * size
+    return _SECONDS, _BYTES + size
+
+
+def _plain(value: Any) -> Any:
+    """Arguments as JSON has them; what it cannot hold at all, readers refuse as text too."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if hasattr(value, "__iter__") and hasattr(value, "__len__") else repr(value)
+
+
+def _one_line(message: str) -> str:
+    """Text from a file may hold anything: control characters are escaped, and what is too long is cut."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    return line if len(line) <= _MAX_MESSAGE else f"{line[: _MAX_MESSAGE // 2]} ... {line[-_MAX_MESSAGE // 2 :]}"
+
+
+class _Helper:
+    """The other process: started when first needed, kept for the next file, ended with this one."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, request: str) -> tuple[bytes, int | None]:
+        """Send a line; return the line that comes back and None, or nothing and the status that it ended with."""
+        with self._lock:
+            process = self._process
+            if process is None or process.poll() is not None:
+                process = self._start()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(request.encode() + b"\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+                return line, None if line else process.wait()
+            except BaseException:
+                # Interrupted between question and answer, which would be taken for the next file's.
+                self.stop()
+                raise
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.stop()
+        modules = [str(entry) or os.getcwd() for entry in sys.path]  # noqa: PTH109 (entries of sys.path are text)
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, json.dumps(modules)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # Ctrl-C is meant for this process, which then ends the other.
+            start_new_session=True,
+            # Threads of BLAS would reserve memory each.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise RunError(
+                f"the process that tries out files cannot start (status {process.wait()}); try: {sys.executable} -c"
+                ' "import spectralvae.readers.guard"'
+            )
+        return process
+
+    def end(self) -> None:
+        """End the process between two files; the next file gets a new one."""
+        with self._lock:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the process, if there is one, whatever it is at."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._forget(self._process)
+
+    def _forget(self, process: subprocess.Popen[bytes]) -> None:
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):  # over a request that it didn't take
+                pipe.close()
+        self._process = None
+
+    def before_fork(self) -> None:
+        self._lock.acquire()
+
+    def after_fork(self) -> None:
+        self._lock.release()
+
+    def in_fork(self) -> None:
+        """A forked process leaves the other process to its parent: an open pipe would keep it alive."""
+        if self._process is not None:
+            self._process.returncode = 0  # or its deletion would warn
+            self._forget(self._process)
+        self._lock.release()
+
+
+_HELPER = _Helper()
+atexit.register(_HELPER.stop)
+os.register_at_fork(before=_HELPER.before_fork, after_in_parent=_HELPER.after_fork, after_in_child=_HELPER.in_fork)
+
+
+def serve() -> None:
+    """Answer requests, a line each, until there are no more: the other process's whole work."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    # What a library prints must not mix with the answers.
+    with os.fdopen(os.dup(1), "w") as answers, open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 1)
+        answers.write("ready\n")
+        answers.flush()
+        for line in sys.stdin.buffer:
+            answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+            answers.flush()
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, str | None]:
+    """Try out one file within its limits; the alarm ends this process, whatever library it is in."""
+    # Of RLIMIT_DATA, for mapped files and libraries that are only read take no memory.
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = request["bytes"] if hard == resource.RLIM_INFINITY else min(request["bytes"], hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    if request["folder"] is not None:
+        os.chdir(request["folder"])
+    signal.alarm(request["seconds"])
+    try:
+        _try(Path(request["path"]), request["arguments"], request["function"])
+    except Exception as error:
+        for kind in type(error).__mro__:
+            if kind.__name__ in (*_ERRORS, _MEMORY):
+                return {"error": kind.__name__, "message": str(error)}
+        return {"error": _UNFORESEEN, "message": repr(error), "traceback": traceback.format_exc()}
+    finally:
+        signal.alarm(0)
+        os.chdir("/")
+    return {"error": None}
+
+
+def _try(path: Path, arguments: Mapping[str, Any], function: str) -> None:
+    # Before all else, for an open variable may already have followed its links.
+    if path.is_file() and h5py.is_hdf5(path):
+        with damage_named(path), h5py.File(path, "r") as file:
+            hdf5.check_links(path, file)
+    module, name = function.split(":")
+    getattr(import_module(module), name)(path, **arguments)
+
+
+def probe(path: Path, **arguments: Any) -> None:
+    """Do all that the other process will do with a scene, but for reading samples."""
+    from spectralvae.readers import open_unguarded
+
+    with open_unguarded(path, arguments) as scene:
+        scene.probe()

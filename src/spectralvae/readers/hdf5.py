@@ -1,0 +1,290 @@
+"""HDF5 files from strangers: their structure is checked before it is trusted, and chunks are inflated within bounds.
+
+Few structures of HDF5 carry a checksum. A damaged chunk index, a wrong number in a header or a deflated bomb are
+seen here; links and storage that lead into other files are refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from spectralvae.errors import InputError
+
+MAX_CHUNK_BYTES = 2**28
+_MAX_ATTRIBUTE_BYTES = 2**20
+
+_DEFLATE, _SHUFFLE, _FLETCHER32 = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32
+_FILTERS = {_DEFLATE: "deflate", _SHUFFLE: "shuffle", _FLETCHER32: "fletcher32"}
+_DEFLATE_RATIO = 1032  # of zlib at its best: 258 bytes in 2 bits
+_CHECKSUM_BYTES = 4
+
+_NUMBERS = tuple(
+    getattr(h5py.h5t, f"{kind}{bits}{order}")
+    for kind, widths in (("IEEE_F", (16, 32, 64)), ("STD_I", (8, 16, 32, 64)), ("STD_U", (8, 16, 32, 64)))
+    for bits in widths
+    for order in ("LE", "BE")
+)
+
+
+def check_links(path: Path, file: h5py.File) -> None:
+    """Check that nothing in a file leads into another one or nowhere.
+
+    Raises:
+        InputError: There is an external or user-defined link, a soft link to nothing, external storage, or a
+            virtual dataset.
+    """
+    groups = [(file.id, "")]
+    seen = {h5py.h5o.get_info(file.id).addr}
+    while groups:
+        group, above = groups.pop()
+        for name in group:
+            place = above + name.decode("utf-8", "replace")
+            kind = group.links.get_info(name).type
+            if kind not in (h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT):
+                raise InputError(f"{path}: {place} is a link into another file, which is never followed; remove it")
+            try:
+                item = h5py.h5o.open(group, name)
+            except (KeyError, RuntimeError) as error:
+                if kind == h5py.h5l.TYPE_HARD:
+                    raise
+                raise InputError(f"{path}: {place} is a link that leads nowhere; fetch the file again") from error
+            address = h5py.h5o.get_info(item).addr
+            if address not in seen:
+                seen.add(address)
+                if isinstance(item, h5py.h5g.GroupID):
+                    groups.append((item, f"{place}/"))
+                elif isinstance(item, h5py.h5d.DatasetID):
+                    _check_own_storage(f"{path}: {place}", item)
+
+
+def _check_own_storage(what: str, variable: h5py.h5d.DatasetID) -> None:
+    layout = variable.get_create_plist()
+    if layout.get_layout() == h5py.h5d.VIRTUAL or layout.get_external_count():
+        raise InputError(f"{what} keeps its data in another file, which is never followed; copy the data into one")
+
+
+def check_variables(path: Path, variables: Mapping[str, h5py.Dataset]) -> None:
+    """Check all that is known of variables without reading their values.
+
+    Their numbers are of a standard type and one byte order; every chunk of the grid is there once, within the file,
+    apart from all others, and of a size that its content may have; attributes are small.
+
+    Args:
+        path: The file.
+        variables: By their place in the file. None is external or virtual.
+
+    Raises:
+        InputError: It isn't so.
+    """
+    orders: dict[str, str] = {}
+    extents = []
+    for place, variable in variables.items():
+        what = f"{path}: {place}"
+        _check_type(what, variable)
+        if variable.dtype.itemsize > 1:
+            orders.setdefault("big-endian" if variable.dtype.byteorder == ">" else "little-endian", place)
+        for key in variable.attrs:
+            size = variable.attrs.get_id(key).get_storage_size()
+            if size > _MAX_ATTRIBUTE_BYTES:
+                raise InputError(f"{what}: attribute {key!r} has {size} bytes; at most {_MAX_ATTRIBUTE_BYTES} are read")
+        extents.append(_chunk_extents(what, variable) if variable.chunks else _plain_extent(what, variable))
+    if len(orders) > 1:
+        (one, here), (other, there) = orders.items()
+        raise InputError(f"{path}: {here} is {one}, {there} {other}, so the file is damaged; fetch it again")
+    _check_apart(path, np.concatenate(extents))
+
+
+def check_written(path: Path, place: str, variable: h5py.Dataset) -> None:
+    """Check that a variable was ever written; otherwise it would be fill of whatever size it declares.
+
+    Raises:
+        InputError: It wasn't.
+    """
+    if not variable.id.get_storage_size():
+        raise InputError(
+            f"{path}: {place} declares {variable.nbytes} bytes, but none is stored; fetch it again, or remove {place}"
+        )
+
+
+def read(variable: h5py.Dataset, *cut: Any) -> NDArray[Any]:
+    """Read a part of a checked variable; no chunk takes more memory than it declares, whatever is in it.
+
+    Args:
+        variable: Numbers.
+        cut: A part of each axis, a slice without step or an h5py.MultiBlockSlice; nothing for all of them.
+
+    Returns:
+        The stored values in the variable's own type.
+
+    Raises:
+        ValueError, zlib.error: A chunk's content is damaged.
+    """
+    cut = cut or tuple(slice(0, n) for n in variable.shape)
+    if not variable.chunks or not variable.id.get_num_chunks():
+        return np.asarray(variable[cut])
+    wanted = [_indices(part, size) for part, size in zip(cut, variable.shape, strict=True)]
+    result = np.empty([len(indices) for indices in wanted], dtype=variable.dtype)
+    if not result.size:
+        return result
+    filters = _filters(variable)
+    axes = [_by_chunk(indices, size) for indices, size in zip(wanted, variable.chunks, strict=True)]
+    for parts in itertools.product(*axes):
+        starts, inner, outer = zip(*parts, strict=True)
+        result[outer] = _read_chunk(variable, starts, filters)[inner]
+    return result
+
+
+def _indices(part: Any, size: int) -> NDArray[np.int64]:
+    """The ascending indices that a part of an axis of some size has."""
+    if isinstance(part, slice):
+        return np.arange(*part.indices(size))
+    start, stride, count, block = part.indices(size)
+    runs: NDArray[np.int64] = np.add.outer(start + stride * np.arange(count), np.arange(block))
+    return runs.ravel()
+
+
+def _by_chunk(indices: NDArray[np.int64], size: int) -> list[tuple[int, Any, slice]]:
+    """Where an axis's indices lie: for each chunk its start, the indices in it, and their place in the result."""
+    parts = []
+    chunks, firsts = np.unique(indices // size, return_index=True)
+    for chunk, first, end in zip(chunks.tolist(), firsts, [*firsts[1:], len(indices)], strict=True):
+        inside = indices[first:end] - chunk * size
+        gapless = inside[-1] - inside[0] + 1 == len(inside)
+        parts.append(
+            (chunk * size, slice(inside[0], inside[-1] + 1) if gapless else inside, slice(int(first), int(end)))
+        )
+    return parts
+
+
+def _read_chunk(
+    variable: h5py.Dataset, starts: tuple[int, ...], filters: list[tuple[int, tuple[int, ...]]]
+) -> NDArray[Any]:
+    """A whole chunk, its filters undone."""
+    mask, data = variable.id.read_direct_chunk(starts)
+    if mask:
+        raise ValueError(f"the chunk at {starts} skips filters")
+    item = variable.dtype.itemsize
+    size = math.prod(variable.chunks) * item
+    content = np.frombuffer(data, dtype=np.uint8)
+    left = [code for code, _ in filters]
+    while left:
+        code = left.pop()
+        if code == _FLETCHER32:
+            content = _without_checksum(content)
+        elif code == _DEFLATE:
+            inflater = zlib.decompressobj()
+            # One byte more than there may be, so that what is too long shows without being inflated.
+            content = np.frombuffer(inflater.decompress(content.data, size + _CHECKSUM_BYTES + 1), dtype=np.uint8)
+            if not inflater.eof or inflater.unused_data:
+                raise ValueError(f"the chunk at {starts} doesn't end where it should")
+        elif content.size % item == 0:
+            planes, content = content.reshape(item, -1), np.empty(content.size, dtype=np.uint8)
+            for byte, plane in enumerate(planes):
+                content[byte::item] = plane
+    if content.size != size:
+        raise ValueError(f"the chunk at {starts} holds {content.size} bytes of {size}")
+    chunk: NDArray[Any] = content.view(variable.dtype).reshape(variable.chunks)
+    return chunk
+
+
+def _without_checksum(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bytes without the Fletcher-32 checksum behind them; refuses what it doesn't fit."""
+    content, stored = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    words = np.append(content, np.zeros(content.size % 2, dtype=np.uint8)).view(">u2").astype(np.uint64)
+    first = int(words.sum()) % 65535
+    second = int((words * (np.arange(words.size, 0, -1, dtype=np.uint64) % 65535)).sum()) % 65535
+    number = int.from_bytes(stored.tobytes(), "little")
+    if stored.size != _CHECKSUM_BYTES or ((number & 0xFFFF) % 65535, (number >> 16) % 65535) != (first, second):
+        raise ValueError("a Fletcher-32 checksum doesn't fit its chunk")
+    return content
+
+
+def _filters(variable: h5py.Dataset) -> list[tuple[int, tuple[int, ...]]]:
+    """Code and parameters of each filter, in the order of writing."""
+    layout = variable.id.get_create_plist()
+    return [(code, values) for code, _, values, _ in map(layout.get_filter, range(layout.get_nfilters()))]
+
+
+def _check_type(what: str, variable: h5py.Dataset) -> None:
+    """Check that numbers are of a standard type and their filters known."""
+    stored = variable.id.get_type()
+    if not any(stored.equal(number) for number in _NUMBERS):
+        raise InputError(f"{what} holds {variable.dtype} of an odd layout, no standard numbers; fetch it again")
+    filters = _filters(variable)
+    codes = [code for code, _ in filters]
+    for code, values in filters:
+        if code not in _FILTERS or codes.count(code) > 1:
+            name = _FILTERS.get(code, f"number {code}")
+            raise InputError(
+                f"{what}: filter {name} in {codes}; read are shuffle, deflate and fletcher32, each once: convert it,"
+                " h5repack -f SHUF -f GZIP=4"
+            )
+        if code == _SHUFFLE and tuple(values) != (variable.dtype.itemsize,):
+            raise InputError(
+                f"{what}: shuffled by {values} bytes, its numbers have {variable.dtype.itemsize}, so it is damaged;"
+                " fetch it again"
+            )
+
+
+def _plain_extent(what: str, variable: h5py.Dataset) -> NDArray[np.int64]:
+    """(n, 2) offset and size of what isn't chunked: n = 1, or 0 where nothing was written or it lies in the header."""
+    size = variable.id.get_storage_size()
+    if size not in (0, variable.nbytes):
+        raise InputError(f"{what} declares {variable.nbytes} bytes, but {size} are stored, so it is damaged")
+    offset = variable.id.get_offset()
+    return np.array([(offset, size)] if size and offset is not None else [], dtype=np.int64).reshape(-1, 2)
+
+
+def _chunk_extents(what: str, variable: h5py.Dataset) -> NDArray[np.int64]:
+    """(n, 2) offset and size of each chunk; refuses an index that is no sound one."""
+    size = math.prod(variable.chunks) * variable.dtype.itemsize
+    if size > MAX_CHUNK_BYTES:
+        raise InputError(
+            f"{what} has chunks {variable.chunks} of {size} bytes; at most {MAX_CHUNK_BYTES} are read: rewrite it in"
+            " smaller ones, nccopy -c or h5repack -l"
+        )
+    found: list[Any] = []
+    variable.id.chunk_iter(found.append)
+    if not found:
+        return np.empty((0, 2), dtype=np.int64)
+    damaged = ", so its chunk index is damaged; fetch it again"
+    grid = math.prod(-(-n // c) for n, c in zip(variable.shape, variable.chunks, strict=True))
+    starts = np.array([chunk.chunk_offset for chunk in found], dtype=np.uint64)
+    places = np.unique(starts // np.array(variable.chunks, dtype=np.uint64), axis=0)
+    aligned = not (starts % np.array(variable.chunks, dtype=np.uint64)).any()
+    if len(found) != grid or len(places) != grid or not aligned or (starts >= variable.shape).any():
+        raise InputError(f"{what}: {len(places)} of {grid} chunks are in their places{damaged}")
+    if skipping := sum(chunk.filter_mask != 0 for chunk in found):
+        raise InputError(f"{what}: {skipping} of {grid} chunks skip filters{damaged}")
+    codes = [code for code, _ in _filters(variable)]
+    low = high = size + _CHECKSUM_BYTES * (_FLETCHER32 in codes)
+    if _DEFLATE in codes:
+        # What cannot be deflated grows by less than 0.1 % and 16 bytes.
+        low, high = low // _DEFLATE_RATIO, high + high // 1000 + 16
+    extents = np.array([(chunk.byte_offset, chunk.size) for chunk in found], dtype=np.int64)
+    wrong = (extents[:, 1] < low) | (extents[:, 1] > high)
+    if wrong.any():
+        raise InputError(
+            f"{what}: a chunk of {size} bytes is stored in {extents[wrong, 1][0]}, not in {low} to {high}{damaged}"
+        )
+    return extents
+
+
+def _check_apart(path: Path, extents: NDArray[np.int64]) -> None:
+    """Check that (n, 2) offsets and sizes lie within the file and don't overlap."""
+    extents = extents[np.argsort(extents[:, 0])]
+    ends = extents.sum(axis=1)
+    total = path.stat().st_size
+    if extents.size and (extents[0, 0] < 0 or ends.max() > total):
+        raise InputError(f"{path}: data up to byte {ends.max()}, but the file has {total}: truncated; fetch it again")
+    if (extents[1:, 0] < ends[:-1]).any():
+        raise InputError(f"{path}: two pieces of its data overlap, so its chunk index is damaged; fetch it again")

@@ -1,0 +1,1029 @@
+"""Readers of generic scenes: files written by other libraries come back number by number, or are refused in a line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import struct
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5netcdf
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import xarray as xr
+import zarr
+from spectral.io import envi
+
+from spectralvae import open_scene
+from spectralvae.config import PrepareConfig
+from spectralvae.console import new_console
+from spectralvae.data.prepare import prepare
+from spectralvae.data.store import Store
+from spectralvae.errors import ConfigError, InputError, UserError
+from spectralvae.readers import RULES, open_reader
+from spectralvae.readers.netcdf import NetcdfScene
+from spectralvae.readers.tiles import tile_files
+from spectralvae.rundir import RunDir
+
+NY, NX, NC = 6, 5, 4
+NM = [400.0, 500.0, 600.0, 700.0]
+GIVEN = {"first": 400, "last": 700}
+NO_RULE = dict.fromkeys(RULES, 0)
+
+
+def cube(dtype: Any = np.float32) -> np.ndarray:
+    """(NY, NX, NC), every value once, within one byte."""
+    return (1 + np.arange(NY * NX * NC)).reshape(NY, NX, NC).astype(dtype)
+
+
+def refused(
+    error: type[UserError], *words: str, path: Any, call: Callable[..., Any] = open_reader, **given: Any
+) -> str:
+    """Check that a call is refused in one line that holds all words; return it."""
+    with pytest.raises(error) as caught:
+        call(path, **given)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (*words, Path(path).name):
+        assert word in message, f"{word!r} not in: {message}"
+    return message
+
+
+# --- ENVI -----------------------------------------------------------------------------------------
+
+HEADER = {"wavelength": NM, "wavelength units": "Nanometers"}
+INTERLEAVES = pytest.mark.parametrize("interleave", ["bil", "bip", "bsq"])
+
+
+def write_envi(path: Path, values: np.ndarray, *, interleave: str = "bil", order: int = 0, **header: Any) -> Path:
+    """Write NAME.hdr and NAME.img; header entries have "_" for blanks, and None leaves one of HEADER out."""
+    entries = HEADER | {key.replace("_", " "): value for key, value in header.items()}
+    metadata = {key: value for key, value in entries.items() if value is not None}
+    envi.save_image(
+        str(path), values, dtype=values.dtype, interleave=interleave, byteorder=order, metadata=metadata, force=True
+    )
+    return path
+
+
+def edit(path: Path, old: str, new: str) -> Path:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+class TestEnvi:
+    @INTERLEAVES
+    @pytest.mark.parametrize("order", [0, 1])
+    @pytest.mark.parametrize("kind", ["u1", "i2", "i4", "f4", "f8", "u2", "u4", "i8", "u8"])
+    def test_every_layout(self, tmp_path: Path, interleave: str, order: int, kind: str) -> None:
+        file = write_envi(tmp_path / "a.hdr", cube(kind), interleave=interleave, order=order)
+        with open_reader(file, region=[1, 5, 1, 4]) as scene:
+            values, counts = scene.read(slice(1, 3), slice(1, 3))
+            np.testing.assert_array_equal(values, cube()[2:4, 2:4])
+            assert counts == NO_RULE
+            assert scene.read(slice(2, 2))[0].shape == (0, 3, NC)
+            assert scene.chunk == ((NY, NX) if interleave == "bsq" else (1, NX))
+        with open_scene(file) as ds:
+            np.testing.assert_array_equal(ds.radiance.values, cube())
+            np.testing.assert_array_equal(ds.wavelength.values, NM)
+            assert ds.attrs["format"] == "envi"
+
+    def test_scene(self, tmp_path: Path) -> None:
+        file = write_envi(tmp_path / "a.hdr", cube())
+        with open_reader(file, units="W/m^2/sr/um") as scene:
+            assert scene.path == tmp_path / "a.img"
+            assert scene.files() == [tmp_path / "a.hdr", tmp_path / "a.img"]
+            assert (scene.name, scene.units, scene.band, scene.time) == ("a", "W/m^2/sr/um", None, None)
+            assert scene.coordinates() == {}
+            assert "latitude" in scene.absent
+            np.testing.assert_array_equal(pickle.loads(pickle.dumps(scene)).read(slice(None))[0], cube())
+
+    @INTERLEAVES
+    def test_header_offset(self, tmp_path: Path, interleave: str) -> None:
+        file = edit(
+            write_envi(tmp_path / "a.hdr", cube(), interleave=interleave), "header offset = 0", "header offset = 7"
+        )
+        binary = tmp_path / "a.img"
+        binary.write_bytes(b"1234567" + binary.read_bytes())
+        np.testing.assert_array_equal(open_scene(file).radiance.values, cube())
+
+    @pytest.mark.parametrize(
+        ("header", "binary"),
+        [("a.hdr", "a.img"), ("a.img.hdr", "a.img"), ("a.HDR", "a.DAT"), ("a.hdr", "a"), ("a.b.hdr", "a.b.bil")],
+    )
+    def test_header_and_binary_find_each_other(self, tmp_path: Path, header: str, binary: str) -> None:
+        made = write_envi(tmp_path / "made.hdr", cube())
+        made.rename(tmp_path / header)
+        (tmp_path / "made.img").rename(tmp_path / binary)
+        for given in (header, binary):
+            with open_reader(tmp_path / given) as scene:
+                assert scene.path == tmp_path / binary
+                np.testing.assert_array_equal(scene.read(slice(None))[0], cube())
+
+    def test_header_and_binary_that_do_not(self, tmp_path: Path) -> None:
+        file = write_envi(tmp_path / "a.hdr", cube())
+        (tmp_path / "a.dat").write_bytes((tmp_path / "a.img").read_bytes())
+        refused(InputError, "a.img, a.dat", "give the path of the right one", path=file)
+        assert open_reader(tmp_path / "a.dat").path == tmp_path / "a.dat"
+        for name in ("a.img", "a.dat"):
+            (tmp_path / name).unlink()
+        refused(InputError, "without its binary", "a.img", path=file)
+        (tmp_path / "lone.img").write_bytes(bytes(1000))
+        refused(InputError, "unknown format", path=tmp_path / "lone.img")
+        (tmp_path / "lone.hdr").write_text("BYTEORDER I")  # as of other formats
+        refused(InputError, "unknown format", path=tmp_path / "lone.img")
+
+    @INTERLEAVES
+    def test_only_what_is_asked_for_is_read(self, tmp_path: Path, interleave: str) -> None:
+        """5 GB, nearly all of it a hole: not to be read whole, nor mapped by the process that tries it out."""
+        ny = 10**7
+        file = write_envi(tmp_path / "a.hdr", cube()[:1], interleave=interleave)
+        edit(file, "lines = 1\n", f"lines = {ny}\n")
+        os.truncate(tmp_path / "a.img", ny * NX * NC * 4 + 8 * (ny * NX * NC // 2) // ny)
+        with open_reader(file) as scene:
+            assert scene.shape == (ny, NX, NC)
+            assert not scene.read(slice(ny - 2, ny))[0].any()
+            if interleave != "bsq":
+                np.testing.assert_array_equal(scene.read(slice(0, 1))[0], cube()[:1])
+
+    @INTERLEAVES
+    def test_truncated(self, tmp_path: Path, interleave: str) -> None:
+        file = write_envi(tmp_path / "a.hdr", cube(), interleave=interleave)
+        size = NY * NX * NC * 4
+        os.truncate(tmp_path / "a.img", size - 1)
+        refused(InputError, "a.img: truncated", f"{size - 1} bytes", f"needs {size}", path=file)
+        os.truncate(tmp_path / "a.img", size + 1)
+        assert open_reader(file).shape == (NY, NX, NC)
+
+    def test_truncated_while_open(self, tmp_path: Path) -> None:
+        """A memory map would end the process by SIGBUS."""
+        rows = np.ones((4000, NX, NC), np.float32)
+        with open_reader(write_envi(tmp_path / "a.hdr", rows)) as scene:
+            scene.read(slice(0, 1))
+            os.truncate(tmp_path / "a.img", 100 * NX * NC * 4)
+            assert scene.read(slice(99, 100))[0].all()
+            with pytest.raises(InputError, match="damaged or truncated"):
+                scene.read(slice(3000, 3001))
+
+    def test_wavelengths(self, tmp_path: Path) -> None:
+        file = tmp_path / "a.hdr"
+        um = [0.4, 0.5, 0.6, 2.5]
+        for units in ("Micrometers", "micrometers", "um", "microns"):
+            scene = open_reader(write_envi(file, cube(), wavelength=um, wavelength_units=units))
+            np.testing.assert_allclose(scene.wavelength, [400, 500, 600, 2500], rtol=1e-12)
+        for units in ("Wavenumber", "Index", "Unknown", None):
+            write_envi(file, cube(), wavelength_units=units)
+            refused(InputError, "wavelength units", units or "missing", "wavelength: [...]", path=file)
+            np.testing.assert_array_equal(open_reader(file, wavelength=GIVEN).wavelength, NM)
+        write_envi(file, cube(), wavelength=None)
+        refused(InputError, "4 channels", "never invented", "wavelength: [...]", path=file)
+        assert open_scene(file, wavelength=NM).wavelength.dims == ("channel",)
+        refused(ConfigError, "2 values for 4", path=file, wavelength=[1, 2])
+        refused(ConfigError, "increase", path=write_envi(file, cube(), wavelength=NM[::-1]))
+        refused(ConfigError, "3 values for 4", path=write_envi(file, cube(), wavelength=NM[:3]))
+        refused(InputError, "wavelength", "'x'", path=write_envi(file, cube(), wavelength=[1, 2, 3, "x"]))
+        refused(ConfigError, "micrometres", path=write_envi(file, cube(), wavelength=um))
+
+    def test_fill_scale_and_bad_bands(self, tmp_path: Path) -> None:
+        values = cube("i2")
+        values[0, 0, 0] = values[5, 4, 1] = values[1, 1, 2] = -9999
+        gain, offset = [1.0, 2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 8.0]
+        file = write_envi(
+            tmp_path / "a.hdr",
+            values,
+            data_ignore_value=-9999,
+            data_gain_values=gain,
+            data_offset_values=offset,
+            reflectance_scale_factor=10000.0,
+            bbl=[1, 1, 0, 1],
+        )
+        read, counts = open_reader(file).read(slice(None))
+        truth = ((values.astype(np.float64) * gain + offset) / 10000).astype(np.float32)
+        truth[values == -9999] = np.nan
+        truth[..., 2] = np.nan
+        np.testing.assert_array_equal(read, truth)
+        assert counts == NO_RULE | {"fill": 3, "flagged": NY * NX - 1}
+
+    def test_undeclared_fill_and_zero(self, tmp_path: Path) -> None:
+        values = cube("f8")
+        values[0, 0] = (-1e30, 0.0, np.nan, 9.969209968386869e36)
+        file = write_envi(tmp_path / "a.hdr", values, reflectance_scale_factor=10000.0)
+        read, counts = open_reader(file).read(slice(None))
+        assert counts == NO_RULE | {"undeclared_fill": 1, "default_fill": 1, "nan": 1}
+        assert read[0, 0, 1] == 0
+        np.testing.assert_array_equal(read[1:], (values[1:] / 10000).astype(np.float32))
+
+    @pytest.mark.parametrize(
+        ("old", "new", "words"),
+        [
+            ("data type = 4", "data type = 6", ["complex"]),
+            ("data type = 4", "data type = 9", ["complex"]),
+            ("data type = 4", "data type = 7", ["unknown"]),
+            ("interleave = bil", "interleave = tile", ["'tile'", "bil, bip, bsq"]),
+            ("byte order = 0", "byte order = 2", ["byte order", "'2'"]),
+            ("byte order = 0", "", ["'byte order' is missing"]),
+            ("lines = 6", "lines = 0", ["lines is '0'"]),
+            ("lines = 6", "lines = -6", ["lines is '-6'"]),
+            ("bands = 4", "bands = {4, 4}", ["'bands'"]),
+            ("samples = 5", "samples = 5.0", ["samples is '5.0'"]),
+            ("samples = 5", f"samples = {'9' * 5000}", ["samples is"]),
+            ("lines = 6", "lines = 60000000000", ["truncated"]),
+            ("header offset = 0", "header offset = x", ["header offset is 'x'"]),
+            ("ENVI Standard", "ENVI Spectral Library", ["file type"]),
+            ("ENVI Standard", "TIFF", ["file type is 'TIFF'"]),
+            ("lines = 6", "lines = 6\nfile compression = 1", ["compressed"]),
+            ("lines = 6", "lines = 6\nmajor frame offsets = {0, 8}", ["major frame offsets"]),
+            ("lines = 6", "lines = 6\nbbl = {1, 1, 0}", ["bbl", "4 finite numbers"]),
+            ("lines = 6", "lines = 6\nbbl = {1, 1, 0, 2}", ["bbl", "1 (good) and 0 (bad)"]),
+            ("lines = 6", "lines = 6\ndata ignore value = none", ["data ignore value", "'none'"]),
+            ("lines = 6", "lines = 6\ndata ignore value = {1, 2}", ["data ignore value", "2 values"]),
+            ("lines = 6", "lines = 6\ndata gain values = {1, 1, nan, 1}", ["data gain values", "finite"]),
+            ("lines = 6", "lines = 6\nreflectance scale factor = 0", ["reflectance scale factor is 0"]),
+            ("wavelength units = Nanometers", "wavelength units = Nanometers\ndescription = {", ["brace"]),
+        ],
+    )
+    def test_headers_refused(self, tmp_path: Path, old: str, new: str, words: list[str]) -> None:
+        file = edit(write_envi(tmp_path / "a.hdr", cube()), old, new)
+        assert "damaged" not in refused(InputError, *words, path=file)
+
+    def test_header_in_capitals_or_not_text(self, tmp_path: Path) -> None:
+        file = edit(write_envi(tmp_path / "a.hdr", cube()), "lines = 6", "Lines = 6")
+        edit(file, "interleave = bil", "interleave = Bil")
+        np.testing.assert_array_equal(open_scene(file).radiance.values, cube())
+        file.write_bytes(file.read_bytes() + b"description = {\xb5m}\n")
+        refused(InputError, "UTF-8", path=file)
+
+    def test_without_spectral(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = write_envi(tmp_path / "a.hdr", cube())
+        monkeypatch.setitem(sys.modules, "spectral.io", None)
+        refused(InputError, 'pip install "spectralvae[formats]"', path=file)
+
+    def test_arguments_of_other_formats(self, tmp_path: Path) -> None:
+        file = write_envi(tmp_path / "a.hdr", cube())
+        refused(ConfigError, "dims", "netCDF/HDF5, Zarr", path=file, dims={"y": 0, "x": 1, "channel": 2})
+        refused(ConfigError, "variable", path=file, variable="a")
+        refused(ConfigError, "band", "TEMPO", path=file, band="a")
+
+
+# --- netCDF, HDF5, Zarr ---------------------------------------------------------------------------
+
+Variables = Mapping[str, tuple[Sequence[str], np.ndarray, Mapping[str, Any]]]
+KINDS = {"netcdf4": "a.nc", "classic": "a.nc", "offset64": "a.nc", "zarr2": "a.zarr", "zarr3": "a.zarr"}
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+GROUPED = pytest.mark.parametrize("kind", ["netcdf4", "zarr2", "zarr3"])
+YXC = ("y", "x", "channel")
+
+
+def write(folder: Path, kind: str, variables: Variables) -> Path:
+    """Write variables, "name" or "group/name", each (dimensions, values, attributes); a chunk is one index of dim 0."""
+    path = folder / KINDS[kind]
+    if kind == "netcdf4":
+        _write_netcdf4(path, variables)
+    elif kind in ("classic", "offset64"):
+        _write_classic(path, variables, 1 if kind == "classic" else 2)
+    else:
+        _write_zarr(path, variables, int(kind[-1]))
+    return path
+
+
+def _write_netcdf4(path: Path, variables: Variables) -> None:
+    with h5netcdf.File(path, "w") as file:
+        for name, (dims, values, attrs) in variables.items():
+            group, _, base = name.rpartition("/")
+            parent = file if not group else file[group] if group in file else file.create_group(group)
+            for dim, size in zip(dims, values.shape, strict=True):
+                if dim not in file.dimensions:
+                    file.dimensions[dim] = size
+            chunks = (1, *values.shape[1:])
+            fill = attrs.get("_FillValue")
+            variable = parent.create_variable(
+                base, tuple(dims), values.dtype, chunks=chunks, compression="gzip", fillvalue=fill
+            )
+            variable[...] = values
+            variable.attrs.update({key: value for key, value in attrs.items() if key != "_FillValue"})
+
+
+def _write_classic(path: Path, variables: Variables, version: int) -> None:
+    with scipy.io.netcdf_file(str(path), "w", version=version) as file:
+        for name, (dims, values, attrs) in variables.items():
+            for dim, size in zip(dims, values.shape, strict=True):
+                if dim not in file.dimensions:
+                    file.createDimension(dim, size)
+            variable = file.createVariable(name, values.dtype, tuple(dims))
+            variable[:] = values
+            for key, value in attrs.items():
+                setattr(variable, key, value)
+
+
+def _write_zarr(path: Path, variables: Variables, version: int) -> None:
+    """As xarray writes it, and all chunks."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, (dims, values, attrs) in variables.items():
+        group, _, base = name.rpartition("/")
+        groups.setdefault(group, {})[base] = xr.Variable(tuple(dims), values, dict(attrs))
+    for group, content in {"": {}, **groups}.items():
+        encoding = {
+            n: {"chunks": (1, *v.shape[1:]), "_FillValue": v.attrs.pop("_FillValue", None)} for n, v in content.items()
+        }
+        xr.Dataset(content).to_zarr(
+            path,
+            group=group or None,
+            mode="a",
+            zarr_format=version,
+            consolidated=False,
+            encoding=encoding,
+            write_empty_chunks=True,
+        )
+
+
+def scene_variables(values: np.ndarray | None = None, dims: Sequence[str] = YXC, **attrs: Any) -> dict[str, Any]:
+    """A cube with its axes in an order, and wavelengths."""
+    values = cube() if values is None else values
+    return {
+        "cube": (dims, values.transpose([YXC.index(d) for d in dims]), attrs),
+        "wavelength": (("channel",), np.array(NM), {"units": "nm"}),
+    }
+
+
+class TestArrays:
+    @EVERY_KIND
+    def test_scene(self, tmp_path: Path, kind: str) -> None:
+        variables = scene_variables(units="W m-2 sr-1 um-1")
+        grid = np.arange(NY * NX, dtype=np.float64).reshape(NY, NX)
+        variables["latitude"] = (("y", "x"), grid.astype("f4"), {"units": "degrees_north"})
+        variables["longitude"] = (("x", "y"), grid.T + 100, {})
+        variables["solar_zenith_angle"] = (("y", "x"), grid, {"units": "radian"})  # not what it must be in
+        variables["viewing_zenith_angle"] = (("x",), grid[0], {})
+        variables["time"] = (("y",), np.arange(NY) * 2.0, {"units": "hours since 2024-01-01"})
+        file = write(tmp_path, kind, variables)
+        with open_scene(file) as ds:
+            np.testing.assert_array_equal(ds.radiance.values, cube())
+            assert ds.radiance.attrs["units"] == "W m-2 sr-1 um-1"
+            np.testing.assert_array_equal(ds.wavelength.values, NM)
+            np.testing.assert_array_equal(ds.latitude.values, grid)
+            np.testing.assert_array_equal(ds.longitude.values, grid + 100)
+            assert ds.time.values[3] == np.datetime64("2024-01-01T06")
+            assert ds.attrs["format"] == ("zarr" if "zarr" in kind else "netcdf")
+            absent = "pixel_quality_flag, solar_zenith_angle, viewing_zenith_angle, relative_azimuth_angle"
+            assert ds.attrs["absent"] == absent
+        with open_reader(file, region=[1, 5, 2, 4]) as scene:
+            assert str(scene.time) == "2024-01-01 02:00:00+00:00"
+            values, counts = scene.read(slice(1, 3), slice(1, 2))
+            np.testing.assert_array_equal(values, cube()[2:4, 3:4])
+            assert values.flags.c_contiguous
+            assert counts == NO_RULE
+            assert scene.read(slice(1, 1))[0].shape == (0, 2, NC)
+            assert scene.coordinates()["longitude"][1][0, 0] == 107
+            np.testing.assert_array_equal(pickle.loads(pickle.dumps(scene)).read(slice(0, 1))[0], cube()[1:2, 2:4])
+
+    @EVERY_KIND
+    @pytest.mark.parametrize("dims", list(itertools.permutations(YXC)))
+    def test_any_order_of_axes(self, tmp_path: Path, kind: str, dims: tuple[str, ...]) -> None:
+        file = write(tmp_path, kind, scene_variables(dims=dims))
+        with open_reader(file, region=[1, 4, 2, 5]) as scene:
+            np.testing.assert_array_equal(scene.read(slice(None))[0], cube()[1:4, 2:5])
+        given = {role: dims.index(role) for role in YXC}
+        np.testing.assert_array_equal(open_scene(file, dims=given).radiance.values, cube())
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("downtrack", "crosstrack", "bands"),
+            ("lat", "lon", "wavelength"),
+            ("Rows", "Cols", "Band"),
+            ("line", "sample", "wl"),
+        ],
+    )
+    def test_usual_names(self, tmp_path: Path, names: tuple[str, str, str]) -> None:
+        file = write(tmp_path, "netcdf4", {"cube": (names, cube(), {})})
+        np.testing.assert_array_equal(open_scene(file, wavelength=NM).radiance.values, cube())
+
+    def test_dims(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "netcdf4", {"cube": (("u", "v", "band"), cube(), {})})
+        refused(ConfigError, "cube (u: 6, v: 5, band: 4)", "dims: {y: 0, x: 1, channel: 2}", path=file, wavelength=NM)
+        dims = {"y": "u", "x": "v", "channel": "band"}
+        np.testing.assert_array_equal(open_scene(file, dims=dims, wavelength=NM).radiance.values, cube())
+        swapped = open_scene(file, dims={"y": "v", "x": 0, "channel": 2}, wavelength=NM)
+        np.testing.assert_array_equal(swapped.radiance.values, cube().transpose(1, 0, 2))
+        for wrong in (
+            {"y": "u"},
+            dims | {"y": "w"},
+            dims | {"y": 3},
+            dims | {"y": -1},
+            dims | {"y": "v"},
+            dims | {"y": True},
+        ):
+            refused(ConfigError, "dims", "cube (u: 6, v: 5, band: 4)", path=file, wavelength=NM, dims=wrong)
+        (tmp_path / "two").mkdir()
+        two = write(tmp_path / "two", "netcdf4", {"cube": (("y", "rows", "band"), cube(), {})})
+        refused(ConfigError, "don't tell", path=two, wavelength=NM)
+
+    @pytest.mark.parametrize("square", [False, True])
+    def test_without_names(self, tmp_path: Path, square: bool) -> None:
+        """HDF5 and Zarr know arrays whose axes have no names; geometry then stands as in the scene."""
+        values = cube()[:5] if square else cube()
+        grid = values[..., 0]
+        dims = {"y": 1, "x": 2, "channel": 0}
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file["g/cube"] = values.transpose(2, 0, 1)
+            file["g/latitude"] = grid
+            file["wl"] = np.array(NM)
+            file["wl"].attrs["units"] = "nm"
+        root = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+        root.create_array("g/cube", data=values.transpose(2, 0, 1))
+        root.create_array("g/latitude", data=grid)
+        root.create_array("wl", data=np.array(NM)).attrs["units"] = "nm"
+        for file in (tmp_path / "a.h5", tmp_path / "a.zarr"):
+            refused(ConfigError, "g/cube (?: 4,", path=file)
+            with open_scene(file, dims=dims) as ds:
+                np.testing.assert_array_equal(ds.radiance.values, values)
+                np.testing.assert_array_equal(ds.latitude.values, grid)
+                np.testing.assert_array_equal(ds.wavelength.values, NM)
+
+    @EVERY_KIND
+    def test_names_count_where_sizes_are_equal(self, tmp_path: Path, kind: str) -> None:
+        values = cube()[:4, :4]
+        grid = values[..., 0]
+        variables = scene_variables(values) | {"latitude": (("x", "y"), grid.T, {})}
+        with open_scene(write(tmp_path, kind, variables)) as ds:
+            np.testing.assert_array_equal(ds.latitude.values, grid)
+            np.testing.assert_array_equal(ds.wavelength.values, NM)
+
+    def test_one_zarr_array(self, tmp_path: Path) -> None:
+        for version in (2, 3):
+            path = tmp_path / f"a{version}.zarr"
+            zarr.save_array(path, cube(), zarr_format=version)
+            with open_reader(path, dims=dict(zip(YXC, range(3), strict=True)), wavelength=NM) as scene:
+                assert (scene.format, scene.name) == ("zarr", f"a{version}")
+                np.testing.assert_array_equal(scene.read(slice(None))[0], cube())
+
+    @EVERY_KIND
+    @pytest.mark.parametrize("key", ["_FillValue", "missing_value"])
+    def test_packed_with_fill(self, tmp_path: Path, kind: str, key: str) -> None:
+        raw = cube("i2")
+        raw[0, 0, 0] = raw[3, 2, 1] = -999
+        attrs = {key: np.int16(-999), "scale_factor": 0.5, "add_offset": 10.0}
+        read, counts = open_reader(write(tmp_path, kind, scene_variables(raw, **attrs))).read(slice(None))
+        truth = raw * np.float32(0.5) + 10
+        truth[raw == -999] = np.nan
+        np.testing.assert_array_equal(read, truth)
+        assert counts == NO_RULE | {"fill": 2}
+
+    @EVERY_KIND
+    def test_fills_in_floats(self, tmp_path: Path, kind: str) -> None:
+        raw = cube()
+        raw[0, 0] = (-9999, -1e30, np.nan, np.inf)
+        raw[1, 0, :2] = (0, 9.96921e36)
+        file = write(tmp_path, kind, scene_variables(raw, _FillValue=np.float32(-9999)))
+        if "zarr" in kind:  # xarray wrote the NaN as fill
+            zarr.open_group(file, mode="a", use_consolidated=False)["cube"][0, 0, 2] = np.nan
+        read, counts = open_reader(file).read(slice(None))
+        assert counts == NO_RULE | dict.fromkeys(RULES[:5], 1)
+        assert read[1, 0, 0] == 0
+        np.testing.assert_array_equal(read[2:], raw[2:])
+
+    @pytest.mark.parametrize("fill", [np.nan, -9999.0, 0.1])
+    @pytest.mark.parametrize("dtype", ["f4", "f8"])
+    def test_fill_of_zarr_3_is_encoded(self, tmp_path: Path, fill: float, dtype: str) -> None:
+        raw = cube(dtype)
+        raw[0, 0, 0] = fill
+        _, counts = open_reader(write(tmp_path, "zarr3", scene_variables(raw, _FillValue=fill))).read(slice(None))
+        assert counts == NO_RULE | {"fill": 1}
+
+    def test_fill_value_of_a_bare_zarr_2_array_is_no_fill(self, tmp_path: Path) -> None:
+        """Zarr gives every array one, 0 mostly, which says nothing about zeros that were written."""
+        values = cube()
+        values[0, 0, 0] = 0
+        zarr.create_array(tmp_path / "a.zarr", data=values, zarr_format=2, fill_value=0)
+        scene = open_reader(tmp_path / "a.zarr", dims=dict(zip(YXC, range(3), strict=True)), wavelength=NM)
+        assert scene.read(slice(None))[1] == NO_RULE
+
+    @EVERY_KIND
+    @pytest.mark.parametrize("key", ["_FillValue", "scale_factor"])
+    def test_attributes_that_are_no_numbers(self, tmp_path: Path, kind: str, key: str) -> None:
+        file = write(tmp_path, kind, scene_variables())
+        if kind == "netcdf4":
+            with h5py.File(file, "r+") as h5:
+                h5["cube"].attrs[key] = "n/a"
+        elif "zarr" in kind:
+            zarr.open_group(file, mode="a", use_consolidated=False)["cube"].attrs[key] = "n/a"
+        else:
+            key = key.replace("_FillValue", "missing_value")  # which scipy would use itself
+            file = write(tmp_path, kind, scene_variables(**{key: "n/a"}))
+        refused(InputError, "cube", key, "'n/a'", path=file)
+
+    def test_unsigned(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "classic", scene_variables(cube("i2"), _Unsigned="true"))
+        refused(InputError, "_Unsigned", path=file)
+
+    @EVERY_KIND
+    def test_units(self, tmp_path: Path, kind: str) -> None:
+        assert open_reader(write(tmp_path, kind, scene_variables()), units="1").units == "1"
+
+    def test_empty_units(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "netcdf4", scene_variables())
+        with h5py.File(file, "r+") as h5:
+            h5["cube"].attrs["units"] = h5py.Empty("S1")  # as the netCDF library writes ""
+        assert NetcdfScene(file, units="1").units == "1"
+        assert NetcdfScene(file).units is None
+
+    def test_units_given_twice(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "netcdf4", scene_variables(units="K"))
+        assert open_reader(file, units="K").units == "K"
+        refused(ConfigError, "units", "'K'", path=file, units="W")
+
+    @GROUPED
+    def test_variable(self, tmp_path: Path, kind: str) -> None:
+        variables = {
+            "a/cube": (YXC, cube(), {}),
+            "b/cube": (YXC, cube() + 1, {}),
+            "b/other": (YXC, cube() + 2, {}),
+            "flat": (("y", "x"), cube()[..., 0], {}),
+        }
+        file = write(tmp_path, kind, variables)
+        for name, more in (("a/cube", 0), ("/b/cube", 1)):
+            np.testing.assert_array_equal(open_scene(file, variable=name, wavelength=NM).radiance.values, cube() + more)
+        np.testing.assert_array_equal(open_scene(file, variable="other", wavelength=NM).radiance.values, cube() + 2)
+        message = refused(InputError, "3 variables", "a/cube (y: 6, x: 5, channel: 4)", "variable: ", path=file)
+        assert "flat" not in message
+        refused(ConfigError, "several variables 'cube'", path=file, variable="cube")
+        refused(ConfigError, "no variable 'none'", "b/other", path=file, variable="none")
+        refused(ConfigError, "flat (y: 6, x: 5)", "3-D", path=file, variable="flat")
+
+    def test_no_variable(self, tmp_path: Path) -> None:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file["z"] = cube().astype(complex)
+            file["t"] = np.full((2, 2, 2), "a", dtype="S1")
+        refused(InputError, "no numeric 3-D variable", "z (?: 6", path=tmp_path / "a.h5")
+
+
+class TestWavelengthsOfArrays:
+    @EVERY_KIND
+    def test_units(self, tmp_path: Path, kind: str) -> None:
+        variables = scene_variables()
+        for units, factor in (("nm", 1), ("nanometers", 1), ("um", 1000), ("Micrometers", 1000)):
+            variables["wavelength"] = (("channel",), np.array(NM) / factor, {"units": units})
+            (tmp_path / units).mkdir()
+            scene = open_reader(write(tmp_path / units, kind, variables))
+            np.testing.assert_allclose(scene.wavelength, NM, rtol=1e-12)
+        for units in ("cm-1", None):
+            variables["wavelength"] = (("channel",), np.array(NM), {"units": units} if units else {})
+            (tmp_path / str(units)).mkdir()
+            file = write(tmp_path / str(units), kind, variables)
+            refused(InputError, "wavelength: units", units or "missing", "wavelength: [...]", path=file)
+            np.testing.assert_array_equal(open_reader(file, wavelength=GIVEN).wavelength, NM)
+
+    @EVERY_KIND
+    def test_by_column(self, tmp_path: Path, kind: str) -> None:
+        values = np.array(NM) + np.arange(NX)[:, None]
+        values[1, 1] = -999
+        variables = scene_variables()
+        variables["wavelength"] = (("channel", "x"), values.T, {"units": "nm", "_FillValue": -999.0})
+        with open_reader(write(tmp_path, kind, variables), region=[0, 6, 1, 4]) as scene:
+            truth = np.where(values == -999, np.nan, values)
+            np.testing.assert_array_equal(scene.wavelength, truth[1:4])
+
+    def test_by_column_must_increase(self, tmp_path: Path) -> None:
+        variables = scene_variables()
+        variables["wavelength"] = (("x", "channel"), np.tile(NM[::-1], (NX, 1)), {"units": "nm"})
+        refused(InputError, "increase", path=write(tmp_path, "netcdf4", variables))
+
+    @GROUPED
+    def test_in_another_group(self, tmp_path: Path, kind: str) -> None:
+        variables = scene_variables()
+        variables["sensor/wavelengths"] = variables.pop("wavelength")
+        np.testing.assert_array_equal(open_reader(write(tmp_path, kind, variables)).wavelength, NM)
+
+    @GROUPED
+    def test_own_group_comes_first(self, tmp_path: Path, kind: str) -> None:
+        own = (("channel",), np.array(NM) + 1, {"units": "nm"})
+        variables = scene_variables() | {"other/wavelength": own}
+        np.testing.assert_array_equal(open_reader(write(tmp_path, kind, variables)).wavelength, NM)
+
+    @EVERY_KIND
+    def test_coordinate_of_the_channels(self, tmp_path: Path, kind: str) -> None:
+        dims = ("y", "x", "band")
+        variables = {"cube": (dims, cube(), {}), "band": (("band",), np.array(NM), {"units": "nm"})}
+        np.testing.assert_array_equal(open_reader(write(tmp_path, kind, variables)).wavelength, NM)
+
+    @EVERY_KIND
+    def test_numbers_of_bands_are_no_wavelengths(self, tmp_path: Path, kind: str) -> None:
+        variables = {"cube": (("y", "x", "band"), cube(), {}), "band": (("band",), np.arange(1.0, 5), {})}
+        refused(InputError, "4 channels", "never invented", path=write(tmp_path, kind, variables))
+
+    @EVERY_KIND
+    def test_those_of_another_dimension(self, tmp_path: Path, kind: str) -> None:
+        other = (("wavelength",), np.array(NM), {"units": "nm"})  # of as many, by chance
+        variables = {"cube": (("y", "x", "band"), cube(), {}), "wavelength": other}
+        refused(InputError, "4 channels", "never invented", path=write(tmp_path, kind, variables))
+
+    @EVERY_KIND
+    def test_refused(self, tmp_path: Path, kind: str) -> None:
+        variables = scene_variables()
+        variables["wl"] = variables["wavelength"]
+        refused(InputError, "wavelength (channel: 4), wl (channel: 4)", path=write(tmp_path, kind, variables))
+
+    @pytest.mark.parametrize("values", [NM[::-1], [400, np.nan, 600, 700], [0.4, 0.5, 0.6, 0.7]])
+    def test_values_refused(self, tmp_path: Path, values: list[float]) -> None:
+        variables = scene_variables()
+        variables["wavelength"] = (("channel",), np.array(values), {"units": "nm"})
+        refused(ConfigError, "wavelength", path=write(tmp_path, "netcdf4", variables))
+
+
+def chunk_file(path: Path, row: int) -> Path:
+    """Where a Zarr array of a written file keeps a row."""
+    return path / (f"cube/c/{row}/0/0" if (path / "zarr.json").is_file() else f"cube/{row}.0.0")
+
+
+class TestLaziness:
+    """With one row's chunk overwritten, the other rows are still read."""
+
+    def test_hdf5(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "netcdf4", scene_variables())
+        with h5py.File(file) as h5:
+            chunk = h5["cube"].id.get_chunk_info_by_coord((4, 0, 0))
+        with file.open("r+b") as raw:
+            raw.seek(chunk.byte_offset)
+            raw.write(b"\xff" * chunk.size)
+        self.check(file)
+
+    @pytest.mark.parametrize("kind", ["zarr2", "zarr3"])
+    def test_zarr(self, tmp_path: Path, kind: str) -> None:
+        file = write(tmp_path, kind, scene_variables())
+        chunk_file(file, 4).write_bytes(b"\xff" * 20)
+        self.check(file)
+
+    def check(self, file: Path) -> None:
+        with open_reader(file) as scene:
+            np.testing.assert_array_equal(scene.read(slice(0, 4))[0], cube()[:4])
+            np.testing.assert_array_equal(scene.read(slice(5, 6))[0], cube()[5:])
+            with pytest.raises(InputError, match="damaged"):
+                scene.read(slice(4, 5))
+
+    def test_classic(self, tmp_path: Path) -> None:
+        """3 GB, nearly all of it a hole."""
+        records = 10**6
+        with scipy.io.netcdf_file(str(tmp_path / "a.nc"), "w", version=2) as file:
+            for dim, size in zip(YXC, (None, 50, 16), strict=True):
+                file.createDimension(dim, size)
+            file.createVariable("cube", "f4", YXC)[:] = np.ones((1, 50, 16), np.float32)
+        with (tmp_path / "a.nc").open("r+b") as raw:
+            start = raw.seek(0, os.SEEK_END)
+            raw.seek(4)
+            raw.write(struct.pack(">i", records))
+        os.truncate(tmp_path / "a.nc", start + (records - 1) * 50 * 16 * 4)
+        with open_reader(tmp_path / "a.nc", wavelength=GIVEN) as scene:
+            assert scene.shape == (records, 50, 16)
+            assert scene.read(slice(0, 1))[0].all()
+            assert not scene.read(slice(records - 2, records))[0].any()
+
+
+class TestDamagedArrays:
+    @pytest.mark.parametrize("kind", ["classic", "offset64"])
+    @pytest.mark.parametrize("part", [0.1, 0.3, 0.6, 0.99])
+    def test_truncated_classic(self, tmp_path: Path, kind: str, part: float) -> None:
+        file = write(tmp_path, kind, scene_variables())
+        os.truncate(file, int(part * file.stat().st_size))
+        refused(InputError, "damaged or truncated", path=file)
+
+    def test_cdf5(self, tmp_path: Path) -> None:
+        (tmp_path / "a.nc").write_bytes(b"CDF\5" + bytes(100))
+        refused(InputError, "CDF-5", "nccopy -k nc4", path=tmp_path / "a.nc")
+
+    def test_without_scipy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = write(tmp_path, "classic", scene_variables())
+        monkeypatch.setitem(sys.modules, "scipy.io", None)
+        refused(InputError, 'pip install "spectralvae[formats]"', path=file)
+
+    @pytest.mark.parametrize("kind", ["zarr2", "zarr3"])
+    def test_missing_chunk(self, tmp_path: Path, kind: str) -> None:
+        file = write(tmp_path, kind, scene_variables())
+        chunk_file(file, 2).unlink()
+        assert zarr.open_group(file, mode="r", use_consolidated=False)["cube"][2].shape == (NX, NC)  # without a word
+        refused(InputError, "1 of 6 chunks of cube", "write_empty_chunks=True", path=file)
+
+    @pytest.mark.parametrize("kind", ["zarr2", "zarr3"])
+    def test_damaged_metadata(self, tmp_path: Path, kind: str) -> None:
+        file = write(tmp_path, kind, scene_variables())
+        metadata = file / "cube" / ("zarr.json" if kind == "zarr3" else ".zarray")
+        whole = json.loads(metadata.read_text())
+        empty_chunks = {
+            "chunks": [0, 5, 4],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 5, 4]}},
+        }
+        for wrong in (
+            json.dumps(whole | {key: value for key, value in empty_chunks.items() if key in whole}),
+            "{",
+            "[1]",
+            json.dumps(whole | {"shape": [6, 5]}),
+            json.dumps(whole | {"filters": 5, "codecs": 5}),
+        ):
+            metadata.write_text(wrong)
+            refused(InputError, path=file)
+
+    def test_damaged_blosc_header(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "zarr2", scene_variables())
+        chunk = chunk_file(file, 2)
+        content = chunk.read_bytes()
+        chunk.write_bytes(content[:4] + b"\xff" * 4 + content[8:])  # the size of what is in it
+        with open_reader(file) as scene, pytest.raises(InputError, match="damaged"):
+            scene.read(slice(2, 3))
+
+    def test_pickle_is_never_run(self, tmp_path: Path) -> None:
+        class Trap:
+            def __reduce__(self) -> Any:
+                return Path.touch, (tmp_path / "sprung",)
+
+        path = tmp_path / "a.zarr"
+        values = np.array([Trap()] * 8, dtype=object).reshape(2, 2, 2)
+        zarr.create_array(path, shape=(2, 2, 2), dtype="f8", zarr_format=2, compressors=None, filters=None)
+        metadata = json.loads((path / ".zarray").read_text())
+        metadata |= {"dtype": "|O", "fill_value": 0, "filters": [{"id": "pickle", "protocol": 5}], "chunks": [2, 2, 2]}
+        (path / ".zarray").write_text(json.dumps(metadata))
+        (path / "0.0.0").write_bytes(pickle.dumps([*values.ravel().tolist(), "|O", (2, 2, 2)]))
+        given = {"dims": dict(zip(YXC, range(3), strict=True)), "wavelength": [1, 100]}
+        refused(InputError, ".zarray", "codec 'pickle'", path=path, **given)
+        (path / ".zarray").write_text(json.dumps(metadata | {"filters": None}))
+        refused(InputError, "dtype '|O'", path=path, **given)
+        assert not (tmp_path / "sprung").exists()
+
+    def test_unknown_codecs(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "zarr3", scene_variables())
+        metadata = json.loads((file / "cube/zarr.json").read_text())
+        shard = {"chunk_shape": [1, 5, 4], "codecs": [{"name": "numcodecs.pickle"}], "index_codecs": []}
+        metadata["codecs"] = [{"name": "sharding_indexed", "configuration": shard}]
+        (file / "cube/zarr.json").write_text(json.dumps(metadata))
+        refused(InputError, "cube/zarr.json", "codec 'numcodecs.pickle'", path=file)
+
+    def test_shards_and_text_beside(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.zarr"
+        root = zarr.open_group(path, mode="w")
+        root.create_array("cube", data=cube(), chunks=(1, 5, 4), shards=(2, 5, 4), dimension_names=YXC)
+        root.create_array("names", data=np.array(["a", "b"], dtype="T"))
+        with open_reader(path, wavelength=NM) as scene:
+            np.testing.assert_array_equal(scene.read(slice(1, 5))[0], cube()[1:5])
+            assert scene.chunk == (1, 5)
+
+    @pytest.mark.parametrize("what", ["symlink", "pipe"])
+    def test_links_and_pipes(self, tmp_path: Path, what: str) -> None:
+        file = write(tmp_path, "zarr3", scene_variables())
+        chunk = chunk_file(file, 3)
+        chunk.rename(tmp_path / "elsewhere")
+        if what == "symlink":
+            chunk.symlink_to(tmp_path / "elsewhere")
+        else:
+            os.mkfifo(chunk)
+        refused(InputError, "cube/c/3/0/0", "link or no regular file", path=file)
+
+    def test_folders_that_are_none(self, tmp_path: Path) -> None:
+        refused(InputError, "a folder that is no Zarr", path=tmp_path)
+        refused(InputError, "local files", path=f"file://{tmp_path}/a.zarr")
+
+
+# --- legacy tiles ---------------------------------------------------------------------------------
+
+N, H, W = 5, 4, 3
+
+
+def legacy_folder(folder: Path, radiance: np.ndarray, *, healthy: bool, files: int = 1) -> Path:
+    """Write (N, H, W, NC) radiance with fills of -1e30 as the original did, which knew no mask.
+
+    healthy: the statistics are those of the valid samples; else, as really happened, of all, fills as 1.
+    """
+    folder.mkdir()
+    logs = torch.from_numpy(radiance).float().clamp(min=1.0).log()
+    used = torch.where(torch.from_numpy(radiance < 0), torch.nan, logs) if healthy else logs
+    samples = used.reshape(-1, NC)
+    mean = samples.nanmean(0)
+    std = (samples - mean).square().nanmean(0).sqrt()
+    torch.save(mean, folder / "mean_spectrum.pt")
+    torch.save(std, folder / "std_spectrum.pt")
+    z = ((logs - mean) / (std + 1e-8)).clamp(-10, 10)
+    for i, part in enumerate(z.chunk(files)):
+        torch.save(part.clone(), folder / f"{i:05d}.pt")
+    return folder
+
+
+@pytest.fixture
+def radiance() -> np.ndarray:
+    """(N, H, W, NC), 2.3 % of it fill in whole pixels."""
+    rng = np.random.default_rng(5)
+    values = (1e12 * rng.lognormal(0, 0.4, (N, H, W, NC)) * (1 + np.arange(NC))).astype(np.float32)
+    values[1, 2, 1] = values[3, 0] = -1e30
+    return values
+
+
+def refuse_tiles(*words: str, path: Path, error: type[UserError] = InputError, **given: Any) -> None:
+    refused(error, *words, path=path, **({"wavelength": NM} | given))
+
+
+class TestTiles:
+    @pytest.mark.parametrize("healthy", [False, True])
+    def test_radiance_comes_back(self, tmp_path: Path, radiance: np.ndarray, healthy: bool) -> None:
+        folder = legacy_folder(tmp_path / "old", radiance, healthy=healthy)
+        truth = np.where(radiance < 0, np.nan, radiance).reshape(N * H, W, NC)
+        with open_reader(folder / "00000.pt", wavelength=NM, units="photons") as scene:
+            assert (scene.format, scene.shape, scene.stack) == ("tiles", (N * H, W, NC), H)
+            assert (scene.name, scene.units, scene.chunk) == ("00000", "photons", (H, W))
+            assert [file.name for file in scene.files()] == ["00000.pt", "mean_spectrum.pt", "std_spectrum.pt"]
+            values, counts = scene.read(slice(None))
+            # log of 3e12 in float32 has steps of 2e-6
+            np.testing.assert_allclose(values, truth, rtol=5e-6)
+            rule = "ambiguous" if healthy else "fill"
+            assert counts == NO_RULE | {rule: int(np.isnan(truth).sum())}
+            np.testing.assert_array_equal(scene.read(slice(3, 9), slice(1, 3))[0], values[3:9, 1:3])
+            assert scene.read(slice(3, 3))[0].shape == (0, W, NC)
+            assert len(scene.notes) == healthy
+            if healthy:
+                assert "4 of 4 channels" in scene.notes[0]
+                assert "channels 0-3" in scene.notes[0]
+            np.testing.assert_array_equal(pickle.loads(pickle.dumps(scene)).read(slice(0, 1))[0], values[:1])
+        with open_scene(folder / "00000.pt", wavelength=NM, region=[4, 12, 0, 2]) as ds:
+            np.testing.assert_array_equal(ds.radiance.values, values[4:12, :2])
+
+    def test_ambiguity_by_channel(self, tmp_path: Path) -> None:
+        """Channels 1 and 3 reach the clip; in them, what lies at -10 may be either, what lies at 10 is no fill."""
+        mean, std = np.array([20.0, 20, 30, 30]), np.array([4.0, 1, 4, 2])
+        z = np.zeros((1, 2, 2, NC), np.float32)
+        z[0, 0, 0] = -10
+        z[0, 1, 1] = 10
+        z[0, 0, 1] = (-mean / (std + 1e-8)).clip(-10, 10)
+        for name, values in (("00000", z), ("mean_spectrum", mean), ("std_spectrum", std)):
+            torch.save(torch.from_numpy(values), tmp_path / f"{name}.pt")
+        with open_reader(tmp_path / "00000.pt", wavelength=NM) as scene:
+            values, counts = scene.read(slice(None))
+            assert "2 of 4 channels" in scene.notes[0]
+            assert "channels 1, 3" in scene.notes[0]
+        assert counts == NO_RULE | {"fill": 2, "ambiguous": 4}
+        np.testing.assert_array_equal(np.isnan(values[0, 0]), [False, True, False, True])
+        assert np.isnan(values[0, 1]).all()
+        np.testing.assert_allclose(values[1, 1], np.exp(10 * (std + 1e-8) + mean), rtol=1e-6)
+        np.testing.assert_allclose(values[0, 0, ::2], np.exp(-10 * (std + 1e-8) + mean)[::2], rtol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_fills_are_found_whatever_the_rounding(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        """Whether the original computed in float32 or float64: every fill, and nothing but fills."""
+        nc = 2000
+        rng = np.random.default_rng(7)
+        mean, std = (torch.from_numpy(rng.uniform(*limits, nc)).to(dtype) for limits in ((20, 30), (3.1, 6)))
+        radiance = torch.from_numpy(rng.lognormal(np.asarray(mean), 0.4, (1, 8, 8, nc))).clamp(min=2.0)
+        radiance[0, :4] = 1.0
+        radiance[0, 4] = 1.001
+        z = ((radiance.to(dtype).log() - mean) / (std + 1e-8)).clamp(-10, 10).float()
+        for name, values in (("00000", z), ("mean_spectrum", mean.float()), ("std_spectrum", std.float())):
+            torch.save(values, tmp_path / f"{name}.pt")
+        values, counts = open_reader(tmp_path / "00000.pt", wavelength=GIVEN).read(slice(None))
+        assert counts == NO_RULE | {"fill": 4 * 8 * nc}
+        np.testing.assert_array_equal(np.isnan(values), radiance[0].numpy() == 1)
+
+    def test_a_file_is_mapped(self, tmp_path: Path, radiance: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = legacy_folder(tmp_path / "old", radiance, healthy=False)
+        loaded: list[Any] = []
+        load = torch.load
+        monkeypatch.setattr(torch, "load", lambda f, **k: loaded.append((Path(f).name, k)) or load(f, **k))
+        with open_reader(folder / "00000.pt", wavelength=NM) as scene:
+            scene.read(slice(0, 1))
+        assert all(k["weights_only"] for _, k in loaded)
+        assert all(k["mmap"] for name, k in loaded if name == "00000.pt")
+        assert {name for name, _ in loaded} == {"00000.pt", "mean_spectrum.pt", "std_spectrum.pt"}
+
+    def test_folder(self, tmp_path: Path, radiance: np.ndarray) -> None:
+        folder = legacy_folder(tmp_path / "old", radiance, healthy=False, files=3)
+        assert tile_files(folder) == [folder / f"0000{i}.pt" for i in range(3)]
+        assert tile_files(tmp_path) is None
+        refuse_tiles("3 tile files", f"{folder}/[0-9]*.pt", path=folder)
+
+    def test_spectra(self, tmp_path: Path, radiance: np.ndarray) -> None:
+        folder = legacy_folder(tmp_path / "old", radiance, healthy=False)
+        file = folder / "00000.pt"
+        for name in ("mean_spectrum.pt", "std_spectrum.pt"):
+            content = (folder / name).read_bytes()
+            (folder / name).unlink()
+            refuse_tiles(f"no {name} beside it", path=file)
+            torch.save(torch.ones(NC + 1), folder / name)
+            refuse_tiles(name, "5 channels", "00000.pt has 4", path=file)
+            torch.save(torch.full((NC,), torch.nan), folder / name)
+            with pytest.raises(InputError, match=f"{name}.*not finite"):
+                open_reader(file, wavelength=NM)
+            (folder / name).write_bytes(content)
+        torch.save(-torch.ones(NC), folder / "std_spectrum.pt")
+        with pytest.raises(InputError, match=r"std_spectrum\.pt: negative"):
+            open_reader(file, wavelength=NM)
+
+    def test_arguments(self, tmp_path: Path, radiance: np.ndarray) -> None:
+        file = legacy_folder(tmp_path / "old", radiance, healthy=False) / "00000.pt"
+        refused(InputError, "4 channels", "never invented", path=file)
+        refuse_tiles("3 values for 4", path=file, wavelength=NM[:3], error=ConfigError)
+        refuse_tiles("multiples of 4", path=file, region=[0, 6, 0, 3], error=ConfigError)
+        refuse_tiles("region", path=file, region=[0, 24, 0, 3], error=ConfigError)
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (torch.zeros(2, 3, 4), ["shape [2, 3, 4]", "[N, y, x, channel]"]),
+            (torch.zeros(0, 2, 2, NC), ["shape [0, 2, 2, 4]"]),
+            (torch.zeros(1, 2, 2, NC, dtype=torch.float64), ["float64"]),
+            (torch.zeros(1, NC, 2, 2).permute(0, 2, 3, 1), ["not contiguous"]),
+            (torch.zeros(1).expand(99, 99, 99, NC), ["larger than the file"]),
+            ({"z": torch.zeros(1, 2, 2, NC)}, ["holds dict"]),
+            (Path("a"), ["pickle code", "never run"]),
+        ],
+    )
+    def test_other_content(self, tmp_path: Path, content: Any, words: list[str]) -> None:
+        for name in ("mean_spectrum", "std_spectrum"):
+            torch.save(torch.ones(NC), tmp_path / f"{name}.pt")
+        torch.save(content, tmp_path / "00000.pt")
+        refuse_tiles(*words, path=tmp_path / "00000.pt")
+
+    def test_not_normalised(self, tmp_path: Path) -> None:
+        for name, values in (("00000", torch.full((1, 2, 2, NC), 11.0)), ("mean_spectrum", torch.ones(NC))):
+            torch.save(values, tmp_path / f"{name}.pt")
+        torch.save(torch.ones(NC), tmp_path / "std_spectrum.pt")
+        with open_reader(tmp_path / "00000.pt", wavelength=NM) as scene, pytest.raises(InputError, match="11, beyond"):
+            scene.read(slice(0, 1))
+
+    def test_nan_stays(self, tmp_path: Path) -> None:
+        z = torch.zeros(1, 2, 2, NC)
+        z[0, 0, 0, 0] = torch.nan
+        torch.save(z, tmp_path / "00000.pt")
+        for name in ("mean_spectrum", "std_spectrum"):
+            torch.save(torch.full((NC,), 5.0), tmp_path / f"{name}.pt")
+        assert open_reader(tmp_path / "00000.pt", wavelength=NM).read(slice(None))[1] == NO_RULE | {"nan": 1}
+
+    @pytest.mark.parametrize("cut", [10, 200, 900])
+    def test_truncated(self, tmp_path: Path, radiance: np.ndarray, cut: int) -> None:
+        file = legacy_folder(tmp_path / "old", radiance, healthy=False) / "00000.pt"
+        os.truncate(file, file.stat().st_size - cut)
+        refuse_tiles("damaged", path=file)
+
+    def test_old_format_of_torch(self, tmp_path: Path) -> None:
+        torch.save(torch.zeros(1, 2, 2, NC), tmp_path / "00000.pt", _use_new_zipfile_serialization=False)
+        refuse_tiles("before PyTorch 1.6", "save it anew", path=tmp_path / "00000.pt")
+
+    def test_other_zip_files(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "00000.pt", a=cube())
+        (tmp_path / "00000.pt.npz").rename(tmp_path / "00000.pt")
+        refuse_tiles("unknown format", path=tmp_path / "00000.pt")
+
+
+# --- through prepare ------------------------------------------------------------------------------
+
+
+def run_prepare(out: Path, inputs: list[Any], **settings: Any) -> Store:
+    config = PrepareConfig.model_validate({"output_dir": str(out), "inputs": inputs, **settings})
+    prepare(config, RunDir("prepare", config, overwrite=False, resumable=True), new_console())
+    return Store(out)
+
+
+@pytest.mark.parametrize("kind", ["envi", "netcdf4", "zarr2", "zarr3"])
+def test_prepare(tmp_path: Path, kind: str) -> None:
+    """A scene with a fill, given by config: the store holds (value - mean) / std of the valid samples."""
+    values = cube()
+    values[1, 2, 3] = -9999
+    spec: dict[str, Any] = {"wavelength": {"first": 400, "last": 700}, "units": "1"}
+    if kind == "envi":
+        path = write_envi(tmp_path / "a.hdr", values, data_ignore_value=-9999, wavelength=None)
+    else:
+        dims = ("u", "v", "w")
+        path = write(tmp_path, kind, {"cube": (dims, values, {"_FillValue": np.float32(-9999)})})
+        spec |= {"variable": "cube", "dims": {"y": "u", "x": "v", "channel": 2}}
+    settings = {"normalization": {"transform": "zscore"}, "split": {"val_fraction": 0}, "dtype": "float32"}
+    store = run_prepare(tmp_path / "store", [{"path": str(path), **spec}], **settings)
+    truth = np.where(values == -9999, np.nan, values).astype(np.float64)
+    mean, std = np.nanmean(truth, axis=(0, 1)), np.nanstd(truth, axis=(0, 1))
+    z = zarr.open_array(tmp_path / "store/scenes/a/z", mode="r")[:]
+    np.testing.assert_allclose(z, (truth - mean) / (std + 1e-8), rtol=1e-5)
+    np.testing.assert_array_equal(store.normalization.wavelength, NM)
+    assert store.normalization.units == "1"
+    assert store.scenes[0].invalid["fill"] == 1
+
+
+def test_prepare_takes_a_folder_of_tiles(tmp_path: Path, radiance: np.ndarray) -> None:
+    """The store holds z of the valid samples' own statistics, not the old ones that fills had spoiled."""
+    folder = legacy_folder(tmp_path / "old", radiance, healthy=False, files=3)
+    spec = {"path": str(folder), "wavelength": GIVEN, "units": "photons/s/cm^2/nm/sr"}
+    store = run_prepare(tmp_path / "store", [spec], split={"val_fraction": 0}, dtype="float32")
+    logs = np.log(np.where(radiance < 0, np.nan, radiance).astype(np.float64))
+    mean, std = (statistic(logs, axis=(0, 1, 2)) for statistic in (np.nanmean, np.nanstd))
+    np.testing.assert_allclose(store.normalization.std, std, rtol=1e-5)
+    stored = [zarr.open_array(tmp_path / f"store/scenes/0000{i}/z", mode="r")[:] for i in range(3)]
+    np.testing.assert_allclose(
+        np.concatenate(stored), ((logs - mean) / (std + 1e-8)).reshape(-1, W, NC), rtol=1e-4, atol=1e-4
+    )
+    assert sum(scene.invalid["fill"] for scene in store.scenes) == int(np.isnan(logs).sum())
+    assert {scene.stack for scene in store.scenes} == {H}
+
+
+def test_prepare_config(tmp_path: Path) -> None:
+    for dims in ({"y": "a"}, {"y": 0, "x": 1, "channel": 2, "z": 3}, {"y": 0.5, "x": 1, "channel": 2}):
+        with pytest.raises(ValueError, match="dims"):
+            PrepareConfig.model_validate({"output_dir": "a", "inputs": [{"path": "b", "dims": dims}]})
