@@ -238,7 +238,7 @@ def test_stopped_with_its_workers_it_goes_on_without(tmp_path: Path, made: Path,
     process = subprocess.Popen(
         [sys.executable, "-c", program, *command(tmp_path, made, **more, **LOCAL)[3:]],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, dying.VICTIM: victim, dying.MARKER: str(marker), "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, dying.VICTIM: victim, dying.MARKER: str(marker), "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     wait_until(marker.exists)
     os.killpg(process.pid, number)  # as Ctrl-C and schedulers do
