@@ -335,8 +335,8 @@ def test_level_2_beside_z(tmp_path: Path, granules: list[Path], product: str) ->
         assert origin["source"] == granules[i].name.replace("RAD_L1", f"{product}_L2")
         assert origin["sha256"] == hashlib.sha256((tmp_path / "l2" / origin["source"]).read_bytes()).hexdigest()
         assert origin["n_valid"] == np.isfinite(truth[i]).sum()
-        assert origin["n_valid"] + sum(origin["invalid"].values()) == NY * NX
-        assert origin["invalid"] == {**dict.fromkeys(PRODUCT_RULES, 0), **found_invalid(product, i)}
+        assert origin["n_valid"] + sum(found.attrs["invalid"].values()) == NY * NX
+        assert found.attrs["invalid"] == {**dict.fromkeys(PRODUCT_RULES, 0), **found_invalid(product, i)}
     assert set(xr.open_zarr(store.path, group=f"scenes/{scene.id}", chunks=None).variables) >= {"z", "n_invalid"}
 
 

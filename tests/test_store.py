@@ -318,7 +318,7 @@ def test_ten_thousand_scenes_cost_one_file(
     for i in range(1, 10_000):
         row = {**record, "id": f"s{i:05d}"}
         attributes["scenes"].append(row)
-        members[f"scenes/{row['id']}"] = {**group, "attributes": row} if group["attributes"] else group
+        members[f"scenes/{row['id']}"] = {**group, "attributes": {**group["attributes"], "id": row["id"]}}
     attributes["hash"] = content_hash(attributes, made.arrays)
     (made.path / "zarr.json").write_text(json.dumps(root))
 

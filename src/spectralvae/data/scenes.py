@@ -313,29 +313,29 @@ def _write_z(
 def _write_product(
     bench: Bench, p: PlannedScene, product: str, target: TargetTransform, folder: Path
 ) -> dict[str, Any]:
-    """Write a level-2 field beside z; returns its provenance."""
+    """Write a level-2 field beside z; returns what the table of scenes has of it."""
     found = product_field(bench, p, product)
-    provenance = {
+    identity = {
         "source": found.path.name,
         "sha256": file_sha256(found.path),
-        "field": found.field,
-        "version": found.version,
-        "quality": found.quality,
-        "valid_range": list(found.valid_range),
-        "invalid": found.counts,
         "n_valid": int(np.count_nonzero(np.isfinite(found.values))),
-        "absent": list(found.absent),
     }
     attributes = {
         "long_name": f"TEMPO {product} {found.field}",
         **({"units": found.units} if found.units else {}),
         "transform": target.to_attributes(),
-        **provenance,
+        **identity,
+        "field": found.field,
+        "version": found.version,
+        "quality": found.quality,
+        "valid_range": list(found.valid_range),
+        "invalid": found.counts,
+        "absent": list(found.absent),
     }
     (folder / "l2").mkdir(exist_ok=True)
     write_array(folder / "l2" / product, ("y", "x"), found.values, attributes)
     write_group(folder / "l2", {})
-    return provenance
+    return identity
 
 
 def _record(

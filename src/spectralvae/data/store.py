@@ -55,7 +55,7 @@ class SceneRecord:
         n_invalid: samples of z that are NaN.
         stack: height of the tiles that make up a scene of (N * height, x, channel); None for an image.
         version: of the processing that made the source, where known.
-        products: of each level-2 product its source, digest, field, and rejected pixels by rule.
+        products: of each level-2 product its source, digest and valid pixels; the rest is with the array.
         beside_sha256: digest of the files of all arrays beside z.
     """
 

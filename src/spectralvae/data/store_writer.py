@@ -37,6 +37,8 @@ NamedArray = tuple[tuple[str, ...], NDArray[Any]]  # dimensions and values
 # Above, the metadata of all arrays at the root would take zarr seconds to parse, at every opening.
 CONSOLIDATED_SCENES = 256
 
+GROUP_ATTRIBUTES = ("id", "source", "region", "time", "split")
+
 _EMPTY = {"kind": "inline", "must_understand": False, "metadata": {}}
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
@@ -184,7 +186,8 @@ def write_scene_group(folder: Path, record: SceneRecord, arrays: Mapping[str, Na
     for name, (dims, values) in arrays.items():
         write_array(folder / name, dims, values, ATTRIBUTES.get(name, {}))
     record = replace(record, beside_sha256=beside_digest(folder))
-    write_group(folder, asdict(record))
+    # The table of scenes has all of it, and is parsed at every opening; so are these.
+    write_group(folder, {key: value for key, value in asdict(record).items() if key in GROUP_ATTRIBUTES})
     return record
 
 

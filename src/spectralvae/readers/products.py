@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.readers import hdf5
+from spectralvae.readers import guard, hdf5
 from spectralvae.readers.base import check_file, check_region, damage_named, invalidate
 from spectralvae.readers.packing import check_packing, is_declared_fill, text, unpack
 from spectralvae.readers.tempo import X, Y, _dims, _is_rejected, _slab, _version
@@ -254,13 +254,26 @@ def read_product(
 
 @contextmanager
 def _open_product(path: Path) -> Iterator[h5py.File]:
-    """The open file, none of whose links and variables leads into another file."""
+    """The open file, whose structure another process has tried out."""
     check_file(path)
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a file of TEMPO level 2; give the file")
+    guard.try_out(path, {}, f"{__name__}:{check_structure.__name__}")
     with damage_named(path), h5py.File(path, "r") as file:
-        hdf5.check_links(path, file)
         yield file
+
+
+def check_structure(path: Path) -> None:
+    """What the guard tries out: all that reading a file needs to know of it.
+
+    Raises:
+        InputError: It is damaged, or leads into another file.
+    """
+    with damage_named(path), h5py.File(path, "r") as file:
+        dict(file.attrs)
+        for place in _fields(file):
+            dict(file[place].attrs)
+            hdf5.check_variables(path, {place: file[place]})
 
 
 def product_of(path: Path) -> str | None:

@@ -1,0 +1,161 @@
+"""By what a store is normalised: statistics of its own training scenes, or those of another training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from spectralvae.config import NormalizationConfig, PrepareConfig
+from spectralvae.console import warn
+from spectralvae.data.normalize import Float64
+from spectralvae.data.scenes import BELOW_MINIMUM, Bench, load_measured
+from spectralvae.data.splits import PlannedScene
+from spectralvae.data.statistics import Moments, RatioHistogram
+from spectralvae.data.store import Store
+from spectralvae.data.validity import Validity
+from spectralvae.errors import ConfigError
+from spectralvae.readers import Scene
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """By what a store is normalised.
+
+    Attributes:
+        mean, std: (channel); NaN for a channel without a valid training sample.
+        more: other root arrays, (channel) each.
+        source: whose they are; None for the store's own.
+    """
+
+    mean: Float64
+    std: Float64
+    more: dict[str, Any]
+    source: str | None = None
+
+
+def check_transform(scene: Scene, validity: Validity, normalization: NormalizationConfig) -> None:
+    """Look at the middle of a scene before anything is written.
+
+    Raises:
+        ConfigError: log_zscore was asked for values most of which lie below min_radiance.
+    """
+    middle = scene.shape[0] // 2
+    with scene:
+        values, _ = scene.read(slice(middle, middle + 1))
+    n_small = replace(validity, max_solar_zenith=None).reject(values, None)[BELOW_MINIMUM]
+    _check_share(n_small, int(np.count_nonzero(np.isfinite(values))) + n_small, normalization)
+
+
+def _check_share(n_small: int, n_valid: int, normalization: NormalizationConfig) -> None:
+    if 2 * n_small > n_valid:
+        raise ConfigError(
+            f"normalization.transform: log_zscore does not fit: {n_small} of {n_valid} valid samples lie below "
+            f"min_radiance = {normalization.min_radiance:g}; use `transform: zscore` (reflectance) or a smaller limit"
+        )
+
+
+def given_statistics(config: PrepareConfig, planned: Sequence[PlannedScene], wavelength: Float64) -> Statistics | None:
+    """The statistics that `normalization.statistics` names.
+
+    Raises:
+        ConfigError, InputError: there are none, or they do not belong to such scenes.
+    """
+    path = config.normalization.statistics
+    if path is None:
+        return None
+    n_channels = planned[0].scene.shape[2]
+    if (path / "mean_spectrum.pt").exists():
+        return _spectra(path, n_channels)
+    theirs = Store(path)
+    for what, ours, other in (
+        ("transform", config.normalization.transform, theirs.normalization.transform),
+        ("min_radiance", config.normalization.min_radiance, theirs.normalization.min_radiance),
+        ("band", planned[0].scene.band, theirs.normalization.band),
+        ("units", planned[0].scene.units, theirs.normalization.units),
+        ("number of channels", n_channels, theirs.normalization.n_channels),
+    ):
+        if ours != other:
+            raise ConfigError(f"normalization.statistics: {what} of {path} is {other}, but here {ours}")
+    assert theirs.normalization.wavelength is not None
+    limit = float(np.median(np.abs(np.diff(wavelength)))) if n_channels > 1 else np.inf
+    worst = float(np.abs(theirs.normalization.wavelength - wavelength).max())
+    if worst > limit:
+        raise ConfigError(
+            f"normalization.statistics: wavelengths of {path} differ by up to {worst:.3f} nm from those of the inputs; "
+            f"at most one channel ({limit:.3f} nm) is allowed"
+        )
+    more = {name: theirs.arrays[name] for name in ("minimum", "maximum", "noise") if name in theirs.arrays}
+    return Statistics(theirs.normalization.mean, theirs.normalization.std, more, f"store {theirs.hash}")
+
+
+def _spectra(folder: Path, n_channels: int) -> Statistics:
+    """mltools' statistics."""
+    from spectralvae.mltools import read_spectrum  # torch takes seconds to import
+
+    mean, std = (read_spectrum(folder / f"{name}_spectrum.pt") for name in ("mean", "std"))
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != n_channels:
+            raise ConfigError(
+                f"normalization.statistics: {folder / name}_spectrum.pt has {len(values)} channels, "
+                f"but the inputs have {n_channels}"
+            )
+    digest = hashlib.sha256(mean.tobytes() + std.tobytes()).hexdigest()
+    return Statistics(mean, std, {}, f"mean_spectrum.pt and std_spectrum.pt, {digest}")
+
+
+def own_statistics(
+    bench: Bench,
+    training: Sequence[PlannedScene],
+    normalization: NormalizationConfig,
+    wavelength: Float64,
+    console: Console,
+) -> Statistics:
+    """Merge what was measured, in the order of the plan, so that nothing depends on who measured it when.
+
+    Raises:
+        ConfigError: most samples lie below min_radiance, no sample is valid, or a channel has no spread.
+    """
+    moments = Moments.empty(len(wavelength))
+    noise: RatioHistogram | None = None
+    n_small = 0
+    for p in training:
+        measured = load_measured(bench, p)
+        moments = moments.merge(measured.moments)
+        n_small += measured.n_small
+        if measured.noise is not None:
+            noise = measured.noise if noise is None else noise.merge(measured.noise)
+    _check_share(n_small, int(moments.count.sum()) + n_small, normalization)
+    mean, std = checked_statistics(moments, wavelength, console)
+    more: dict[str, Any] = {"count": moments.count, "minimum": moments.minimum, "maximum": moments.maximum}
+    if noise is not None:
+        more["noise"] = noise.median()
+    return Statistics(mean, std, more)
+
+
+def checked_statistics(moments: Moments, wavelength: Float64, console: Console) -> tuple[Float64, Float64]:
+    """Mean and std per channel, NaN for channels without a valid sample, which are named.
+
+    Raises:
+        ConfigError: no valid sample at all, or a channel has no spread.
+    """
+    dead = np.flatnonzero(moments.count == 0)
+    if len(dead) == len(moments.count):
+        raise ConfigError("inputs: the training scenes hold no valid sample")
+    # not m2 == 0: rounding of the mean leaves a little of it
+    flat = np.flatnonzero((moments.count > 0) & (moments.minimum == moments.maximum))
+    if len(flat):
+        raise ConfigError(
+            f"inputs: channel {flat[0]} ({wavelength[flat[0]]:.2f} nm) has the same value in all its "
+            f"{moments.count[flat[0]]} valid training samples and cannot be normalised ({len(flat)} such channels)"
+        )
+    if len(dead):
+        named = ", ".join(f"{c} ({wavelength[c]:.2f} nm)" for c in dead[:10]) + (", ..." if len(dead) > 10 else "")
+        warn(console, f"{len(dead)} channels have no valid training sample and stay masked: {named}")
+    mean = np.where(moments.count > 0, moments.mean, np.nan)
+    return mean, moments.std
