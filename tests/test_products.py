@@ -15,11 +15,10 @@ import xarray as xr
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import products
+from spectralvae.readers.pairing import ProductFolder
 from spectralvae.readers.products import (
     PRODUCT_RULES,
     PRODUCTS,
-    ProductFolder,
-    find_product,
     read_product,
 )
 from spectralvae.simulate import simulate_granules
@@ -107,7 +106,7 @@ def test_real_file(real_data: Path) -> None:
 
 
 def test_real_file_is_found_and_lacks_the_troposphere(real_data: Path) -> None:
-    path = find_product(L1, "NO2", real_data)
+    path = ProductFolder(real_data, "NO2").find(L1)
     assert path == real_data / REAL
     with pytest.raises(InputError, match=r"no field 'vertical_column_troposphere'.*vertical_column_stratosphere"):
         read_product(path, "NO2")
@@ -135,7 +134,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_simulated(simulated: list[Path], product: str) -> None:
     for scene in simulated[::5]:
-        path = find_product(scene, product, scene.parent)
+        path = ProductFolder(scene.parent, product).find(scene)
         with h5py.File(path) as file:
             stored = file["product"][FIELDS[product]][...]
             flag = file["product"][QUALITY[product]][...]
@@ -369,13 +368,13 @@ def test_paired_by_time_and_scan(tmp_path: Path, name: str, scene: Path) -> None
     )
     for other in (name, *others):
         (tmp_path / other).touch()
-    assert find_product(scene, "NO2", tmp_path) == tmp_path / name
+    assert ProductFolder(tmp_path, "NO2").find(scene) == tmp_path / name
 
 
 def test_nothing_to_pair_with(tmp_path: Path) -> None:
     (tmp_path / f"TEMPO_HCHO_L2_V03_{STAMP}.nc").touch()
     with pytest.raises(InputError) as caught:
-        find_product(L1, "NO2", tmp_path)
+        ProductFolder(tmp_path, "NO2").find(L1)
     for part in (str(tmp_path), "NO2", f"TEMPO_NO2_L2_V*_{STAMP}*.nc", L1.name):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -386,16 +385,16 @@ def test_two_to_pair_with(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
     with pytest.raises(InputError, match=rf"2 files of NO2.*{names[0]}, {names[1]}"):
-        find_product(L1, "NO2", tmp_path)
+        ProductFolder(tmp_path, "NO2").find(L1)
 
 
 def test_unpairable(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"scene\.nc: no time and scan .*YYYYMMDDTHHMMSSZ_SsssGgg"):
-        find_product(Path("scene.nc"), "NO2", tmp_path)
+        ProductFolder(tmp_path, "NO2").find(Path("scene.nc"))
     with pytest.raises(InputError, match=r"no such folder; correct l2\.NO2\.folder"):
-        find_product(L1, "NO2", tmp_path / "none")
+        ProductFolder(tmp_path / "none", "NO2").find(L1)
     with pytest.raises(ConfigError, match="no product 'SO2'; choose among NO2, HCHO, O3TOT, CLDO4"):
-        find_product(L1, "SO2", tmp_path)
+        ProductFolder(tmp_path, "SO2").find(L1)
 
 
 def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

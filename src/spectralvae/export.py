@@ -95,7 +95,7 @@ def foreign_normalization(config: SpectraConfig, n_channels: int) -> Normalizati
 def _wavelengths(given: list[float] | Wavelengths | None, n_channels: int) -> Float64 | None:
     if given is None:
         return None
-    from spectralvae.readers.base import given_wavelengths
+    from spectralvae.readers.arguments import given_wavelengths
 
     plain = given.model_dump() if isinstance(given, Wavelengths) else given
     return given_wavelengths("normalization.wavelength", plain, n_channels)

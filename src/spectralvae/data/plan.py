@@ -17,9 +17,10 @@ from spectralvae.console import new_progress
 from spectralvae.data.splits import PlannedScene, split_scenes
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import Scene, open_reader
-from spectralvae.readers.base import Window
+from spectralvae.readers.arguments import Window
 from spectralvae.readers.containers import is_zarr
-from spectralvae.readers.products import ProductFolder, read_product
+from spectralvae.readers.pairing import ProductFolder
+from spectralvae.readers.products import read_product
 from spectralvae.readers.tiles import tile_files
 
 Float64 = NDArray[np.float64]

@@ -17,7 +17,7 @@ from spectralvae.config import InputSpec, SplitConfig
 from spectralvae.console import warn
 from spectralvae.errors import ConfigError
 from spectralvae.readers import Scene
-from spectralvae.readers.base import Window
+from spectralvae.readers.arguments import Window
 
 DAY_OFFSET = timedelta(hours=6)  # local days of North America, in UTC
 Split = Literal["train", "val"]

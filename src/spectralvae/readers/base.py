@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import operator
 import struct
 import unicodedata
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,7 +19,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.errors import ConfigError, InputError
+from spectralvae.errors import InputError
+from spectralvae.readers.arguments import Window, check_region
 
 READABLE = "TEMPO L1 radiance (netCDF-4), MATLAB .mat (v5, v7.3), ENVI, netCDF, HDF5, Zarr and tiles (NNNNN.pt)"
 
@@ -39,15 +39,12 @@ FLAG = "pixel_quality_flag"
 # Vectors of these names (in any case) hold wavelengths.
 WAVELENGTH_NAMES = {"wavelength", "wavelengths", "wl", "lambda"}
 
-_MICROMETRES_BELOW = 20.0
-
 # What HDF5 and scipy raise over cut and overwritten files.
 _DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError, EOFError),
     *(struct.error, zlib.error),
 )
 
-Window = tuple[int, int, int, int]
 Coordinate = tuple[tuple[str, ...], NDArray[Any]]
 
 
@@ -299,96 +296,6 @@ def _equals_rounded(values: NDArray[Any], number: float) -> NDArray[np.bool_]:
     """Which values equal a number within float32 rounding; same shape."""
     low, high = sorted((number * (1 - 2**-22), number * (1 + 2**-22)))
     return (values >= low) & (values <= high)
-
-
-def check_region(path: Path, region: Sequence[int], ny: int, nx: int) -> Window:
-    """Check pixel bounds [y0, y1, x0, x1], half-open, against a scene of ny x nx pixels.
-
-    Raises:
-        ConfigError: They aren't four whole numbers with 0 <= y0 < y1 <= ny and 0 <= x0 < x1 <= nx.
-    """
-    y0, y1, x0, x1 = whole_numbers(path, "region", region, "[y0, y1, x0, x1]")
-    if not (0 <= y0 < y1 <= ny and 0 <= x0 < x1 <= nx):
-        raise ConfigError(
-            f"{path}: region {[y0, y1, x0, x1]} doesn't fit: the scene has {ny} x {nx} pixels (y, x);"
-            f" give [y0, y1, x0, x1] with 0 <= y0 < y1 <= {ny} and 0 <= x0 < x1 <= {nx}"
-        )
-    return y0, y1, x0, x1
-
-
-def whole_numbers(path: Path, key: str, value: object, form: str) -> tuple[int, ...]:
-    """Check that a value is a sequence of whole numbers of the given form, "[ny, nx]" say; return them.
-
-    Raises:
-        ConfigError: It isn't.
-    """
-    count = form.count(",") + 1
-    try:
-        if isinstance(value, str) or any(isinstance(v, bool) for v in value):  # type: ignore[attr-defined]
-            raise TypeError
-        numbers = tuple(operator.index(v) for v in value)  # type: ignore[attr-defined]
-    except TypeError:
-        numbers = ()
-    if len(numbers) != count:
-        raise ConfigError(f"{path}: {key} is {value!r}; give {count} whole numbers, {key}: {form}")
-    return numbers
-
-
-def given_wavelengths(what: str, given: object, nc: int) -> NDArray[np.float64]:
-    """The wavelengths that a user gave, as a checked vector.
-
-    Args:
-        what: Whose they are, as messages begin: file and variable, or key.
-        given: nc numbers in nm, or {"first": nm, "last": nm} for evenly spaced channels.
-        nc: Number of channels.
-
-    Raises:
-        ConfigError: They are neither, or not wavelengths (see `check_wavelengths`).
-    """
-    if isinstance(given, Mapping) and set(given) != {"first", "last"}:
-        raise ConfigError(f"{what} has the keys {sorted(map(str, given))}; needed: first, last (nm)")
-    try:
-        if isinstance(given, Mapping):
-            values = np.linspace(float(given["first"]), float(given["last"]), nc)
-        else:
-            values = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{what} is {given!r}; needed: {nc} numbers in nm, or first and last") from error
-    if values.ndim != 1:
-        raise ConfigError(f"{what} has shape {values.shape}; needed: {nc} numbers in nm")
-    return check_wavelengths(what, values, nc)
-
-
-def check_wavelengths(what: str, values: NDArray[np.float64], nc: int) -> NDArray[np.float64]:
-    """Check that values are wavelengths of nc channels in nm; return them.
-
-    Args:
-        what: Whose they are, as messages begin: file and variable, or key.
-        values: (n,) numbers.
-        nc: Number of channels.
-
-    Raises:
-        ConfigError: Their number is wrong, or they aren't finite, positive and strictly increasing, or not in nm.
-    """
-    if values.size != nc:
-        raise ConfigError(f"{what} has {values.size} values for {nc} channels; give {nc}, in nm")
-    if bad := int(np.count_nonzero(~np.isfinite(values))):
-        raise ConfigError(f"{what}: {bad} of {nc} values aren't finite; give all of them, in nm")
-    if bad := int(np.count_nonzero(values <= 0)):
-        raise ConfigError(f"{what}: {bad} of {nc} values aren't above 0; give them in nm")
-    steps = np.diff(values)
-    if bad := int(np.count_nonzero(steps <= 0)):
-        first = int(np.argmax(steps <= 0))
-        raise ConfigError(
-            f"{what} must increase from channel to channel, but doesn't at {bad} of {nc - 1} steps, first from"
-            f" {values[first]:g} to {values[first + 1]:g} nm"
-        )
-    if values.max() < _MICROMETRES_BELOW:
-        raise ConfigError(
-            f"{what} ends at {values.max():g}, under {_MICROMETRES_BELOW:g} nm, so it seems to be in"
-            " micrometres; give nm, wavelength: [...]"
-        )
-    return values
 
 
 def file_sha256(path: Path) -> str:

@@ -11,16 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import InputError
-from spectralvae.readers.base import (
-    COORDINATES,
-    FLAG,
-    Coordinate,
-    Scene,
-    Window,
-    check_wavelengths,
-    damage_named,
-    given_wavelengths,
-)
+from spectralvae.readers.arguments import Window, check_wavelengths, given_wavelengths
+from spectralvae.readers.base import COORDINATES, FLAG, Coordinate, Scene, damage_named
 from spectralvae.readers.packing import equals_fill, nanometres, scaled
 
 MAGIC = b"ENVI"

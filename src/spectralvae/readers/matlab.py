@@ -18,18 +18,8 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import hdf5
-from spectralvae.readers.base import (
-    COORDINATES,
-    FLAG,
-    WAVELENGTH_NAMES,
-    Coordinate,
-    Scene,
-    Window,
-    check_wavelengths,
-    damage_named,
-    given_wavelengths,
-    whole_numbers,
-)
+from spectralvae.readers.arguments import Window, check_wavelengths, given_wavelengths, whole_numbers
+from spectralvae.readers.base import COORDINATES, FLAG, WAVELENGTH_NAMES, Coordinate, Scene, damage_named
 
 _NUMERIC = {"double", "single", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 _SIZE_NAMES = (("lines", "cols"), ("nrow", "ncol"), ("rows", "cols"))

@@ -14,17 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.readers.base import (
-    COORDINATES,
-    FLAG,
-    WAVELENGTH_NAMES,
-    Coordinate,
-    Scene,
-    Window,
-    check_wavelengths,
-    damage_named,
-    given_wavelengths,
-)
+from spectralvae.readers.arguments import Window, check_wavelengths, given_wavelengths
+from spectralvae.readers.base import COORDINATES, FLAG, WAVELENGTH_NAMES, Coordinate, Scene, damage_named
 from spectralvae.readers.containers import Container, Variable, open_container
 from spectralvae.readers.packing import (
     EPOCH,

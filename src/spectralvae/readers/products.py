@@ -1,11 +1,10 @@
-"""TEMPO level-2 products: found beside a level-1 granule by name, one field read on the granule's own pixels.
+"""TEMPO level-2 products: one field read on the pixels of its level-1 granule.
 
 Shapes: ny mirror steps, nx cross-track pixels.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,16 +18,16 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import guard, hdf5
-from spectralvae.readers.base import check_file, check_region, damage_named, invalidate
+from spectralvae.readers.arguments import check_region
+from spectralvae.readers.base import check_file, damage_named, invalidate
 from spectralvae.readers.packing import check_packing, is_declared_fill, text, unpack
-from spectralvae.readers.tempo import X, Y, _dims, _is_rejected, _slab, _version
+from spectralvae.readers.tempo import X, Y, dims_of, is_rejected, slab, version_of
 
 # In order: a pixel is counted under the first rule that rejects it.
 PRODUCT_RULES = ("fill", "undeclared_fill", "default_fill", "nan", "infinite", "quality", "out_of_range")
 
 _GROUPS = ("product", "support_data", "geolocation")
-_GRANULE = re.compile(r"_(\d{8}T\d{6}Z)_(S\d{3}G\d{2})(?![0-9A-Za-z])")
-_FILE = re.compile(r"TEMPO_([A-Z0-9]+)_L2_V[^_]+_(\d{8}T\d{6}Z)_(S\d{3}G\d{2})(?![0-9A-Za-z]).*\.nc4?")
+FILE_NAME = re.compile(r"TEMPO_([A-Z0-9]+)_L2_V[^_]+_(\d{8}T\d{6}Z)_(S\d{3}G\d{2})(?![0-9A-Za-z]).*\.nc4?")
 _COLLECTION = re.compile(r"TEMPO_([A-Z0-9]+)_L2")
 
 
@@ -130,65 +129,6 @@ def product_spec(product: str) -> ProductSpec:
     return PRODUCTS[product]
 
 
-class ProductFolder:
-    """The files of one product in a folder; its listing is read once, for it may be long.
-
-    Args:
-        folder: Holds files TEMPO_<PRODUCT>_L2_V<nn>_<time>_<SsssGgg>[suffix].nc or .nc4; others are passed over.
-        product: One of `PRODUCTS`.
-
-    Raises:
-        ConfigError: There is no such product.
-        InputError: There is no such folder.
-    """
-
-    def __init__(self, folder: Path, product: str) -> None:
-        self.product = product_spec(product).name
-        self.folder = folder
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; correct l2.{product}.folder")
-        self._paths: dict[tuple[str, str], list[Path]] = {}
-        with damage_named(folder):
-            names = sorted(os.listdir(folder))  # noqa: PTH208 (names only: thousands of them)
-        for name in names:
-            match = _FILE.fullmatch(name)
-            if match and match[1] == product:
-                self._paths.setdefault((match[2], match[3]), []).append(folder / name)
-
-    def find(self, scene_path: Path) -> Path:
-        """The file that was made from a level-1 granule: the one of the same time and scan in its name.
-
-        Raises:
-            ConfigError: The granule's name has no time and scan.
-            InputError: There is no such file, or several.
-        """
-        match = _GRANULE.search(scene_path.name)
-        if match is None:
-            raise ConfigError(
-                f"{scene_path}: no time and scan (YYYYMMDDTHHMMSSZ_SsssGgg) in its name, by which level 2 is found;"
-                f" give the file its original name, or leave out l2.{self.product}"
-            )
-        stamp, scan = match.groups()
-        found = self._paths.get((stamp, scan), [])
-        if not found:
-            raise InputError(
-                f"{self.folder}: no {self.product} for {scene_path.name}, looked for"
-                f" TEMPO_{self.product}_L2_V*_{stamp}_{scan}*.nc or .nc4; fetch it, or leave out this scene or"
-                f" l2.{self.product}"
-            )
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise InputError(
-                f"{self.folder}: {len(found)} files of {self.product} for {scene_path.name}, keep one: {names}"
-            )
-        return found[0]
-
-
-def find_product(scene_path: Path, product: str, folder: Path) -> Path:
-    """The product of one granule in a folder; for many granules make a `ProductFolder`, whose errors are the same."""
-    return ProductFolder(folder, product).find(scene_path)
-
-
 def read_product(
     path: Path,
     product: str,
@@ -230,10 +170,10 @@ def read_product(
 
         rejected = quality = None
         for flag in flags:
-            rejected, quality = _quality(spec, flag, _slab(flag, (Y, X), window), max_quality)
-        raw = _slab(variable, (Y, X), window)
+            rejected, quality = _quality(spec, flag, slab(flag, (Y, X), window), max_quality)
+        raw = slab(variable, (Y, X), window)
         values, counts = invalidate(unpack(variable, raw), is_declared_fill(variable, raw), rejected)
-        version = _version(path, file)
+        version = version_of(path, file)
 
     outside = (values < low) | (values > high)
     values[outside] = np.nan
@@ -292,7 +232,7 @@ def describe_fields(path: Path) -> dict[str, dict[str, Any]]:
             variable = _check_variable(path, file, place)
             hdf5.check_variables(path, {place: variable})
             shape = _check_shapes(path, [place], [variable], None)
-            raw = _slab(variable, (Y, X), (0, shape[0], 0, shape[1]))
+            raw = slab(variable, (Y, X), (0, shape[0], 0, shape[1]))
             values, counts = invalidate(unpack(variable, raw), is_declared_fill(variable, raw), None)
             n_missing = sum(counts.values())
             described[place] = {
@@ -309,7 +249,7 @@ def _told_products(path: Path, file: h5py.File) -> set[str]:
     """What a file says it is of, in its attributes or else by its name."""
     collection = _COLLECTION.search(text(file.attrs.get("collection_shortname", "")))
     told = {text(file.attrs.get("product_type", "")), collection[1] if collection else ""} - {""}
-    match = _FILE.fullmatch(path.name)
+    match = FILE_NAME.fullmatch(path.name)
     return told or ({match[1]} if match else set())
 
 
@@ -339,15 +279,15 @@ def _fields(file: h5py.File) -> list[str]:
         for group in _GROUPS
         if isinstance(file.get(group), h5py.Group)
         for name, item in file[group].items()
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and set(_dims(item)) == {Y, X}
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and set(dims_of(item)) == {Y, X}
     ]
 
 
 def _check_variable(path: Path, file: h5py.File, place: str) -> h5py.Dataset:
     """A variable of numbers over mirror_step and xtrack, in either order."""
     variable = file[place]
-    if not isinstance(variable, h5py.Dataset) or sorted(_dims(variable)) != [Y, X]:
-        dims = ", ".join(_dims(variable)) if isinstance(variable, h5py.Dataset) else ""
+    if not isinstance(variable, h5py.Dataset) or sorted(dims_of(variable)) != [Y, X]:
+        dims = ", ".join(dims_of(variable)) if isinstance(variable, h5py.Dataset) else ""
         raise InputError(f"{path}: {place} has dimensions ({dims}); needed, in any order: {Y}, {X}")
     if variable.dtype.kind not in "iuf":
         raise InputError(f"{path}: {place} holds {variable.dtype}, not numbers")
@@ -360,7 +300,7 @@ def _check_shapes(
 ) -> tuple[int, int]:
     """Check that variables have the expected shape (mirror_step, xtrack), or all the first one's; return it."""
     for place, variable in zip(places, variables, strict=True):
-        sizes = dict(zip(_dims(variable), variable.shape, strict=True))
+        sizes = dict(zip(dims_of(variable), variable.shape, strict=True))
         ny, nx = sizes[Y], sizes[X]
         whose = f"but {places[0]}" if expected and place != places[0] else "but the level-1 granule"
         expected = expected or (ny, nx)
@@ -406,10 +346,10 @@ def _quality(
 ) -> tuple[NDArray[np.bool_], str]:
     """Which pixels the quality variable rejects (also where it is itself fill), and the rule in words."""
     if spec.rejected_bits is None:
-        missing = _is_rejected(variable, flags, 0)
+        missing = is_rejected(variable, flags, 0)
         return missing | (flags < 0) | (flags > max_quality), f"{spec.quality} <= {max_quality}"
     bits = _rejected_bits(spec.rejected_bits, variable)
-    return _is_rejected(variable, flags, bits), f"{spec.quality} & {bits:#x} == 0"
+    return is_rejected(variable, flags, bits), f"{spec.quality} & {bits:#x} == 0"
 
 
 def _rejected_bits(bits: int, variable: h5py.Dataset) -> int:

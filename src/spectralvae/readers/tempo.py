@@ -17,16 +17,8 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import hdf5
-from spectralvae.readers.base import (
-    COORDINATES,
-    FLAG,
-    READABLE,
-    Coordinate,
-    Scene,
-    Window,
-    damage_named,
-    is_undeclared_fill,
-)
+from spectralvae.readers.arguments import Window
+from spectralvae.readers.base import COORDINATES, FLAG, READABLE, Coordinate, Scene, damage_named, is_undeclared_fill
 from spectralvae.readers.packing import (
     EPOCH,
     check_packing,
@@ -96,7 +88,7 @@ class TempoScene(Scene):
                 band=band,
                 units=text(radiance.attrs.get("units", "")) or None,
                 time=_scan_start(path, None if "time" in absent else file["time"]),
-                version=_version(path, file),
+                version=version_of(path, file),
                 chunk=_chunk(radiance),
             )
 
@@ -106,7 +98,7 @@ class TempoScene(Scene):
         with damage_named(self.path):
             variable = self._variable("nominal_wavelength")
             wanted = (X, C)[-variable.ndim :]
-            return decode(variable, _slab(variable, wanted, self._window)).astype(np.float64)
+            return decode(variable, slab(variable, wanted, self._window)).astype(np.float64)
 
     def coordinates(self) -> dict[str, Coordinate]:
         coordinates: dict[str, Coordinate] = {}
@@ -115,7 +107,7 @@ class TempoScene(Scene):
                 continue
             with damage_named(self.path):
                 variable = self._variable(name)
-                values = decode(variable, _slab(variable, _OPTIONAL[name], self._window))
+                values = decode(variable, slab(variable, _OPTIONAL[name], self._window))
                 if name == "time":
                     coordinates[name] = ("y",), unix_seconds(self.path, text(variable.attrs["units"]), values)
                 else:
@@ -139,12 +131,12 @@ class TempoScene(Scene):
     def _read_raw(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]:
         with damage_named(self.path):
             radiance = self._variable("radiance")
-            raw = _slab(radiance, (Y, X, C), window)
+            raw = slab(radiance, (Y, X, C), window)
             filled = is_declared_fill(radiance, raw)
             flagged = None
             if FLAG not in self.absent:
                 flag = self._variable(FLAG)
-                flagged = _is_rejected(flag, _slab(flag, (Y, X, C), window), self._flag_mask)
+                flagged = is_rejected(flag, slab(flag, (Y, X, C), window), self._flag_mask)
             return unpack(radiance, raw), filled, flagged
 
     def read_noise(self, rows: slice, columns: slice = slice(None)) -> NDArray[np.float32] | None:
@@ -152,7 +144,7 @@ class TempoScene(Scene):
             return None
         with damage_named(self.path):
             noise = self._variable(NOISE)
-            return decode(noise, _slab(noise, (Y, X, C), self._in_file(rows, columns))).astype(np.float32, copy=False)
+            return decode(noise, slab(noise, (Y, X, C), self._in_file(rows, columns))).astype(np.float32, copy=False)
 
 
 def is_tempo(file: h5py.File) -> bool:
@@ -168,7 +160,7 @@ def _open(path: Path) -> h5py.File:
         return h5py.File(path, "r")
 
 
-def _dims(variable: h5py.Dataset) -> tuple[str, ...]:
+def dims_of(variable: h5py.Dataset) -> tuple[str, ...]:
     """The names of a netCDF-4 variable's dimensions, which are scales attached to its axes; "?" where there is none."""
     return tuple(str(axis[len(axis) - 1].name).split("/")[-1] if len(axis) else "?" for axis in variable.dims)
 
@@ -216,7 +208,7 @@ def _check_layout(path: Path, file: h5py.File, band: str) -> tuple[dict[str, int
             absent.append(name)
             continue
         variable = group[name]
-        found = _dims(variable)
+        found = dims_of(variable)
         accepted = ({X, C}, {C}) if name == "nominal_wavelength" else (set(dims),)
         if set(found) not in accepted or len(set(found)) != len(found):
             raise InputError(
@@ -236,16 +228,16 @@ def _check_layout(path: Path, file: h5py.File, band: str) -> tuple[dict[str, int
     return sizes, tuple(absent)
 
 
-def _slab(variable: h5py.Dataset, dims: tuple[str, ...], window: Window) -> NDArray[Any]:
+def slab(variable: h5py.Dataset, dims: tuple[str, ...], window: Window) -> NDArray[Any]:
     """Read a window of a variable, its axes in the order of dims; other dimensions it doesn't have."""
     y0, y1, x0, x1 = window
     cut = {Y: slice(y0, y1), X: slice(x0, x1), C: slice(None)}
-    stored = _dims(variable)
+    stored = dims_of(variable)
     raw = hdf5.read(variable, *(cut[d] for d in stored))
     return raw.transpose([stored.index(d) for d in dims])
 
 
-def _is_rejected(variable: h5py.Dataset, flags: NDArray[Any], mask: int) -> NDArray[np.bool_]:
+def is_rejected(variable: h5py.Dataset, flags: NDArray[Any], mask: int) -> NDArray[np.bool_]:
     """Which flags have a bit of the mask, or are themselves fill; same shape."""
     rejected = is_declared_fill(variable, flags)
     if flags.dtype.kind == "f":
@@ -259,7 +251,7 @@ def _is_rejected(variable: h5py.Dataset, flags: NDArray[Any], mask: int) -> NDAr
     return rejected
 
 
-def _version(path: Path, file: h5py.File) -> str | None:
+def version_of(path: Path, file: h5py.File) -> str | None:
     """The processing version, from the file's name ("..._V03_...") or else its attribute `version_id`."""
     if match := _NAME_VERSION.search(path.name):
         return f"V{int(match[1]):02d}"
@@ -269,8 +261,8 @@ def _version(path: Path, file: h5py.File) -> str | None:
 
 def _chunk(radiance: h5py.Dataset) -> tuple[int, int]:
     """(rows, columns) that one chunk of the radiance holds; a row where it isn't chunked."""
-    sizes = dict(zip(_dims(radiance), radiance.chunks or (), strict=False))
-    return sizes.get(Y, 1), sizes.get(X, radiance.shape[_dims(radiance).index(X)])
+    sizes = dict(zip(dims_of(radiance), radiance.chunks or (), strict=False))
+    return sizes.get(Y, 1), sizes.get(X, radiance.shape[dims_of(radiance).index(X)])
 
 
 def _scan_start(path: Path, time: h5py.Dataset | None) -> dt.datetime | None:

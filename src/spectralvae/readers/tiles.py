@@ -18,16 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.readers.base import (
-    COORDINATES,
-    FLAG,
-    Coordinate,
-    Scene,
-    Window,
-    damage_named,
-    given_wavelengths,
-    invalidate,
-)
+from spectralvae.readers.arguments import Window, given_wavelengths
+from spectralvae.readers.base import COORDINATES, FLAG, Coordinate, Scene, damage_named, invalidate
 
 if TYPE_CHECKING:
     from torch import Tensor
