@@ -177,7 +177,7 @@ class TestTempo:
 
     def test_reads_only_the_rows_that_are_used(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read: list[slice] = []
-        slab = tempo_module._slab
+        slab = tempo_module.slab
 
         def watched(variable: Any, dims: Any, window: Any) -> np.ndarray:
             values = slab(variable, dims, window)
@@ -186,7 +186,7 @@ class TestTempo:
                 assert values.nbytes == variable.dtype.itemsize * (window[1] - window[0]) * NX * NC
             return values
 
-        monkeypatch.setattr(tempo_module, "_slab", watched)
+        monkeypatch.setattr(tempo_module, "slab", watched)
         with open_scene(file) as ds:
             assert read == []
             _ = ds.radiance[2:4].values
