@@ -55,7 +55,7 @@ from spectralvae.data import sampling
 from spectralvae.data.loader import BATCHES_AHEAD, TileStream, make_sampler
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.sampling import CropSampler
-from spectralvae.data.store import SceneRecord, Store, scene_folder, shard_file
+from spectralvae.data.store import REQUIRED_ARRAYS, SceneRecord, Store, scene_folder, shard_file
 from spectralvae.data.store_writer import ZWriter, finish_store, write_n_invalid, write_scene_group
 
 NOISE_SHAPE = (32, 16, 16)
@@ -92,7 +92,7 @@ def write_store(path: Path, n_scenes: int, shape: tuple[int, int, int], dtype: s
         write_n_invalid(scene_folder(path, r.id), np.zeros((ny, nx), int), nc)
         write_scene_group(scene_folder(path, r.id), r, {})
     normalization = Normalization("zscore", np.zeros(nc), np.ones(nc), 10.0, None, None, np.arange(1.0, nc + 1))
-    extra = dict.fromkeys(("count", "rounding_rms", "rounding_max", "n_clipped"), np.zeros(nc))
+    extra = {name: np.zeros(nc) for name in REQUIRED_ARRAYS if name not in normalization.arrays()}
     finish_store(path, records, normalization, extra, dtype)
     return Store(path)
 

@@ -74,10 +74,6 @@ def make_store() -> Callable[..., Store]:
     return _make_store
 
 
-# What a store needs beside the normalisation, and what no test of a made-up store looks at.
-EXTRA_ARRAYS = ("count", "rounding_rms", "rounding_max", "n_clipped")
-
-
 def _make_store(
     path: Path,
     scenes: Mapping[str, np.ndarray],
@@ -113,7 +109,8 @@ def _make_store(
     normalization = Normalization(
         "zscore", 1.0 + np.arange(nc), 2.0 + np.arange(nc), 10.0, None, None, 400.0 + np.arange(nc)
     )
-    finish_store(path, records, normalization, dict.fromkeys(EXTRA_ARRAYS, np.zeros(nc)), dtype)
+    extra = {key: np.zeros(nc) for key in store.REQUIRED_ARRAYS if key not in normalization.arrays()}
+    finish_store(path, records, normalization, extra, dtype)
     return Store(path)
 
 

@@ -764,14 +764,32 @@ class TestDamagedArrays:
         (file / "cube/zarr.json").write_text(json.dumps(metadata))
         refused(InputError, "cube/zarr.json", "codec 'numcodecs.pickle'", path=file)
 
-    def test_shards_and_text_beside(self, tmp_path: Path) -> None:
+    def test_text_beside(self, tmp_path: Path) -> None:
         path = tmp_path / "a.zarr"
         root = zarr.open_group(path, mode="w")
-        root.create_array("cube", data=cube(), chunks=(1, 5, 4), shards=(2, 5, 4), dimension_names=YXC)
+        root.create_array("cube", data=cube(), chunks=(1, 5, 4), dimension_names=YXC)
         root.create_array("names", data=np.array(["a", "b"], dtype="T"))
         with open_reader(path, wavelength=NM) as scene:
             np.testing.assert_array_equal(scene.read(slice(1, 5))[0], cube()[1:5])
             assert scene.chunk == (1, 5)
+
+    def test_shards(self, tmp_path: Path) -> None:
+        """A chunk that a shard lacks reads as the fill value, 0 by default: as data."""
+        path = tmp_path / "a.zarr"
+        root = zarr.open_group(path, mode="w")
+        array = root.create_array(
+            "cube", shape=cube().shape, dtype="f4", chunks=(1, 5, 4), shards=(2, 5, 4), dimension_names=YXC
+        )
+        array[::2] = cube()[::2]
+        assert array.nchunks_initialized == array.nchunks
+        refused(InputError, "cube is sharded", path=path, wavelength=NM)
+
+    def test_chunks_of_gigabytes(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.zarr"
+        root = zarr.open_group(path, mode="w")
+        shape = (1000, 1000, 1000)
+        root.create_array("cube", shape=shape, dtype="f4", chunks=shape, dimension_names=YXC)
+        refused(InputError, "a chunk of cube has 4000000000 bytes", path=path, wavelength={"first": 400, "last": 900})
 
     @pytest.mark.parametrize("what", ["symlink", "pipe"])
     def test_links_and_pipes(self, tmp_path: Path, what: str) -> None:

@@ -115,11 +115,11 @@ def test_z_made_with_other_statistics(
     from spectralvae.data import scenes
     from spectralvae.data.normalize import Normalization
 
-    normalize = Normalization.normalize
-    monkeypatch.setattr(scenes.Normalization, "normalize", lambda self, values: factor * normalize(self, values))
+    standardize = Normalization.standardize
+    monkeypatch.setattr(scenes.Normalization, "standardize", lambda self, values: factor * standardize(self, values))
     paths = [write_granule(tmp_path / name(f"2024060{i}T180000"), radiance(i)) for i in (1, 2, 3)]
     wrong = run_prepare(tmp_path / "wrong", list(paths))
-    assert any("the std of z is" in problem for problem in problems(wrong))
+    assert any("its mean square is" in problem for problem in problems(wrong))
 
 
 def test_a_scene(tmp_path: Path, write_granule: WriteGranule, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,8 +126,8 @@ def before_the_group_of_scene_2(monkeypatch: pytest.MonkeyPatch, granules: list[
 
 
 def before_scene_2_has_its_name(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    """Its result is kept: two of the statistics, two of the writing."""
-    at_call(monkeypatch, scenes_module, "_save", 3, after=True)
+    """Its result is kept: two of the statistics, two of level 2, two of the writing."""
+    at_call(monkeypatch, scenes_module, "_save", 5, after=True)
 
 
 def before_the_marker(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
@@ -166,7 +166,7 @@ def test_interrupted_and_started_again(
     assert nothing_opens(out)
     first_scene = out / "scenes" / granules[0].stem / "z" / "c" / "0" / "0" / "0"
     written = first_scene.stat().st_mtime_ns if where is not in_the_statistics else None
-    begun = [p.name for p in (out / ".partial").iterdir() if p.is_dir()]
+    begun = [p.name for p in (out / ".partial").glob("*/*") if p.is_dir()]
     assert bool(begun) == (where not in (in_the_statistics, at_scene_2, before_the_marker))
 
     run_prepare(out, granules, **settings)
@@ -253,9 +253,9 @@ def test_scratch_without_its_plan_is_not_trusted(tmp_path: Path, granules: list[
     out = tmp_path / "store"
     config = PrepareConfig.model_validate({"output_dir": str(out), "inputs": [str(g) for g in granules]})
     with RunDir("prepare", config, overwrite=False, resumable=True) as run:
-        (out / ".partial").mkdir()
+        (out / ".partial" / "old").mkdir(parents=True)
         for scene in truth.scenes:
-            (out / ".partial" / f"{scene.id}.measured.npz").write_bytes(b"stale")
+            (out / ".partial" / "old" / f"{scene.id}.measured.npz").write_bytes(b"stale")
     run.note(state="failed")
     assert run_prepare(out, granules).hash == truth.hash
 

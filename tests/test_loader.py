@@ -271,7 +271,7 @@ def test_nothing_admissible_is_refused(tmp_path: Path, make_store: Callable[...,
         lambda: make_sampler(store, [0], seed=0, tile_size=4, max_invalid_fraction=0.25),
         lambda: grid_crops(store, store.indices("val"), tile_size=4, max_invalid_fraction=0.25, at_most=8),
     ):
-        with pytest.raises(ConfigError, match=r"data\.max_invalid_fraction: 0\.25 leaves no tile") as caught:
+        with pytest.raises(ConfigError, match=r"data\.max_invalid_fraction: 0\.25 leaves hardly a tile") as caught:
             call()
         assert str(store.path) in str(caught.value)
     sampler = make_sampler(store, [0], seed=0, tile_size=4, max_invalid_fraction=0.5)

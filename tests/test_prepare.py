@@ -364,7 +364,9 @@ def test_level_2_that_does_not_fit(tmp_path: Path, granules: list[Path], scene: 
     write_level2(tmp_path / "l2", granules[scene], "NO2", np.ones((NY, NX + 1)))
     refused(InputError, out, granules, str(path), f"{NY} x {NX + 1}", f"{NY} x {NX}", **settings)
     write_level2(tmp_path / "l2", granules[scene], "NO2", np.ones((NY, NX)), units="mol/m^2")
-    refused(InputError, out, granules, "'mol/m^2'", "'molecules/cm^2'", "must be alike", **settings)
+    refused(ConfigError, out, granules, "'mol/m^2'", "molecules/cm^2", "l2.NO2.valid_range", **settings)
+    given = {"split": SPLIT_OF_THREE, "l2": {"NO2": {**section["NO2"], "valid_range": [-1.0, 1e18]}}}
+    refused(InputError, out, granules, "'mol/m^2'", "'molecules/cm^2'", "must be alike", **given)
     path.write_bytes(path.read_bytes()[:1000])
     refused(InputError, out, granules, str(path), **settings)
     path.unlink()

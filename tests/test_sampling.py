@@ -151,7 +151,9 @@ def test_the_limit_itself_is_admissible(fraction: float, n_channels: int, most: 
 
 def test_no_admissible_tile_is_an_error() -> None:
     sampler = sampler_of(0, {0: np.full((8, 9), NC)}, 0.5)
-    with pytest.raises(ConfigError, match=r"data\.max_invalid_fraction: 0\.5 leaves no tile of 4 x 4 in the scenes of"):
+    with pytest.raises(
+        ConfigError, match=r"data\.max_invalid_fraction: 0\.5 leaves hardly a tile of 4 x 4 in the scenes of"
+    ):
         sampler.crop(5)
 
 

@@ -22,7 +22,11 @@ from spectralvae.data.store_writer import ZWriter
 from spectralvae.errors import InputError
 
 NY, NX, NC = 9, 7, 6
-STATISTICS = {"mean", "std", "wavelength", "count", "rounding_rms", "rounding_max", "n_clipped"}
+STATISTICS = set(store_module.REQUIRED_ARRAYS)
+    *("mean", "std", "wavelength", "count", "rounding_rms", "rounding_max", "n_clipped"),
+    "lost_mean",
+    "lost_square",
+}
 DTYPES = ("float16", "float32")
 MakeStore = Callable[..., Store]
 

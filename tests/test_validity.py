@@ -83,7 +83,7 @@ class Planted:
             write_granule(path, values, flag=flag, fill=fill, geometry={"solar_zenith_angle": angle})
             self.paths.append(path)
             self.values.append(np.where(rule == "", values, np.nan).astype(np.float64))
-            self.counts.append({key: int((rule == key).sum()) for key in (*RULES, *CONFIGURED_RULES)})
+            self.counts.append({key: int((rule == key).sum()) for key in (*RULES, *CONFIGURED_RULES, "no_statistics")})
 
     def training_logs(self) -> np.ndarray:
         """(samples, channel) log radiance of a and b, NaN where invalid."""
@@ -283,7 +283,7 @@ def test_all_training_scenes_left_out(tmp_path: Path, scans: list[Path], night: 
     refused(ConfigError, tmp_path / "store", [scans[0], night], "no valid sample", made=True, **settings)
     other = run_prepare(tmp_path / "other", scans, split={"val_fraction": 0})
     settings["normalization"] = {"statistics": str(other.path)}
-    refused(ConfigError, tmp_path / "foreign", [scans[0], night], "no training scene", made=True, **settings)
+    refused(ConfigError, tmp_path / "foreign", [scans[0], night], "no scene of the train split", made=True, **settings)
 
 
 # --- noise, rounding, clipping ----------------------------------------------------------------------

@@ -152,6 +152,8 @@ def _known_keys(schema: type[BaseModel], location: Sequence[str | int]) -> list[
     section: Any = schema
     for part in location:
         if isinstance(part, str):
+            if part not in getattr(section, "model_fields", {}):
+                continue  # a key of a mapping whose values are all of one section
             section = section.model_fields[part].annotation
             members = [section, *get_args(section)]
             section = next(m for m in members if isinstance(m, type) and issubclass(m, BaseModel))

@@ -281,6 +281,8 @@ class SplitConfig(Section):
     def _lists_come_in_pairs(self) -> SplitConfig:
         if (self.train is None) != (self.val is None):
             raise ValueError("train and val are given together or not at all")
+        if self.by is not None and (self.val is not None or self.val_dates is not None):
+            raise ValueError("by: given together with val_dates or lists, which stand in its place; keep one of them")
         if self.val is not None and self.val_dates is not None:
             raise ValueError("val_dates: given together with train and val; keep one of them")
         return self

@@ -22,7 +22,7 @@ from spectralvae.data.store import SceneRecord, Store
 from spectralvae.errors import ConfigError
 
 BATCHES_AHEAD = 2
-SAMPLES_TRIED = 8  # at the start of a run, that nothing can be drawn from is known before it has begun
+POSITIONS_TRIED = 2000  # at the start of a run: that hardly anything can be drawn from must show before it has begun
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def make_sampler(
         count_invalid=store.count_invalid,
         where=_where(store, scenes),
     )
-    for i in range(SAMPLES_TRIED):
-        sampler.crop(i)
+    if not sampler.any_admissible(POSITIONS_TRIED):
+        raise sampling.no_tile_left(max_invalid_fraction, tile_size, _where(store, scenes))
     return sampler
 
 

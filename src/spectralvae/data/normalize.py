@@ -72,12 +72,17 @@ class Normalization:
 
     def normalize(self, radiance: NDArray[Any]) -> Float64:
         """(..., channel) radiance, NaN = invalid -> z, float64, NaN = invalid or below min_radiance."""
+        z = self.standardize(radiance)
+        return np.clip(z, -self.clip, self.clip, out=z)
+
+    def standardize(self, radiance: NDArray[Any]) -> Float64:
+        """As `normalize`, not clipped."""
         radiance = radiance.copy()
         reject_small(radiance, self.transform, self.min_radiance)
         z = transform_values(radiance, self.transform)
         z -= self.mean
         z /= self.std + EPSILON
-        return np.clip(z, -self.clip, self.clip, out=z)
+        return z
 
     def denormalize(self, z: NDArray[Any]) -> Float64:
         """(..., channel) z -> radiance, float64: the inverse of ``normalize`` within the clip."""

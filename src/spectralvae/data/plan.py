@@ -17,9 +17,10 @@ from spectralvae.console import new_progress
 from spectralvae.data.splits import PlannedScene, split_scenes
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import Scene, open_reader
+from spectralvae.readers import arguments as given
 from spectralvae.readers.arguments import Window
 from spectralvae.readers.containers import is_zarr
-from spectralvae.readers.pairing import ProductFolder
+from spectralvae.readers.pairing import ProductFolder, granule_key
 from spectralvae.readers.products import read_product
 from spectralvae.readers.tiles import tile_files
 
@@ -46,6 +47,7 @@ def plan_scenes(config: PrepareConfig, console: Console) -> tuple[list[PlannedSc
         _check_distinct(planned)
         planned = split_scenes(planned, config.split, partial(_crop, config=config), console)
         _check_distinct(planned)  # the parts have names of their own
+        _check_scans(planned)
         _check_copies(planned)
         _check_alike(planned, config.mixed_versions)
         _check_angles(planned, config.validity.max_solar_zenith)
@@ -57,6 +59,8 @@ def plan_scenes(config: PrepareConfig, console: Console) -> tuple[list[PlannedSc
 
 def _expand(pattern: str) -> list[Path]:
     """The files that a path, a glob or a folder means."""
+    if "://" in pattern:
+        raise InputError(f"inputs: {pattern} is a URL; only local files are read: download it first")
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 (pathlib's raises over an unknown user)
     if Path(pattern).exists() or not glob.has_magic(pattern):
         return _scenes_of(Path(pattern)) if Path(pattern).is_dir() else [Path(pattern)]
@@ -73,8 +77,8 @@ def _scenes_of(folder: Path) -> list[Path]:
     paths = tile_files(folder) or sorted(folder.glob("TEMPO_RAD*_L1_*.nc*"))
     if not paths:
         raise InputError(
-            f"inputs: folder {folder} holds no TEMPO_RAD*_L1_*.nc, no tiles NNNNN.pt, and is no Zarr group; "
-            "name the files, with a glob say"
+            f"inputs: folder {folder} holds no TEMPO_RAD*_L1_*.nc and no tiles NNNNN.pt, and is no Zarr group: "
+            "give its files, by a glob for example"
         )
     return paths
 
@@ -130,6 +134,16 @@ def _check_copies(planned: Sequence[PlannedScene]) -> None:
                 raise ConfigError(f"inputs: {twin.scene.path} and {p.scene.path} are copies of one file: give it once")
 
 
+def _check_scans(planned: Sequence[PlannedScene]) -> None:
+    """One scan may be there in several files (of two versions, say): it may not be trained on and judged with."""
+    seen: dict[str, PlannedScene] = {}
+    for p in planned:
+        if p.scene.format == "tempo" and (scan := granule_key(p.scene.path)):
+            twin = seen.setdefault(scan, p)
+            if twin.scene.path.resolve() != p.scene.path.resolve():
+                raise ConfigError(f"inputs: {twin.scene.path} and {p.scene.path} are of one scan: leave one out")
+
+
 def _overlap(a: Scene, b: Scene) -> bool:
     if a.region is None or b.region is None:
         return True
@@ -180,6 +194,11 @@ def _pair(planned: Sequence[PlannedScene], config: PrepareConfig) -> None:
                 expected_shape=(ny, nx),
             )
             first = first or found
+            if found.version != first.version and not config.mixed_versions:
+                raise ConfigError(
+                    f"l2.{product}: version of {found.path} is {found.version}, but of {first.path} {first.version}: "
+                    "leave one out, or set mixed_versions: true"
+                )
             if (found.field, found.units) != (first.field, first.units):
                 raise InputError(
                     f"{found.path}: {found.field} is in {found.units!r}, but {first.field} of {first.path} in "
@@ -226,4 +245,5 @@ def _channel_means(scene: Scene) -> Float64:
     if not known.any(axis=0).all():
         missing = int(np.argmin(known.any(axis=0)))
         raise InputError(f"{scene.path}: channel {missing} has no wavelength anywhere")
-    return np.asarray(np.nanmean(wavelength, axis=0), np.float64)
+    means = np.asarray(np.nanmean(wavelength, axis=0), np.float64)
+    return given.check_wavelengths(f"{scene.path}: wavelength", means, len(means))

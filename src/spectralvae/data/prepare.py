@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import resource
 import shutil
@@ -11,11 +12,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from spectralvae import __version__
 from spectralvae.config import PrepareConfig
 from spectralvae.console import new_progress, warn
 from spectralvae.data.normalize import Float64, Normalization
@@ -31,7 +34,7 @@ from spectralvae.data.scenes import (
     write,
 )
 from spectralvae.data.splits import PlannedScene
-from spectralvae.data.store import SceneRecord
+from spectralvae.data.store import FORMAT, SceneRecord
 from spectralvae.data.store_statistics import Statistics, check_transform, given_statistics, own_statistics
 from spectralvae.data.store_writer import finish_store
 from spectralvae.data.targets import TargetTransform, fit_transform
@@ -39,6 +42,7 @@ from spectralvae.data.validity import Validity
 from spectralvae.data.workers import Runner, workers
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.readers import Scene
+from spectralvae.readers.base import FLAG
 from spectralvae.readers.products import PRODUCTS
 from spectralvae.rundir import RunDir, write_atomic
 from spectralvae.signals import stop_at_once
@@ -67,10 +71,10 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
     with run, stop_at_once():
         scratch = run.path / ".partial"
         scratch.mkdir(exist_ok=True)
-        check_same_plan(planned, given.source if given else None, run.path, scratch)
+        folder = resumable_scratch(planned, given.source if given else None, run.path, scratch)
         bench = Bench(
             root=run.path.absolute(),
-            scratch=scratch.absolute(),
+            scratch=folder.absolute(),
             validity=validity,
             products={str(product): wanted for product, wanted in config.l2.items()},
             dtype=config.dtype,
@@ -92,8 +96,10 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
         written = [load_written(bench, p) for p in planned]
         records = [w.record for w in written if w.record is not None]
         left_out = [p.id for p, w in zip(planned, written, strict=True) if w.record is None]
-        if not any(record.split == "train" for record in records):
-            raise ConfigError("inputs: no training scene has a valid sample")
+        for split in {p.split for p in planned} - {record.split for record in records}:
+            raise ConfigError(
+                f"inputs: no scene of the {split} split has a valid sample ({', '.join(left_out[:5])}); split otherwise"
+            )
         arrays = {**statistics.more, **_written_arrays(written, statistics)}
         store_hash = finish_store(
             run.path,
@@ -147,40 +153,50 @@ def _work(work: Runner, progress: Progress, text: str, what: Any, scenes: Sequen
     work(what, scenes, partial(progress.advance, task))
 
 
-def check_same_plan(planned: Sequence[PlannedScene], statistics: str | None, root: Path, scratch: Path) -> None:
-    """An interrupted preparation goes on only from the same files, split alike.
+def resumable_scratch(planned: Sequence[PlannedScene], statistics: str | None, root: Path, scratch: Path) -> Path:
+    """Where the results of this preparation are, or will be: it goes on only from the same files, split alike.
 
     A file that appeared under a glob meanwhile would move scenes between training and validation, and change the
-    statistics, while scenes already written keep the old ones.
+    statistics, while scenes already written keep the old ones. Only a file of which nothing was kept yet may have
+    changed: a damaged one that was mended.
+
+    Returns:
+        A folder in ``scratch`` that no other preparation has ever used: a worker that was lost may still be at work.
 
     Raises:
-        ConfigError: a file is new, gone or changed since the preparation began, or the given statistics are others.
+        ConfigError: a file is new, gone or changed since the preparation began.
     """
     plan: dict[str, Any] = {
         f"inputs: scene {p.id}": [p.split, *(_identity(path) for path in (*p.scene.files(), *p.products.values()))]
         for p in planned
     }
     plan["normalization.statistics: the source"] = statistics
+    plan["spectralvae: the version"] = [__version__, FORMAT]
     begun = scratch / "plan.json"
     if begun.is_file():
         before = json.loads(begun.read_text())
+        folder = scratch / str(before.pop("folder"))
+        kept = {f"inputs: scene {p.id}" for p in planned if any(folder.glob(f"{glob.escape(p.id)}.*.npz"))}
         changed = {what for what in before.keys() & plan.keys() if before[what] != plan[what]}
+        mended = {what for what in changed - kept if what.startswith("inputs") and before[what][0] == plan[what][0]}
         for how, found in (
             ("is new", plan.keys() - before.keys()),
             ("is gone", before.keys() - plan.keys()),
-            ("has changed", changed),
+            ("has changed", changed - mended),
         ):
             if found:
                 raise ConfigError(
                     f"{min(found)} {how} since the preparation in {root} began: start afresh with --overwrite"
                 )
-        return
-    shutil.rmtree(scratch)
-    scratch.mkdir()
-    (root / "zarr.json").unlink(missing_ok=True)
-    if (root / "scenes").exists():
-        shutil.rmtree(root / "scenes")
-    write_atomic(begun, json.dumps(plan))
+    else:
+        shutil.rmtree(scratch)
+        folder = scratch / uuid4().hex
+        folder.mkdir(parents=True)
+        (root / "zarr.json").unlink(missing_ok=True)
+        if (root / "scenes").exists():
+            shutil.rmtree(root / "scenes")
+    write_atomic(begun, json.dumps({**plan, "folder": folder.name}))
+    return folder
 
 
 def _identity(path: Path) -> list[Any]:
@@ -216,11 +232,14 @@ def _written_arrays(written: Sequence[Written], statistics: Statistics) -> dict[
     if "count" in statistics.more and not np.array_equal(count, statistics.more["count"]):
         raise RunError("inputs: a file changed between the statistics and the writing; start afresh with --overwrite")
     n_valid = sum((w.n_valid for w in written), np.int64(0))
+    lost = np.sum([w.lost for w in written if w.record and w.record.split == "train"], axis=0)
     return {
         "count": count,
         "n_clipped": sum((w.n_clipped for w in written), np.int64(0)),
         "rounding_max": np.max([w.rounding_max for w in written], axis=0),
         "rounding_rms": np.sqrt(sum(w.rounding_sum for w in written) / np.maximum(n_valid, 1)),
+        "lost_mean": lost[0] / np.maximum(count, 1),
+        "lost_square": lost[1] / np.maximum(count, 1),
     }
 
 
@@ -242,6 +261,8 @@ def report(
         console.print(f"{product}: {valid} of {pixels} pixels are valid ({valid / pixels:.1%})")
     if left_out:
         warn(console, f"left out, for they have no valid sample: {', '.join(left_out)}")
+    if any(FLAG in r.absent and r.version for r in records):
+        warn(console, f"some granules have no {FLAG}: their bad samples count as valid")
     absent = sorted({name for r in records for name in r.absent})
     if absent:
         console.print(f"absent in some scenes: {', '.join(absent)}")
@@ -253,7 +274,7 @@ def report(
     )
     n_val = sum(r.split == "val" for r in records)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and ".partial" not in file.parts)
-    source = sum(r.source_bytes for r in records)
+    source = sum({r.sha256: r.source_bytes for r in records}.values())  # regions share their file
     console.print(
         f"store {path}: {len(records) - n_val} training and {n_val} validation scenes, {total / 1e6:.1f} M samples, "
         f"{size / 1e6:.1f} MB ({size / source:.2f} of the sources)"

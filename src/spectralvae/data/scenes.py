@@ -6,8 +6,9 @@ any order, and a preparation that was interrupted goes on from what is there.
 
 from __future__ import annotations
 
-import io
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,10 +39,10 @@ from spectralvae.errors import InputError
 from spectralvae.readers import Scene
 from spectralvae.readers.base import file_sha256
 from spectralvae.readers.products import ProductField, read_product
-from spectralvae.rundir import write_atomic
 
 BLOCK_SAMPLES = 4_000_000  # read at a time: 16 MB of float32
 BELOW_MINIMUM = "below_min_radiance"
+NO_STATISTICS = "no_statistics"  # the rule of samples whose channel has no valid training sample
 
 Advance = Callable[[int], None]  # called with the number of pixels that are done
 Counts = dict[str, int]
@@ -162,9 +163,7 @@ def measure(bench: Bench, p: PlannedScene, advance: Advance) -> None:
     for product in bench.products:
         kept = _product_file(bench, p, product)
         if not kept.is_file():
-            buffer = io.BytesIO()
-            np.save(buffer, product_field(bench, p, product).values)
-            write_atomic(kept, buffer.getvalue())
+            _save(kept, values=product_field(bench, p, product).values)
 
 
 def load_measured(bench: Bench, p: PlannedScene) -> Measured:
@@ -177,7 +176,8 @@ def load_measured(bench: Bench, p: PlannedScene) -> Measured:
 
 def load_product_values(bench: Bench, p: PlannedScene, product: str) -> NDArray[np.float32]:
     """The level-2 field that `measure` read: (y, x) float32, NaN = invalid."""
-    return np.asarray(np.load(_product_file(bench, p, product)), np.float32)
+    with np.load(_product_file(bench, p, product)) as saved:
+        return np.asarray(saved["values"], np.float32)
 
 
 def product_field(bench: Bench, p: PlannedScene, product: str) -> ProductField:
@@ -200,7 +200,7 @@ def _measured_file(bench: Bench, p: PlannedScene) -> Path:
 
 
 def _product_file(bench: Bench, p: PlannedScene, product: str) -> Path:
-    return bench.scratch / f"{p.id}.{product}.npy"
+    return bench.scratch / f"{p.id}.{product}.npz"
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -216,6 +216,7 @@ class Written:
         n_clipped: (channel) samples whose z was clipped.
         rounding_max: (channel) largest |stored - z|.
         rounding_sum: (channel) sum of (stored - z)^2.
+        lost: (2, channel) sums of z - stored and of z^2 - stored^2, z before it was clipped.
     """
 
     record: SceneRecord | None
@@ -223,6 +224,7 @@ class Written:
     n_clipped: NDArray[np.int64]
     rounding_max: NDArray[np.float64]
     rounding_sum: NDArray[np.float64]
+    lost: NDArray[np.float64]
 
 
 def write(
@@ -263,11 +265,16 @@ def write(
     elif not bench.leave_out:
         raise _all_invalid(p, counts)
     _save(kept, **{**vars(written), "record": json.dumps(record)})
-    if record is None or folder.is_dir():
+    if record is None:
         shutil.rmtree(attempt)
-    else:
-        folder.parent.mkdir(exist_ok=True)
+        return
+    folder.parent.mkdir(exist_ok=True)
+    try:
         attempt.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(attempt)  # another worker was first, with the same content
 
 
 def load_written(bench: Bench, p: PlannedScene) -> Written:
@@ -288,25 +295,33 @@ def _write_z(
     """Write z; also returns (y, x) invalid samples, rejected samples by rule, and the digest of z."""
     ny, nx, nc = p.scene.shape
     n_invalid = np.zeros((ny, nx), np.int64)
-    written = Written(None, np.zeros(nc, np.int64), np.zeros(nc, np.int64), np.zeros(nc), np.zeros(nc))
+    n_valid, n_clipped = np.zeros((2, nc), np.int64)
+    written = Written(None, n_valid, n_clipped, np.zeros(nc), np.zeros(nc), np.zeros((2, nc)))
     counts: Counts = {}
     attributes = {"long_name": f"normalised radiance ({normalization.transform})", "units": "1"}
     if coordinates:
         attributes["coordinates"] = " ".join(coordinates)  # CF
     with ZWriter(folder, p.scene.shape, bench.dtype, attributes) as writer:
         for block in blocks(p.scene, bench.validity):
-            z = normalization.normalize(block.values)
-            stored = writer.write(block.rows.start, block.columns.start, z)
+            z = normalization.standardize(block.values)
+            clipped = np.clip(z, -normalization.clip, normalization.clip)
+            stored = writer.write(block.rows.start, block.columns.start, clipped)
             invalid = np.isnan(z)
             n_invalid[block.rows, block.columns] = np.count_nonzero(invalid, axis=-1)
             written.n_valid[:] += block.n_pixels - np.count_nonzero(invalid, axis=(0, 1))
-            written.n_clipped[:] += np.count_nonzero(np.abs(z) == normalization.clip, axis=(0, 1))
-            z -= stored
-            z[invalid] = 0.0
-            np.maximum(written.rounding_max, np.abs(z).max(axis=(0, 1)), out=written.rounding_max)
-            written.rounding_sum[:] += np.einsum("yxc,yxc->c", z, z)
-            counts = _add(counts, block.counts)
+            written.n_clipped[:] += np.count_nonzero(clipped != z, axis=(0, 1)) - np.count_nonzero(invalid, axis=(0, 1))
+            for values in (z, clipped):
+                values[invalid] = 0.0
+            back = np.where(invalid, 0.0, stored.astype(np.float64))
+            written.lost[0] += (z - back).sum(axis=(0, 1))
+            written.lost[1] += ((z - back) * (z + back)).sum(axis=(0, 1))
+            clipped -= back
+            np.maximum(written.rounding_max, np.abs(clipped).max(axis=(0, 1)), out=written.rounding_max)
+            written.rounding_sum[:] += np.einsum("yxc,yxc->c", clipped, clipped)
+            dead = int(np.count_nonzero(invalid)) - sum(block.counts.values())
+            counts = _add(counts, {**block.counts, NO_STATISTICS: dead})
             advance(block.n_pixels)
+    assert sum(counts.values()) == n_invalid.sum()
     return written, n_invalid, counts, writer.sha256
 
 
@@ -377,6 +392,10 @@ def _all_invalid(p: PlannedScene, counts: Counts) -> InputError:
 
 
 def _save(path: Path, **arrays: Any) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomic(path, buffer.getvalue())
+    """Write a result; by a name of its own first, for another worker may be at the same scene."""
+    temporary = path.with_name(f".{uuid4().hex}.npz")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -34,7 +34,17 @@ from spectralvae.errors import InputError
 from spectralvae.rundir import command_of
 
 FORMAT = 2
-REQUIRED_ARRAYS = ("mean", "std", "wavelength", "count", "rounding_rms", "rounding_max", "n_clipped")
+REQUIRED_ARRAYS = (
+    "mean",
+    "std",
+    "wavelength",
+    "count",
+    "rounding_rms",
+    "rounding_max",
+    "n_clipped",
+    "lost_mean",
+    "lost_square",
+)
 
 
 @dataclass(frozen=True)

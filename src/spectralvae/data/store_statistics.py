@@ -105,6 +105,10 @@ def _spectra(folder: Path, n_channels: int) -> Statistics:
                 f"normalization.statistics: {folder / name}_spectrum.pt has {len(values)} channels, "
                 f"but the inputs have {n_channels}"
             )
+    if not (std > 0).all():
+        raise ConfigError(
+            f"normalization.statistics: {folder}/std_spectrum.pt is not above 0 in channel {int(np.argmin(std))}"
+        )
     digest = hashlib.sha256(mean.tobytes() + std.tobytes()).hexdigest()
     return Statistics(mean, std, {}, f"mean_spectrum.pt and std_spectrum.pt, {digest}")
 

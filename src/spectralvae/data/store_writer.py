@@ -50,6 +50,8 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "noise": {"long_name": "median of radiance_error / radiance over the valid training samples", "units": "1"},
     "rounding_rms": {"long_name": "root mean square of what storing z in its type changed, all scenes", "units": "1"},
     "rounding_max": {"long_name": "largest change of a z by storing it in its type, all scenes", "units": "1"},
+    "lost_mean": {"long_name": "mean of z - stored z over the valid training samples, z before clipping", "units": "1"},
+    "lost_square": {"long_name": "mean of z^2 - stored z^2 over the valid training samples", "units": "1"},
     "n_clipped": {"long_name": "number of samples whose z was clipped, all scenes", "units": "1"},
     "n_invalid": {"long_name": "number of invalid channels", "units": "1"},
     "wavelength": {"standard_name": "radiation_wavelength", "units": "nm"},

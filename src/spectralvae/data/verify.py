@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from spectralvae.data.normalize import EPSILON
 from spectralvae.data.statistics import Moments
 from spectralvae.data.store import Store, beside_digest, scene_folder, shard_file
 from spectralvae.data.store_writer import shard_index
 from spectralvae.errors import InputError
 
 _BLOCK_BYTES = 2**24
+_TOLERANCE = 1e-8  # of sums in float64 over all training samples
 
 
 def verify_store(store: Store, advance: Callable[[int], None]) -> list[str]:
@@ -93,24 +95,27 @@ def _read_scene(store: Store, scene: int, advance: Callable[[int], None]) -> _Fo
 
 
 def _check_statistics(store: Store, training: Moments) -> list[str]:
-    """z of the training scenes must have as many samples as were counted, and mean 0 and deviation 1.
+    """z of the training scenes must have as many samples as were counted, mean 0 and mean square 1.
 
-    Rounding moves every z by at most `rounding_max`, and so mean and deviation by no more. A channel of which samples
-    were clipped, or one normalised by the statistics of another store, need not have mean 0 and deviation 1.
+    What rounding and clipping took from both stands in the store. With std + 1e-8 in the denominator of z, its mean
+    square is (std / (std + 1e-8))^2. A store that took its statistics from another one has other means.
     """
     problems = []
     if not np.array_equal(training.count, store.arrays["count"]):
         wrong = np.flatnonzero(training.count != store.arrays["count"])
         problems.append(f"{store.path / 'count'}: is wrong in {len(wrong)} channels, first in {wrong[0]}")
     if store.attributes.get("statistics_from") is None:
-        exact = (training.count > 0) & (store.arrays["n_clipped"] == 0)
-        bound = store.arrays["rounding_max"] + 1e-8 / np.maximum(store.normalization.std, 1e-300) + 1e-9
-        for name, found, expected in (("mean", training.mean, 0.0), ("std", training.std, 1.0)):
-            wrong = np.flatnonzero(exact & ~(np.abs(found - expected) <= bound))
+        std = store.normalization.std
+        square = training.m2 / np.maximum(training.count, 1) + training.mean**2
+        for what, found, expected in (
+            ("mean", training.mean + store.arrays["lost_mean"], np.zeros_like(std)),
+            ("mean square", square + store.arrays["lost_square"], (std / (std + EPSILON)) ** 2),
+        ):
+            wrong = np.flatnonzero((training.count > 0) & ~(np.abs(found - expected) <= _TOLERANCE))
             if len(wrong):
                 c = wrong[0]
                 problems.append(
-                    f"{store.path / name}: does not normalise z: the {name} of z is {found[c]:.6g} in channel {c}, "
-                    f"not {expected:g} within {bound[c]:.1e} ({len(wrong)} such channels)"
+                    f"{store.path}: mean and std do not normalise z: its {what} is {found[c]:.9g} in channel {c}, "
+                    f"not {expected[c]:.9g} ({len(wrong)} such channels)"
                 )
     return problems

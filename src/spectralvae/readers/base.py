@@ -118,11 +118,15 @@ class Scene(ABC):
         return sorted(file for file in self.path.rglob("*") if file.is_file())
 
     def sha256(self) -> str:
-        """SHA-256 of the file, hexadecimal; of several files that of their names and digests."""
+        """SHA-256 of the file, hexadecimal; of several files that of their digests, and of their names in a folder.
+
+        It doesn't depend on the scene's own name: a copy under another one has the same.
+        """
         files = self.files()
         if files == [self.path]:
             return file_sha256(self.path)
-        lines = [f"{file_sha256(file)}  {file.relative_to(self.path.parent)}\n" for file in files]
+        inside = self.path if self.path.is_dir() else None
+        lines = [f"{file_sha256(file)}  {file.relative_to(inside) if inside else ''}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property

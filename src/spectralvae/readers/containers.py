@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import struct
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from spectralvae.errors import InputError
 from spectralvae.readers import hdf5
 from spectralvae.readers.base import damage_named
+from spectralvae.readers.hdf5 import MAX_CHUNK_BYTES
 from spectralvae.readers.packing import NUMERIC_ATTRIBUTES
 
 _ATTRIBUTES = (*NUMERIC_ATTRIBUTES, "units", "_Unsigned")
@@ -215,6 +217,17 @@ class _Zarr:
     def check(self, name: str) -> None:
         """Zarr reads a chunk that is not there as its fill value, lost or never written."""
         array = self._arrays[name]
+        if getattr(array, "shards", None) is not None:
+            raise InputError(
+                f"{self._path}: {name} is sharded, and zarr doesn't tell which chunks of a shard are there; write it"
+                " without shards"
+            )
+        chunk_bytes = math.prod(array.chunks) * np.dtype(array.dtype).itemsize
+        if chunk_bytes > MAX_CHUNK_BYTES:
+            raise InputError(
+                f"{self._path}: a chunk of {name} has {chunk_bytes} bytes; at most {MAX_CHUNK_BYTES} are read: write"
+                " smaller chunks"
+            )
         with damage_named(self._path, *_ZARR_DAMAGE):
             missing = array.nchunks - array.nchunks_initialized
         if missing:

@@ -262,7 +262,10 @@ def _chunk_extents(what: str, variable: h5py.Dataset) -> NDArray[np.int64]:
     places = np.unique(starts // np.array(variable.chunks, dtype=np.uint64), axis=0)
     aligned = not (starts % np.array(variable.chunks, dtype=np.uint64)).any()
     if len(found) != grid or len(places) != grid or not aligned or (starts >= variable.shape).any():
-        raise InputError(f"{what}: {len(places)} of {grid} chunks are in their places{damaged}")
+        raise InputError(
+            f"{what}: {len(places)} of {grid} chunks are in their places: either the file is damaged, then fetch it"
+            " again, or not all of it was ever written"
+        )
     if skipping := sum(chunk.filter_mask != 0 for chunk in found):
         raise InputError(f"{what}: {skipping} of {grid} chunks skip filters{damaged}")
     codes = [code for code, _ in _filters(variable)]

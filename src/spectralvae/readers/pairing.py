@@ -13,6 +13,12 @@ from spectralvae.readers.products import FILE_NAME, product_spec
 _GRANULE = re.compile(r"_(\d{8}T\d{6}Z)_(S\d{3}G\d{2})(?![0-9A-Za-z])")
 
 
+def granule_key(path: Path) -> str | None:
+    """Time and scan (SsssGgg) in a granule's name, which tell scans apart; None where it has none."""
+    match = _GRANULE.search(path.name)
+    return None if match is None else "_".join(match.groups())
+
+
 class ProductFolder:
     """The files of one product in a folder; its listing is read once, for it may be long.
 

@@ -57,8 +57,9 @@ class ProductSpec:
     rejected_bits: int | None = None
 
     def holds_for(self, field: str, units: str | None) -> bool:
-        """Do range, divide and transform hold for a field (name or path)? The default one, or one in its units."""
-        return field.rsplit("/", 1)[-1] == self.field or units == self.units
+        """Do range, divide and transform hold for a field (name or path)? For a quantity in the default one's units."""
+        usual = field.rsplit("/", 1)[-1] == self.field
+        return (units == self.units and (usual or self.units != "1")) or (usual and units is None)
 
 
 PRODUCTS = {

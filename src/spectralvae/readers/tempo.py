@@ -121,6 +121,7 @@ class TempoScene(Scene):
             hdf5.check_variables(self.path, variables)
             for place, variable in variables.items():
                 hdf5.check_written(self.path, place, variable)
+        super().probe()
 
     def _open(self) -> h5py.File:
         return _open(self.path)
