@@ -13,6 +13,7 @@ import pytest
 from spectralvae.cli import run
 from spectralvae.data.store import Store, scene_folder, shard_file
 from spectralvae.data.verify import verify_store
+from spectralvae.errors import InputError
 from tests.preparing import name, radiance, run_prepare
 from tests.tiny import flip, write_tiny
 
@@ -76,6 +77,22 @@ def test_arrays_beside_z(store: Store, array: str) -> None:
             assert any(str(folder) in problem for problem in problems(store)), file
             file.write_bytes(kept)
     assert problems(store) == []
+
+
+@pytest.mark.parametrize("file", ["z/zarr.json", "zarr.json", "../../zarr.json"])
+@pytest.mark.parametrize("change", [('"float16"', '"int16"'), ('"latitude"', '"longitude"')])
+def test_metadata(store: Store, file: str, change: tuple[str, str]) -> None:
+    """z as another type, or an array under another name: what the numbers mean."""
+    path = scene_folder(store.path, store.scenes[0].id) / file
+    text = path.read_text()
+    if change[0] not in text:
+        pytest.skip("not in this file")
+    path.write_text(text.replace(*change))
+    try:
+        found = problems(store)
+    except InputError:  # the root says that it isn't what it was
+        return
+    assert found != []
 
 
 def test_a_lost_shard_and_a_cut_one(store: Store) -> None:

@@ -356,3 +356,57 @@ def test_killed_at_any_time(tmp_path: Path, granules: list[Path], settings: dict
     assert found.returncode == 0, found.stderr
     assert json.loads((out / "run.json").read_text())["state"] == "finished"
     assert same_content(out, whole.path)
+
+
+def test_a_damaged_file_may_be_mended(tmp_path: Path, granules: list[Path]) -> None:
+    """What was done of the other scenes is kept; of this one nothing had been."""
+    whole = run_prepare(tmp_path / "whole", granules, split=SPLIT_OF_THREE)
+    good = granules[1].read_bytes()
+    damaged = bytearray(good)
+    damaged[good.index(b"\x00" * 8, len(good) // 2) :] = b""
+    granules[1].write_bytes(bytes(damaged))
+    out = tmp_path / "mended"
+    with pytest.raises(InputError):
+        run_prepare(out, granules, split=SPLIT_OF_THREE)
+    granules[1].write_bytes(good)
+    assert run_prepare(out, granules, split=SPLIT_OF_THREE).hash == whole.hash
+
+
+def test_a_file_that_fails_in_the_middle_may_be_mended(
+    tmp_path: Path, granules: list[Path], small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_prepare(tmp_path / "whole", granules, split=SPLIT_OF_THREE)
+    out = tmp_path / "mended"
+    with monkeypatch.context() as patch:
+        in_the_statistics(patch, granules)
+        with pytest.raises(Interrupted):
+            run_prepare(out, granules, split=SPLIT_OF_THREE)
+    os.utime(granules[1], ns=(1, 1))
+    assert run_prepare(out, granules, split=SPLIT_OF_THREE).hash == whole.hash
+
+
+def test_results_of_another_run_are_not_taken(
+    tmp_path: Path, granules: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was lost may finish its scene while the next run, of another config, is at work."""
+    out = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        before_the_marker(patch, granules)
+        with pytest.raises(Interrupted):
+            run_prepare(out, granules, split=SPLIT_OF_THREE)
+    (old,) = (path for path in (out / ".partial").iterdir() if path.is_dir())
+    kept = {path.name: path.read_bytes() for path in old.glob("*.npz")}
+    assert kept
+    work = prepare_module.measure
+
+    def late(bench: Any, p: Any, advance: Any) -> None:
+        old.mkdir(exist_ok=True)
+        for name_, content_ in kept.items():
+            (old / name_).write_bytes(content_)
+        work(bench, p, advance)
+
+    settings: dict[str, Any] = {"split": SPLIT_OF_THREE, "normalization": {"transform": "zscore"}}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "measure", late)
+        store = run_prepare(out, granules, overwrite=True, **settings)
+    assert store.hash == run_prepare(tmp_path / "fresh", granules, **settings).hash

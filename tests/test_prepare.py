@@ -31,6 +31,8 @@ from preparing import (
     z_of,
 )
 
+from spectralvae.config import PrepareConfig
+from spectralvae.configfile import load_config
 from spectralvae.data import scenes as scenes_module
 from spectralvae.data.store import Store
 from spectralvae.data.targets import TargetTransform
@@ -522,3 +524,81 @@ def test_hash_follows_the_data(tmp_path: Path, granules: list[Path], write_granu
     hashes.append(run_prepare(tmp_path / "3", granules).hash)
     assert all(a != b for a, b in pairwise(hashes))
     assert len(set(hashes)) == 4
+
+
+# --- one scene, whatever its files are called ------------------------------------------------------
+
+
+def test_a_scan_in_two_files_is_refused(tmp_path: Path, granules: list[Path], write_granule: WriteGranule) -> None:
+    """Processed twice, it is not byte-identical, and would still be trained on and judged with."""
+    for again in (granules[0].name.replace("V03", "V04"), granules[0].name.replace(".nc", "-034.nc")):
+        other = write_granule(tmp_path / again, radiance(9))
+        refused(ConfigError, tmp_path / "store", [*granules, other], "of one scan", again, mixed_versions=True)
+        other.unlink()
+
+
+def test_copies_of_scenes_of_several_files(tmp_path: Path) -> None:
+    """ENVI has two files, which are called alike."""
+    envi = pytest.importorskip("spectral").io.envi
+    inputs = []
+    for scene in ("a", "b"):
+        metadata = {"wavelength": ["400", "500", "600"], "wavelength units": "Nanometers"}
+        cube = np.random.default_rng(0).uniform(1, 2, (12, 9, 3)).astype(np.float32)
+        envi.save_image(str(tmp_path / f"{scene}.hdr"), cube, ext="img", metadata=metadata)
+        inputs.append(tmp_path / f"{scene}.hdr")
+    refused(ConfigError, tmp_path / "store", inputs, "copies of one file", normalization=REFLECTANCE)
+
+
+def test_level_2_of_another_version(tmp_path: Path, granules: list[Path]) -> None:
+    section = write_products(tmp_path / "l2", granules, ("NO2",))
+    path = tmp_path / "l2" / granules[1].name.replace("RAD_L1", "NO2_L2")
+    path.rename(path.with_name(path.name.replace("V03", "V04")))
+    refused(ConfigError, tmp_path / "store", granules, "l2.NO2: version", "V04", l2=section)
+    assert run_prepare(tmp_path / "mixed", granules, l2=section, mixed_versions=True).scenes
+
+
+def test_wavelengths_that_do_not_increase(tmp_path: Path, granules: list[Path], write_granule: WriteGranule) -> None:
+    wrong = np.broadcast_to(300 + 0.2 * np.arange(NC)[::-1], (NX, NC))
+    paths = [write_granule(path, radiance(i), wavelength=wrong) for i, path in enumerate(granules)]
+    refused(ConfigError, tmp_path / "store", paths, "must increase", paths[0].name)
+
+
+def test_a_std_of_zero_is_refused(tmp_path: Path, granules: list[Path]) -> None:
+    for name_, values in (("mean", torch.ones(NC)), ("std", torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0]))):
+        torch.save(values, tmp_path / f"{name_}_spectrum.pt")
+    settings = {"normalization": {"statistics": str(tmp_path)}}
+    refused(ConfigError, tmp_path / "store", granules, "std_spectrum.pt", "channel 2", **settings)
+
+
+def test_no_validation_scene_is_left(tmp_path: Path, granules: list[Path], write_granule: WriteGranule) -> None:
+    """A validation that was asked for does not vanish."""
+    write_granule(granules[2], np.full((NY, NX, NC), np.nan))
+    settings = {"split": SPLIT_OF_THREE, "validity": {"all_invalid": "leave_out"}}
+    refused(ConfigError, tmp_path / "store", granules, "no scene of the val split", made=True, **settings)
+
+
+def test_a_url_is_refused(tmp_path: Path) -> None:
+    refused(InputError, tmp_path / "store", ["https://example.org/a.nc"], "URL", "only local files")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"split": {"by": "day", "val_dates": ["2024-06-01"]}}, "by: given together"),
+        ({"split": {"val_dates": ["2024-06-31"]}}, "split.val_dates"),
+        ({"split": {"val_dates": ["2024-06-03/2024-06-01"]}}, "must end after it begins"),
+        ({"cluster": "somewhere"}, "neither local nor an address"),
+        ({"n_workers": 2}, "belongs to `cluster: local`"),
+        ({"validity": {"valid_range": [2.0, 1.0]}}, "is not [low, high]"),
+        ({"l2": {"NO2": {"folder": "x", "quality": 1}}}, "l2.NO2.quality: unknown key, did you mean max_quality"),
+        ({"l2": {"NO2": {"dir": "x"}}}, "l2.NO2.folder: this key is required"),
+        ({"l2": {"SO2": {"folder": "x"}}}, "l2"),
+    ],
+)
+def test_mistakes_in_the_config(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    config = tmp_path / "prepare.yaml"
+    config.write_text(json.dumps({"output_dir": str(tmp_path / "store"), "inputs": ["x.nc"], **settings}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(PrepareConfig, config)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

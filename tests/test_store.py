@@ -17,16 +17,12 @@ import xarray as xr
 import zarr
 
 from spectralvae.data import store_writer
-from spectralvae.data.store import FORMAT, Store, content_hash
+from spectralvae.data.store import FORMAT, REQUIRED_ARRAYS, Store, content_hash
 from spectralvae.data.store_writer import ZWriter
 from spectralvae.errors import InputError
 
 NY, NX, NC = 9, 7, 6
-STATISTICS = set(store_module.REQUIRED_ARRAYS)
-    *("mean", "std", "wavelength", "count", "rounding_rms", "rounding_max", "n_clipped"),
-    "lost_mean",
-    "lost_square",
-}
+STATISTICS = set(REQUIRED_ARRAYS)
 DTYPES = ("float16", "float32")
 MakeStore = Callable[..., Store]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -46,8 +47,11 @@ def command_of(folder: Path) -> str | None:
     return str(record.get("command")) if isinstance(record, dict) and record.get("tool") == TOOL else None
 
 
-class Stopped(Exception):
-    """A signal asked the command to stop, and it has saved its work; ``exit_code`` 75 or 130."""
+class Stopped(BaseException):
+    """A signal asked the command to stop, and it has saved its work; ``exit_code`` 75 or 130.
+
+    No `Exception`, like KeyboardInterrupt: libraries that catch all of these would go on.
+    """
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"stopped, exit code {exit_code}")
@@ -261,3 +265,5 @@ class RunDir:
         finally:
             assert self._lock is not None
             self._lock.close()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            raise RunError(f"{self.path}: {error.strerror}; make room and start again") from error

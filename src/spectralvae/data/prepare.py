@@ -24,6 +24,7 @@ from spectralvae.console import new_progress, warn
 from spectralvae.data.normalize import Float64, Normalization
 from spectralvae.data.plan import plan_scenes
 from spectralvae.data.scenes import (
+    NO_STATISTICS,
     Bench,
     Written,
     load_measured,
@@ -266,6 +267,8 @@ def report(
     absent = sorted({name for r in records for name in r.absent})
     if absent:
         console.print(f"absent in some scenes: {', '.join(absent)}")
+    if unknown := rules.get(NO_STATISTICS, 0):
+        warn(console, f"{unknown} samples are of channels without statistics, and stay masked")
     if clipped := int(arrays["n_clipped"].sum()):
         console.print(f"clipped: {clipped} samples ({clipped / total:.2g} of all)")
     console.print(

@@ -34,6 +34,7 @@ from spectralvae.errors import InputError
 from spectralvae.rundir import command_of
 
 FORMAT = 2
+MAX_CHANNELS = 1_000_000
 REQUIRED_ARRAYS = (
     "mean",
     "std",
@@ -113,11 +114,11 @@ def scene_folder(store: Path, scene_id: str) -> Path:
 
 
 def beside_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files of a scene's group, but for those of z and its own metadata."""
+    """SHA-256 over the names and contents of all files of a scene's group, but for z's numbers and its own metadata."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and name.parts[0] != "z" and str(name) != "zarr.json":
+        if path.is_file() and name.parts[:2] != ("z", "c") and str(name) != "zarr.json":
             content = path.read_bytes()
             digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
@@ -130,6 +131,22 @@ def content_hash(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any
     for name in sorted(arrays):
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
     return digest.hexdigest()
+
+
+def _root_array(folder: Path) -> NDArray[Any]:
+    """A statistic, if it is stored as this tool stores it: other codecs may run code, other sizes fill the memory."""
+    metadata = json.loads((folder / "zarr.json").read_text())
+    plain = {"bytes", "zstd"}
+    if (
+        metadata["zarr_format"] != 3
+        or metadata["data_type"] not in ("float64", "int64")
+        or not {codec["name"] for codec in metadata["codecs"]} <= plain
+        or len(metadata["shape"]) != 1
+        or metadata["shape"][0] > MAX_CHANNELS
+        or metadata["chunk_grid"]["configuration"]["chunk_shape"] != metadata["shape"]
+    ):
+        raise ValueError(f"{folder.name} is no statistic of at most {MAX_CHANNELS} channels")
+    return np.asarray(zarr.open_array(folder, mode="r")[:])
 
 
 class Store:
@@ -166,7 +183,9 @@ class Store:
                 what = f"is a store of format {found}" if found else "is a Zarr group, but no spectralvae store"
                 raise InputError(f"store {path}: {what}; needed: format {FORMAT}; prepare it with this version")
             names = {*REQUIRED_ARRAYS, *attributes["arrays"]}
-            arrays = {name: np.asarray(zarr.open_array(path / name, mode="r")[:]) for name in names}
+            arrays = {name: _root_array(path / name) for name in names}
+            if len({array.shape for array in arrays.values()}) > 1:
+                raise ValueError("root arrays of several lengths")
             self.arrays = arrays
             self.attributes = {name: value for name, value in attributes.items() if name != "scenes"}
             self.normalization = Normalization.from_parts(attributes["normalization"], arrays)

@@ -175,12 +175,22 @@ def write_array(path: Path, dims: tuple[str, ...], values: NDArray[Any], attribu
 
 def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
     """Write a group's own metadata, those of its members included; it comes after them."""
+    write_atomic(folder / "zarr.json", group_json(folder, attributes))
+
+
+def group_json(folder: Path, attributes: Mapping[str, Any]) -> str:
+    """A group's metadata, with those of all its members."""
     members = {
         str(path.parent.relative_to(folder)): json.loads(path.read_text())
         for path in sorted(folder.rglob("zarr.json"))
         if path.parent != folder
     }
-    write_atomic(folder / "zarr.json", _group_json(attributes, members))
+    return _group_json(attributes, members)
+
+
+def scene_attributes(record: SceneRecord) -> dict[str, Any]:
+    """Of a scene's group. The table of scenes has all of the record, and is parsed at every opening; so are these."""
+    return {key: value for key, value in asdict(record).items() if key in GROUP_ATTRIBUTES}
 
 
 def write_scene_group(folder: Path, record: SceneRecord, arrays: Mapping[str, NamedArray]) -> SceneRecord:
@@ -188,8 +198,7 @@ def write_scene_group(folder: Path, record: SceneRecord, arrays: Mapping[str, Na
     for name, (dims, values) in arrays.items():
         write_array(folder / name, dims, values, ATTRIBUTES.get(name, {}))
     record = replace(record, beside_sha256=beside_digest(folder))
-    # The table of scenes has all of it, and is parsed at every opening; so are these.
-    write_group(folder, {key: value for key, value in asdict(record).items() if key in GROUP_ATTRIBUTES})
+    write_group(folder, scene_attributes(record))
     return record
 
 
@@ -241,7 +250,16 @@ def finish_store(
     }
     attributes["hash"] = content_hash(attributes, all_arrays)
 
-    members: dict[str, Any] = {name: json.loads((path / name / "zarr.json").read_text()) for name in all_arrays}
+    os.sync()  # the arrays beside z were written by zarr, which does not wait for the disk
+    write_atomic(path / "scenes" / "zarr.json", _group_json({}, {}))
+    write_atomic(path / "zarr.json", root_json(path, attributes, records))
+    return str(attributes["hash"])
+
+
+def root_json(path: Path, attributes: Mapping[str, Any], records: Sequence[SceneRecord]) -> str:
+    """The root's metadata, with those of its arrays and of the scenes."""
+    names = attributes["arrays"]
+    members: dict[str, Any] = {name: json.loads((path / name / "zarr.json").read_text()) for name in names}
     members["scenes"] = {"zarr_format": 3, "node_type": "group", "attributes": {}, "consolidated_metadata": _EMPTY}
     for record in records:
         group = json.loads((scene_folder(path, record.id) / "zarr.json").read_text())
@@ -250,6 +268,4 @@ def finish_store(
             members |= {f"scenes/{record.id}/{name}": metadata for name, metadata in inside.items()}
             group["consolidated_metadata"] = _EMPTY
         members[f"scenes/{record.id}"] = group
-    write_atomic(path / "scenes" / "zarr.json", _group_json({}, {}))
-    write_atomic(path / "zarr.json", _group_json(attributes, members))
-    return str(attributes["hash"])
+    return _group_json(attributes, members)

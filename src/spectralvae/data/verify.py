@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from spectralvae.data.normalize import EPSILON
 from spectralvae.data.statistics import Moments
 from spectralvae.data.store import Store, beside_digest, scene_folder, shard_file
-from spectralvae.data.store_writer import shard_index
+from spectralvae.data.store_writer import group_json, root_json, scene_attributes, shard_index
 from spectralvae.errors import InputError
 
 _BLOCK_BYTES = 2**24
@@ -53,11 +55,24 @@ def verify_store(store: Store, advance: Callable[[int], None]) -> list[str]:
                 problems.append(f"{folder / 'n_invalid'}: does not count the invalid samples of z")
         if beside_digest(folder) != record.beside_sha256:
             problems.append(f"{folder}: an array beside z has changed (the SHA-256 is not the table's)")
+        if not _is_as_written(folder / "zarr.json", partial(group_json, folder, scene_attributes(record))):
+            problems.append(f"{folder / 'zarr.json'}: the group's metadata have changed")
         if record.split == "train":
             training = training.merge(found.moments)
     if not problems:
+        attributes = {**store.attributes, "scenes": [asdict(record) for record in store.scenes]}
+        if not _is_as_written(store.path / "zarr.json", partial(root_json, store.path, attributes, store.scenes)):
+            problems.append(f"{store.path / 'zarr.json'}: the metadata of arrays or scenes have changed")
         problems += _check_statistics(store, training)
     return problems
+
+
+def _is_as_written(path: Path, content: Callable[[], str]) -> bool:
+    """Does a file hold the JSON that would be written now, from metadata that can be read?"""
+    try:
+        return bool(json.loads(path.read_text()) == json.loads(content()))
+    except (OSError, ValueError):
+        return False
 
 
 @dataclass(frozen=True)

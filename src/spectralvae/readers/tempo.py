@@ -176,7 +176,7 @@ def _choose_band(path: Path, file: h5py.File, band: str | None) -> str:
     if not bands:
         raise InputError(f"{path}: {_what_it_is(file)}; formats read now: {READABLE}")
     if band is not None and band not in bands:
-        raise ConfigError(f"{path}: no band {band!r} in it; its bands: {', '.join(bands)}")
+        raise ConfigError(f"{path}: band: no {band!r} in it; its bands: {', '.join(bands)}")
     if band is None and len(bands) > 1 and DEFAULT_BAND not in bands:
         raise ConfigError(f"{path}: it holds several bands, name one of them with band: {', '.join(bands)}")
     return band or (DEFAULT_BAND if DEFAULT_BAND in bands else bands[0])
