@@ -291,13 +291,13 @@ class SplitConfig(Section):
 class PrepareConfig(CommandConfig):
     """`spectralvae prepare`: scenes to a store (output_dir is the store)."""
 
-    inputs: list[InputSpec] = Field(min_length=1, description="files, globs, or mappings with the keys below")
+    inputs: list[InputSpec] = Field(min_length=1, description="files, globs, folders, or mappings with the keys below")
     band: str | None = Field(None, description="TEMPO: band_290_490_nm (default) or band_540_740_nm")
     mixed_versions: bool = Field(False, description="TEMPO: take files of several processing versions (V03 and V04)")
     validity: ValidityConfig = ValidityConfig()
     normalization: PrepareNormalizationConfig = PrepareNormalizationConfig()
     split: SplitConfig = SplitConfig()
-    l2: dict[Product, ProductConfig] = Field({}, description="level-2 products to store beside each scene")
+    l2: dict[Product, ProductConfig] = Field({}, description="level-2 products (PRODUCT: NO2, HCHO, O3TOT, CLDO4) to store beside each scene")
     dtype: Literal["float16", "float32"] = Field("float16", description="type of z in the store")
     cluster: str | None = Field(
         None,
