@@ -297,7 +297,9 @@ class PrepareConfig(CommandConfig):
     validity: ValidityConfig = ValidityConfig()
     normalization: PrepareNormalizationConfig = PrepareNormalizationConfig()
     split: SplitConfig = SplitConfig()
-    l2: dict[Product, ProductConfig] = Field({}, description="level-2 products (PRODUCT: NO2, HCHO, O3TOT, CLDO4) to store beside each scene")
+    l2: dict[Product, ProductConfig] = Field(
+        {}, description="level-2 products (PRODUCT: NO2, HCHO, O3TOT, CLDO4) to store beside each scene"
+    )
     dtype: Literal["float16", "float32"] = Field("float16", description="type of z in the store")
     cluster: str | None = Field(
         None,
