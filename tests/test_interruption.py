@@ -35,7 +35,7 @@ from spectralvae.config import PrepareConfig
 from spectralvae.data import prepare as prepare_module
 from spectralvae.data import scenes as scenes_module
 from spectralvae.data.store import Store
-from spectralvae.errors import ConfigError, InputError
+from spectralvae.errors import ConfigError, InputError, RunError
 from spectralvae.readers import Scene
 from spectralvae.rundir import RunDir, Stopped
 
@@ -410,3 +410,44 @@ def test_results_of_another_run_are_not_taken(
         patch.setattr(prepare_module, "measure", late)
         store = run_prepare(out, granules, overwrite=True, **settings)
     assert store.hash == run_prepare(tmp_path / "fresh", granules, **settings).hash
+
+
+def test_a_file_that_changes_in_the_middle(
+    tmp_path: Path, granules: list[Path], write_granule: WriteGranule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the statistics and the writing: what is written would not be what was measured."""
+    write = prepare_module.write
+
+    def changed(bench: Any, normalization: Any, targets: Any, p: Any, advance: Any) -> None:
+        if p.scene.path == granules[0]:
+            values = radiance(1)
+            values[2, 3, 4] = np.nan
+            write_granule(granules[0], values)
+        write(bench, normalization, targets, p, advance)
+
+    monkeypatch.setattr(prepare_module, "write", changed)
+    with pytest.raises(RunError, match="changed between the statistics and the writing"):
+        run_prepare(tmp_path / "store", granules, split=SPLIT_OF_THREE)
+    with pytest.raises(InputError):
+        Store(tmp_path / "store")
+
+
+def test_nothing_of_an_older_store_stays(tmp_path: Path, granules: list[Path]) -> None:
+    """A folder whose plan was lost begins anew: neither an old root nor old scenes may pass for new ones."""
+    out = tmp_path / "store"
+    old = run_prepare(out, granules, split={"val_fraction": 0})
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "state": "failed"}))
+    stray = out / "scenes" / "stray"
+    stray.mkdir()
+
+    def gone(*_: Any) -> Any:
+        assert not (out / "zarr.json").exists()
+        assert not stray.exists()
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "measure", gone)
+        with pytest.raises(Interrupted):
+            run_prepare(out, granules, split={"val_fraction": 0})
+    assert run_prepare(out, granules, split={"val_fraction": 0}).hash == old.hash
