@@ -1,6 +1,7 @@
 """Shared by all tests: where the real files are, writers of tiny inputs, and the golden table at the end of a run."""
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from spectralvae.data import store
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.store import SceneRecord, Store
 from spectralvae.data.store_writer import NamedArray, ZWriter, finish_store, write_n_invalid, write_scene_group
+
+
+# A job in the background of a shell inherits that Ctrl-C is ignored; tests and their processes send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
