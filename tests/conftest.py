@@ -14,7 +14,6 @@ from spectralvae.data.normalize import Normalization
 from spectralvae.data.store import SceneRecord, Store
 from spectralvae.data.store_writer import NamedArray, ZWriter, finish_store, write_n_invalid, write_scene_group
 
-
 # A job in the background of a shell inherits that Ctrl-C is ignored; tests and their processes send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
