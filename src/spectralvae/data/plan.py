@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from spectralvae.config import InputSpec, PrepareConfig
 from spectralvae.console import new_progress
+from spectralvae.data.normalize import Float64
 from spectralvae.data.splits import PlannedScene, split_scenes
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import Scene, open_reader
@@ -23,8 +23,6 @@ from spectralvae.readers.containers import is_zarr
 from spectralvae.readers.pairing import ProductFolder, granule_key
 from spectralvae.readers.products import read_product
 from spectralvae.readers.tiles import tile_files
-
-Float64 = NDArray[np.float64]
 
 
 def plan_scenes(config: PrepareConfig, console: Console) -> tuple[list[PlannedScene], Float64]:
@@ -221,10 +219,9 @@ def check_wavelengths(planned: Sequence[PlannedScene], reference: PlannedScene, 
         ConfigError: a scene has others.
     """
     expected = _channel_means(reference.scene)
-    limit = float(np.nanmedian(np.abs(np.diff(expected)))) if len(expected) > 1 else np.inf
     for p in planned:
         found = _channel_means(p.scene)
-        worst = float(np.nanmax(np.abs(found - expected)))
+        worst, limit = wavelength_gap(found, expected)
         if worst > limit:
             raise ConfigError(
                 f"inputs: wavelengths of {p.scene.path} ({_span(found)}) differ by up to {worst:.3f} nm from those of "
@@ -232,6 +229,12 @@ def check_wavelengths(planned: Sequence[PlannedScene], reference: PlannedScene, 
             )
         advance()
     return expected
+
+
+def wavelength_gap(found: Float64, expected: Float64) -> tuple[float, float]:
+    """How far (channel) wavelengths lie from those expected at most, and how far they may: one channel spacing; nm."""
+    limit = float(np.median(np.diff(expected))) if len(expected) > 1 else np.inf
+    return float(np.abs(found - expected).max()), limit
 
 
 def _span(wavelength: Float64) -> str:

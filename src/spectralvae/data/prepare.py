@@ -87,7 +87,7 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
             if given is None or config.l2:
                 with stages.timed("statistics"):
                     _work(work, progress, "statistics of the training scenes", partial(measure, bench), training)
-            if bench.measured:
+            if bench.leave_out and bench.products:  # level 2 of a scene that is left out does not count
                 training = [p for p in training if load_measured(bench, p).n_valid] or training
             statistics = given or own_statistics(bench, training, config.normalization, wavelength, console)
             normalization = _normalization(config, planned[0].scene, statistics, wavelength)

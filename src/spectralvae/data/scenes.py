@@ -308,17 +308,18 @@ def _write_z(
             stored = writer.write(block.rows.start, block.columns.start, clipped)
             invalid = np.isnan(z)
             n_invalid[block.rows, block.columns] = np.count_nonzero(invalid, axis=-1)
-            written.n_valid[:] += block.n_pixels - np.count_nonzero(invalid, axis=(0, 1))
-            written.n_clipped[:] += np.count_nonzero(clipped != z, axis=(0, 1)) - np.count_nonzero(invalid, axis=(0, 1))
+            n_missing = np.count_nonzero(invalid, axis=(0, 1))
+            written.n_valid[:] += block.n_pixels - n_missing
             for values in (z, clipped):
                 values[invalid] = 0.0
+            written.n_clipped[:] += np.count_nonzero(clipped != z, axis=(0, 1))
             back = np.where(invalid, 0.0, stored.astype(np.float64))
             written.lost[0] += (z - back).sum(axis=(0, 1))
             written.lost[1] += ((z - back) * (z + back)).sum(axis=(0, 1))
             clipped -= back
             np.maximum(written.rounding_max, np.abs(clipped).max(axis=(0, 1)), out=written.rounding_max)
             written.rounding_sum[:] += np.einsum("yxc,yxc->c", clipped, clipped)
-            dead = int(np.count_nonzero(invalid)) - sum(block.counts.values())
+            dead = int(n_missing.sum()) - sum(block.counts.values())
             counts = _add(counts, {**block.counts, NO_STATISTICS: dead})
             advance(block.n_pixels)
     assert sum(counts.values()) == n_invalid.sum()

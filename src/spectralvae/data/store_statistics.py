@@ -14,6 +14,7 @@ from rich.console import Console
 from spectralvae.config import NormalizationConfig, PrepareConfig
 from spectralvae.console import warn
 from spectralvae.data.normalize import Float64
+from spectralvae.data.plan import wavelength_gap
 from spectralvae.data.scenes import BELOW_MINIMUM, Bench, load_measured
 from spectralvae.data.splits import PlannedScene
 from spectralvae.data.statistics import Moments, RatioHistogram
@@ -83,8 +84,7 @@ def given_statistics(config: PrepareConfig, planned: Sequence[PlannedScene], wav
         if ours != other:
             raise ConfigError(f"normalization.statistics: {what} of {path} is {other}, but here {ours}")
     assert theirs.normalization.wavelength is not None
-    limit = float(np.median(np.abs(np.diff(wavelength)))) if n_channels > 1 else np.inf
-    worst = float(np.abs(theirs.normalization.wavelength - wavelength).max())
+    worst, limit = wavelength_gap(theirs.normalization.wavelength, wavelength)
     if worst > limit:
         raise ConfigError(
             f"normalization.statistics: wavelengths of {path} differ by up to {worst:.3f} nm from those of the inputs; "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spectralvae.data.normalize import Float64
 from spectralvae.data.statistics import Moments
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.readers.products import ProductSpec
@@ -16,7 +17,6 @@ from spectralvae.readers.products import ProductSpec
 NORMAL_MAD = 1.4826  # the standard deviation of a normal distribution is so many of its MADs
 MARGIN = 0.01  # fractions of 0 and 1 have no finite logit
 
-Float64 = NDArray[np.float64]
 Passes = Callable[[], Iterable[NDArray[np.float32]]]  # each call gives the same arrays, of any shapes, NaN = invalid
 
 
