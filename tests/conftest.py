@@ -18,6 +18,16 @@ from spectralvae.data.store_writer import NamedArray, ZWriter, finish_store, wri
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torture", action="store_true", help="run the tests of test_torture_*.py in full")
+
+
+@pytest.fixture(scope="session")
+def amount(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
+    """amount(quick, full): how many cases a test tries, `full` of them under `make torture`."""
+    return lambda quick, full: full if pytestconfig.getoption("torture") else quick
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real files, which are not part of the project."""

@@ -335,6 +335,7 @@ MAY_CHANGE = {
     "training.keep_last",
     "training.keep_every",
     "training.device",
+    "training.peer_timeout",
     "data.num_workers",
     "data.store",
 }

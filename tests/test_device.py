@@ -6,6 +6,7 @@ import torch
 from spectralvae.console import new_console
 from spectralvae.errors import ConfigError
 from spectralvae.training import device
+from spectralvae.training.distributed import Ranks
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def three_gpus(monkeypatch):
 
 
 def test_auto_takes_the_gpu_with_most_free_memory(three_gpus, capsys):
-    assert device.choose_device("auto", new_console()) == torch.device("cuda:1")
+    assert device.choose_device("auto", Ranks(), new_console()) == torch.device("cuda:1")
     printed = capsys.readouterr().out
     assert "GPU number 1" in printed
     assert "30.0 GB free" in printed
@@ -26,16 +27,33 @@ def test_auto_takes_the_gpu_with_most_free_memory(three_gpus, capsys):
 
 def test_auto_without_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.choose_device("auto", new_console()) == torch.device("cpu")
+    assert device.choose_device("auto", Ranks(), new_console()) == torch.device("cpu")
     assert "no CUDA device" in capsys.readouterr().out
 
 
 def test_named_device_is_taken_or_refused(three_gpus):
-    assert device.choose_device("cuda:2", new_console()) == torch.device("cuda:2")
-    assert device.choose_device("cuda", new_console()) == torch.device("cuda:0")
-    assert device.choose_device("cpu", new_console()) == torch.device("cpu")
+    assert device.choose_device("cuda:2", Ranks(), new_console()) == torch.device("cuda:2")
+    assert device.choose_device("cuda", Ranks(), new_console()) == torch.device("cuda:0")
+    assert device.choose_device("cpu", Ranks(), new_console()) == torch.device("cpu")
     with pytest.raises(ConfigError, match="cuda:3 is absent: this machine has 3 CUDA devices"):
-        device.choose_device("cuda:3", new_console())
+        device.choose_device("cuda:3", Ranks(), new_console())
+
+
+def test_each_process_takes_its_own_gpu(three_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for name in ("auto", "cuda"):
+        taken = [device.choose_device(name, Ranks(rank, 6, rank % 3), new_console()) for rank in range(6)]
+        assert taken == [torch.device("cuda", i) for i in (0, 1, 2, 0, 1, 2)]
+    assert device.choose_device("cpu", Ranks(1, 2, 1), new_console()) == torch.device("cpu")
+    for name, local_rank, words in (("cuda:1", 0, "cannot be shared"), ("auto", 3, "number 3"), ("auto", None, "None")):
+        with pytest.raises(ConfigError, match=words):
+            device.choose_device(name, Ranks(0, 4, local_rank), new_console())
+
+
+def test_a_launcher_may_show_each_process_one_gpu(three_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device.choose_device("auto", Ranks(3, 4, 3), new_console()) == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize(("free", "warned"), [(50e9, False), (1e9, True)])

@@ -25,6 +25,7 @@ from spectralvae.model import AutoencoderKL
 from spectralvae.training import trainer
 from spectralvae.training.trainer import Trainer
 from spectralvae.training.validation import Validation
+from spectralvae.training.watch import Watch
 
 N_STEPS = 14
 
@@ -46,7 +47,7 @@ def store(tmp_path_factory):
 def pictures(monkeypatch, request):
     """Pictures take most of a tiny run's time: drawn only where a test is marked so."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr(trainer.plots, "draw_curves", lambda *_: None)
+        monkeypatch.setattr(Watch, "draw", lambda *_: None)
         monkeypatch.setattr(Validation, "draw", lambda *_: Figure(figsize=(1, 1)))
 
 
@@ -78,22 +79,22 @@ def rows(run):
 def final_bytes(run, step=N_STEPS):
     """What must be byte-equal: weights, optimizer, random states, metrics."""
     folder = run / "checkpoints" / f"step={step:06d}"
-    names = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "trainer.json", "manifest.json")
+    names = ("model.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json")
     return {name: (folder / name).read_bytes() for name in names} | {"metrics": (run / "metrics.jsonl").read_bytes()}
 
 
 def at_step(monkeypatch, step, action):
     """Call ``action`` once, right before update number ``step``."""
-    original = Trainer._optimize
+    original = Trainer._advance
     done = []
 
-    def optimize(self, batch):
+    def advance(self, batch, signals):
         if self.step + 1 == step and not done:
             done.append(step)
             action()
-        return original(self, batch)
+        return original(self, batch, signals)
 
-    monkeypatch.setattr(Trainer, "_optimize", optimize)
+    monkeypatch.setattr(Trainer, "_advance", advance)
 
 
 @pytest.mark.pictures
@@ -106,9 +107,9 @@ def test_run_leaves_what_the_contract_says(train, capsys):
     assert validated == [0, 4, 8, 12, 14]
     keys = {"step", "loss", "nll_loss", "kl_loss", "pixel_mse"}
     for row in metrics:
-        expected = keys | {f"val_{key}" for key in keys - {"step"}} if row["step"] in validated else keys
-        assert set(row) == expected
-    for name in ("config.yaml", "run.json", "timing.jsonl", "baselines.json", "summary/loss.png"):
+        expected = keys | ({f"val_{key}" for key in keys - {"step"}} if row["step"] in validated else set())
+        assert set(row) == expected | ({"grad_norm"} if row["step"] else set())
+    for name in ("config.yaml", "run.json", "timing.jsonl", "baselines.json", "summary/loss.png", "summary/index.html"):
         assert (run / name).is_file()
     for name in ("summary/recons_err.png", "summary/kl.png", "figures/reconstructions_step=000005.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -161,11 +162,11 @@ def test_killed_run_goes_on_exactly(train, store, tmp_path):
         "import os, signal, sys\n"
         "from spectralvae.training.trainer import Trainer\n"
         "from spectralvae.cli import run\n"
-        "original = Trainer._optimize\n"
-        "def optimize(self, batch):\n"
+        "original = Trainer._advance\n"
+        "def advance(self, batch, signals):\n"
         "    if self.step == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(self, batch)\n"
-        "Trainer._optimize = optimize\n"
+        "    return original(self, batch, signals)\n"
+        "Trainer._advance = advance\n"
         "run(['train', sys.argv[1]])\n"
     )
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number rounds differently
@@ -431,7 +432,7 @@ def test_one_forward_pass_a_step(train, monkeypatch):
 def test_debug_mode_is_a_short_run_with_everything(store, tmp_path, monkeypatch):
     """Its settings, without its 200 steps."""
     seen = {}
-    monkeypatch.setattr(trainer, "train", lambda config, run, console: seen.update(config=config))
+    monkeypatch.setattr(trainer, "train", lambda config, *_: seen.update(config=config))
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), "data": {"store": str(store)}}))
     assert cli(["train", str(path), "--debug"]) == 0

@@ -5,11 +5,12 @@ Checkpoints and export folders have these files; a checkpoint has the optimizer'
     model.safetensors           weights, with mltools' names
     config.json                 settings of the network and of the normalisation
     normalization.safetensors   mean, std (channel), wavelength where known; absent without normalisation
-    manifest.json               size and SHA-256 of every file
+    manifest.json               size and SHA-256 of every file, and a digest of these
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -31,11 +32,15 @@ from spectralvae import __version__
 from spectralvae.data.normalize import Normalization
 from spectralvae.errors import ConfigError, DamagedError, InputError
 from spectralvae.model import AutoencoderKL
-from spectralvae.rundir import write_atomic
+from spectralvae.rundir import room_for, write_atomic
 from spectralvae.settings import build_model
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+# What a file system says of itself, or of something else in a file's place. A lost permission or connection is no
+# damage: the file may be whole.
+_DAMAGE = {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
 
 @dataclass(frozen=True)
@@ -98,43 +103,55 @@ def pack_model(
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write an artifact so that ``folder`` is either whole or not there.
 
-    Temporary name, fsync of every file and of the folder, check of what was written, rename. A folder of that
-    name is replaced. What a kill may leave beside it has a name that begins with a dot.
+    Temporary name, fsync of every file and of the folder, check of what was written, rename. What a kill may leave
+    beside it has a name that begins with a dot.
+
+    A whole folder of that name stays as it is, and nothing is written: one folder cannot take another's name in a
+    single step, so a kill between two would cost it. A damaged one has nothing to lose, and is replaced.
 
     Args:
         folder: where it is to lie.
         files: name -> content, as from ``pack_model``.
 
     Raises:
-        InputError: what was written is not what is read back.
+        InputError: what was written is not what is read back, or the folder of that name is of another format.
+        NoRoomError: it does not fit; nothing of it stays.
     """
+    if _is_whole(folder):
+        return
     temporary = folder.with_name(f".{folder.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    with room_for(folder, sum(map(len, files.values()))):
+        try:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
+            write_files(temporary, files)
+            _move_into_place(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _is_whole(folder: Path) -> bool:
+    if not os.path.lexists(folder):
+        return False
     try:
-        write_files(temporary, files)
-        _move_into_place(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        verify(folder)
+    except DamagedError:
+        return False
+    return True
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename ``temporary`` to ``folder``; the folder of that name goes only once the new one has its name."""
+    """Rename ``temporary`` to ``folder``; what had that name is damaged."""
     old = hidden_old(folder)
-    try:
-        if folder.exists():  # a folder cannot be renamed onto one that is not empty
-            if old.exists():
-                shutil.rmtree(old)
-            folder.rename(old)
-        temporary.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
+    if os.path.lexists(folder):  # a folder cannot be renamed onto one that is not empty
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+    temporary.rename(folder)
     _fsync_folder(folder.parent)
-    if old.exists():
+    if os.path.lexists(old):
         shutil.rmtree(old)
 
 
@@ -152,12 +169,13 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
     Raises:
         InputError: what was written is not what is read back.
+        NoRoomError: a file does not fit.
     """
     entries = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in files.items()}
     manifest = {"format": FORMAT, "files": entries}
     for name, content in files.items():
         write_atomic(folder / name, content)
-    write_atomic(folder / MANIFEST, json.dumps({**manifest, "digest": _digest(manifest)}, indent=2) + "\n")
+    write_atomic(folder / MANIFEST, _signed(manifest))
     verify(folder)
     _fsync_folder(folder)
 
@@ -174,8 +192,10 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return _sha256(json.dumps(manifest, sort_keys=True).encode())
+def _signed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest's file, with the digest of the rest at its end."""
+    digest = _sha256(json.dumps(manifest, sort_keys=True).encode())
+    return (json.dumps({**manifest, "digest": digest}, indent=2) + "\n").encode()
 
 
 def verify(folder: Path) -> dict[str, bytes]:
@@ -206,17 +226,20 @@ def _read_bytes(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise DamagedError(f"{path}: is missing: the folder is incomplete") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        kind = DamagedError if error.errno in _DAMAGE else InputError
+        raise kind(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """The entries of a manifest, name -> bytes and sha256."""
+    content = _read_bytes(path)
     try:
-        manifest = json.loads(_read_bytes(path))
-        digest = manifest.pop("digest")
+        manifest = json.loads(content)
+        del manifest["digest"]
+        signed = _signed(manifest)  # the same rule in every format
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
-    if digest != _digest(manifest):  # the same rule in every format
+    if content != signed:  # compared as bytes: what JSON may say in many ways counts, too
         raise DamagedError(f"{path}: is damaged: its digest does not fit")
     if manifest.get("format") != FORMAT:
         raise InputError(

@@ -24,7 +24,7 @@ from spectralvae.config import (
 )
 from spectralvae.configfile import dump_config, load_config, to_yaml
 from spectralvae.console import new_console
-from spectralvae.errors import RunError, UserError
+from spectralvae.errors import PeerError, RunError, UserError
 from spectralvae.rundir import RunDir, Stopped
 
 app = typer.Typer(
@@ -60,9 +60,13 @@ def _read(schema: type[C], path: Path, settings: list[str] | None, print_config:
 def _claim(command: str, config: CommandConfig, **options: Any) -> RunDir:
     run = RunDir(command, config, **options)
     if run.finished:
-        console.print(f"{run.path}: this run is finished; nothing to do (--overwrite starts it afresh)")
+        _say_finished(config)
         raise typer.Exit
     return run
+
+
+def _say_finished(config: CommandConfig) -> None:
+    console.print(f"{config.output_dir}: this run is finished; nothing to do (--overwrite starts it afresh)")
 
 
 @app.command()
@@ -130,10 +134,19 @@ def train(
 ) -> None:
     """Train the network on a store; started again, it goes on where it was."""
     cfg = _read(TrainConfig, config, set_, print_config, debug=debug)
-    run = _claim("train", cfg, overwrite=overwrite, resumable=True, may_differ=may_change_on_resume)
-    from spectralvae.training.trainer import train as work
+    from spectralvae.training.distributed import find_ranks
 
-    work(cfg, run, console)
+    ranks = find_ranks()
+    console.quiet = not ranks.leads
+    options = {"overwrite": overwrite, "resumable": True, "may_differ": may_change_on_resume}
+    with ranks.joined(cfg.training.peer_timeout):
+        run = ranks.lead(RunDir, "train", cfg, **options)
+        if ranks.share(run is not None and run.finished):
+            _say_finished(cfg)
+            return
+        from spectralvae.training.trainer import train as work
+
+        work(cfg, run, ranks, console)
 
 
 @app.command()
@@ -189,6 +202,8 @@ def run(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _fail(str(error), 2)
+    except PeerError as error:  # the process that failed says so itself, and the first one for all
+        return 1 if console.quiet else _fail(str(error), 1)
     except RunError as error:
         return _fail(str(error), 1)
     except Stopped as stopped:

@@ -16,10 +16,11 @@ def warn(console: Console, message: str) -> None:
     console.print(f"WARNING: {message}", style="bold yellow")
 
 
-def new_progress(*fields: str) -> Progress:
+def new_progress(*fields: str, quiet: bool = False) -> Progress:
     """A progress bar on stderr; ``fields`` are rich markup over a task's own fields.
 
-    It is for people: where stderr is no terminal, nothing but an error's one line is printed there.
+    It is for people: where stderr is no terminal, nothing but an error's one line is printed there. ``quiet`` is for
+    processes beside the one that shows it.
     """
     console = Console(stderr=True)
     return Progress(
@@ -30,5 +31,5 @@ def new_progress(*fields: str) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=quiet or not console.is_terminal,
     )

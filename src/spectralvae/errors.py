@@ -26,3 +26,11 @@ class DamagedError(InputError):
 
 class RunError(SpectralvaeError):
     """Work that had begun cannot go on (a loss that is not finite, a full disk); exit code 1."""
+
+
+class PeerError(RunError):
+    """Another process of the run failed, and says why on its own stderr."""
+
+
+class NoRoomError(RunError):
+    """A disk is full, a quota used up, or a file larger than files may be."""

@@ -548,7 +548,19 @@ class AutoencoderKL(nn.Module):
         posterior = self.encode(x)
         if noise is not None and noise.shape != posterior.mean.shape:
             raise ValueError(f"noise must have shape {tuple(posterior.mean.shape)}, not {tuple(noise.shape)}")
-        difference = x - self.decode(posterior.sample(noise))  # (B, C, S)
+        return self.loss_of(x, self.decode(posterior.sample(noise)), posterior, mask)
+
+    def loss_of(
+        self, x: Tensor, x_hat: Tensor, posterior: DiagonalGaussianDistribution, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a reconstruction, as `get_loss` defines and returns it.
+
+        Args:
+            x, x_hat: (B, C, S), finite.
+            posterior: of the latents, (B, E, s).
+            mask: bool (B, C, S), True = valid.
+        """
+        difference = x - x_hat
         if mask is not None:
             difference = difference.masked_fill(~mask, 0.0)
             n_valid = mask.sum()

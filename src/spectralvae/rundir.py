@@ -7,10 +7,12 @@ import fcntl
 import json
 import os
 import platform
+import resource
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -19,23 +21,69 @@ from typing import IO, Any, Literal, Self
 from spectralvae import __version__
 from spectralvae.config import CommandConfig
 from spectralvae.configfile import dump_config, to_yaml
-from spectralvae.errors import ConfigError, RunError
+from spectralvae.errors import ConfigError, NoRoomError, RunError
 
 TOOL = "spectralvae"
 State = Literal["running", "stopped", "finished", "failed"]
 
+_NO_ROOM = {  # errno -> what to do
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "delete what you can spare, or have the quota raised,",
+    errno.EFBIG: "raise `ulimit -f`",
+}
+
+
+@contextmanager
+def room_for(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Make one line of whatever tells that there is no room; what is free is looked up once the block is left.
+
+    Args:
+        path: what is being written, named in place of its parts and temporary files.
+        needed: how many bytes it takes, where known.
+
+    Raises:
+        NoRoomError: the disk is full, a quota used up, or a file larger than files may be.
+    """
+    try:
+        yield
+    except (OSError, NoRoomError) as error:
+        cause = error.__cause__ if isinstance(error, NoRoomError) else error
+        if not isinstance(cause, OSError) or cause.errno not in _NO_ROOM:
+            raise
+        raise _no_room(cause, path, needed) from cause
+
+
+def _no_room(error: OSError, path: Path, needed: int | None) -> NoRoomError:
+    assert error.errno is not None
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    figures = [f"{shutil.disk_usage(nearest).free:,} bytes are free"]
+    if needed is not None:
+        figures.insert(0, f"{needed:,} bytes are needed")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if error.errno == errno.EFBIG and limit != resource.RLIM_INFINITY:  # else it is the file system's
+        figures.append(f"{limit:,} bytes are the limit of a file")
+    return NoRoomError(
+        f"{path}: {os.strerror(error.errno)}: {', '.join(figures)}; {_NO_ROOM[error.errno]} and start again"
+    )
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file that is either whole or not there: temporary name, fsync, replace."""
+    """Write a file that is either whole or not there: temporary name, fsync, replace.
+
+    Raises:
+        NoRoomError: it does not fit; nothing of it stays.
+    """
+    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with room_for(path, len(data)):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def command_of(folder: Path) -> str | None:
@@ -167,8 +215,9 @@ class RunDir:
 
     def __enter__(self) -> Self:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
+            with room_for(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = self._take_lock()
         except OSError as error:
             raise ConfigError(f"output_dir: {self.path} cannot be made or written: {error.strerror}") from error
         try:
@@ -244,12 +293,21 @@ class RunDir:
         self.record.update(facts)
         self._write_record()
 
+    def note_start(self, **facts: Any) -> None:
+        """Add facts about this start to run.json."""
+        self.record["starts"][-1].update(facts)
+        self._write_record()
+
     def _write_record(self) -> None:
         write_atomic(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        no_room = None
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:  # of a file that was not written by write_atomic
+            no_room = _no_room(error, Path(error.filename) if isinstance(error.filename, str) else self.path, None)
+            error = no_room
         state: State = "finished"
         if isinstance(error, (Stopped, KeyboardInterrupt)):
             state = "stopped"
@@ -259,11 +317,14 @@ class RunDir:
         self.record["starts"][-1]["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             self.note(state=state)
-        except OSError as problem:  # a full disk must not hide the first error
+        except NoRoomError:
+            if error is None:  # or it would hide the first error
+                raise
+        except OSError as problem:
             if error is None:
                 raise RunError(f"{self.path / 'run.json'}: cannot be written: {problem}") from problem
         finally:
             assert self._lock is not None
             self._lock.close()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-            raise RunError(f"{self.path}: {error.strerror}; make room and start again") from error
+        if no_room is not None:
+            raise no_room

@@ -24,7 +24,7 @@ class DataConfig(Section):
     """What the network sees."""
 
     store: ConfigPath = Field(description="the store: output_dir of `prepare`")
-    batch_size: PositiveInt = Field(32, description="tiles in one step")
+    batch_size: PositiveInt = Field(32, description="tiles in one step, of all processes together")
     tile_size: PositiveInt = Field(
         64,
         description="pixels of a tile along y and along x; a multiple of 2^(levels - 1): 4 with the default chs",
@@ -109,12 +109,23 @@ class TrainingConfig(Section):
     precision: Literal["32-true", "bf16-mixed"] = Field(
         "32-true", description="of the arithmetic: float32, or bfloat16 where it is safe (recent GPUs; faster)"
     )
+    tf32: bool = Field(
+        False,
+        description="let float32 products on NVIDIA GPUs round their factors to 10 bits (TF32): faster, less exact",
+    )
+    gradient_accumulation: PositiveInt = Field(
+        1, description="parts in which a step's tiles go through the network, one after the other: takes less memory"
+    )
     compile: bool = Field(
         False, description="compile the network first (torch.compile): minutes at the start, faster steps"
     )
     device: Device = Field(
         "auto",
-        description="auto (the GPU with the most free memory, else the CPU), cpu, cuda or cuda:N",
+        description="auto (the GPU with the most free memory, else the CPU), cpu, cuda or cuda:N; of several "
+        "processes on a machine, each takes its own GPU",
+    )
+    peer_timeout: float = Field(
+        600, gt=0, description="seconds after which a process that does not answer the others ends the run"
     )
     init_from: ConfigPath | None = Field(
         None, description="start from these weights: a run, checkpoint, export, or mltools file"
@@ -161,7 +172,7 @@ def may_change_on_resume(key: str, old: Any, new: Any) -> bool:
     if key == "training.n_steps":
         return bool(new > old)
     section, _, name = key.rpartition(".")
-    return key in ("data.num_workers", "data.store", "training.device") or (
+    return key in ("data.num_workers", "data.store", "training.device", "training.peer_timeout") or (
         section == "training" and (name.endswith("_every") or name.startswith("keep_"))
     )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from spectralvae.errors import ConfigError
 
 # Streams of random numbers that must not meet: (seed, stream, i) names a generator.
-TILES, NOISE, VALIDATION_NOISE, TRIAL = 0, 1, 2, 3
+TILES, NOISE, VALIDATION_NOISE, TRIAL, DROPOUT = 0, 1, 2, 3, 4
 
 
 def generator(seed: int, stream: int, i: int) -> np.random.Generator:
@@ -144,3 +144,9 @@ def evenly(n: int, at_most: int) -> list[int]:
 def noise(seed: int, stream: int, i: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """The posterior's noise of sample i, standard normal, float32."""
     return generator(seed, stream, i).standard_normal(tuple(shape), dtype=np.float32)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What torch's generator is seeded with before a step of one of several processes."""
+    random = np.random.Generator(np.random.Philox(key=[seed, DROPOUT], counter=[0, 0, rank, step]))
+    return int(random.integers(2**63))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from spectralvae.artifact import hidden_old, pack_model, pack_tensors, read_artifact, tensors_of, verify, write_folder
 from spectralvae.console import warn
@@ -26,6 +25,11 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def checkpoint_path(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run / "checkpoints" / f"step={step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or of a figure."""
+    return int(path.stem.rpartition("step=")[2])
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -61,20 +65,12 @@ def save_checkpoint(
     }
     files = pack_model(model, settings, normalization, step)
     files["optimizer.safetensors"] = pack_tensors(moments)
-    files["random.safetensors"] = pack_tensors(_random_states(model.logvar.device))
     files["trainer.json"] = (json.dumps({"step": step, **state}, indent=2) + "\n").encode()
     path = checkpoint_path(run, step)
     write_folder(path, files)
     for leftover in path.parent.glob(".step=*"):  # of a kill; only now, when what they may hold is not needed
         shutil.rmtree(leftover)
     return path
-
-
-def _random_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def newest_valid(run: Path, console: Console) -> Path | None:
@@ -103,7 +99,7 @@ def newest_valid(run: Path, console: Console) -> Path | None:
 
 
 def restore(path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put weights, optimizer and random states back as they were.
+    """Put weights and optimizer back as they were. There is no random state: all randomness is a function of the step.
 
     Args:
         path: the checkpoint.
@@ -134,28 +130,24 @@ def restore(path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer) 
             entries[key] = torch.empty_like(parameter).copy_(moments[f"{key}.{name}"])
             assert entries[key].stride() == parameter.stride()
         optimizer.state[parameter] = entries
-    random = tensors_of(contents["random.safetensors"])
-    torch.set_rng_state(random["cpu"])
-    device = model.logvar.device
-    if "cuda" in random and device.type == "cuda":
-        torch.cuda.set_rng_state(random["cuda"], device)
     state: dict[str, Any] = json.loads(contents["trainer.json"])
     return state
 
 
-def thin_out(run: Path, keep_last: int | None, keep_every: int | None) -> None:
+def thin_out(run: Path, keep_last: int | None, keep_every: int | None, best: int | None) -> None:
     """Delete old checkpoints; the newest was verified when it was written, or `newest_valid` has renamed it.
 
     Args:
         run: the run's directory.
         keep_last: keep so many newest; None keeps all.
         keep_every: keep those at multiples of this, too.
+        best: keep the one of this step, too.
     """
     if keep_last is None:
         return
     for path in list_checkpoints(run)[:-keep_last]:
-        step = int(path.name.removeprefix("step="))
-        if keep_every is None or step % keep_every:
+        step = step_of(path)
+        if step != best and (keep_every is None or step % keep_every):
             doomed = hidden_old(path)
             path.rename(doomed)
             shutil.rmtree(doomed)

@@ -12,17 +12,22 @@ from rich.console import Console
 
 from spectralvae.console import warn
 from spectralvae.errors import ConfigError
+from spectralvae.training.distributed import Ranks
 
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def choose_device(name: str, console: Console) -> torch.device:
+def choose_device(name: str, ranks: Ranks, console: Console) -> torch.device:
     """The device called ``name``; auto takes the CUDA device with the most free memory, else the CPU.
 
+    Of several processes on a machine, each takes the CUDA device of its own number.
+
     Raises:
-        ConfigError: a named device is absent.
+        ConfigError: a named device is absent, or processes would have to share one.
     """
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if ranks.world_size > 1 and name != "cpu" and (n > 0 or name != "auto"):
+        return _own_device(name, n, ranks, console)
     if name == "auto":
         if n == 0:
             console.print("device: cpu (auto: no CUDA device)")
@@ -39,6 +44,23 @@ def choose_device(name: str, console: Console) -> torch.device:
         raise ConfigError(f"training.device: {name} is absent: this machine has {n} CUDA devices; use auto or cpu")
     console.print(f"device: {name} (named in the config)")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _own_device(name: str, n: int, ranks: Ranks, console: Console) -> torch.device:
+    if name not in ("auto", "cuda"):
+        raise ConfigError(f"training.device: {name} cannot be shared by {ranks.world_size} processes; use auto or cuda")
+    # a launcher may show each process its own device only
+    index = 0 if n == 1 and ranks.local_rank is not None else ranks.local_rank
+    if index is None or index >= n:
+        raise ConfigError(
+            f"training.device: process {ranks.rank} is number {ranks.local_rank} on a machine with {n} CUDA devices; "
+            "start one process a GPU"
+        )
+    torch.cuda.set_device(index)
+    console.print(
+        f"device: cuda:{index}, {torch.cuda.get_device_name(index)}; one for each of {ranks.world_size} processes"
+    )
+    return torch.device("cuda", index)
 
 
 def available_memory(device: torch.device) -> int:

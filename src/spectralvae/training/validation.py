@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spectralvae.analysis.baselines import reference_errors
@@ -15,14 +18,14 @@ from spectralvae.data import sampling
 from spectralvae.data.loader import grid_crops, read_crops
 from spectralvae.data.sampling import Crop, CropSampler
 from spectralvae.data.store import Store
-from spectralvae.model import AutoencoderKL
+from spectralvae.errors import RunError
+from spectralvae.model import DiagonalGaussianDistribution
+from spectralvae.training.engine import METRICS, Engine, metric_sums, metrics_of
 from spectralvae.training.figures import N_TILES, draw_reconstructions
 
-METRICS = ("loss", "nll_loss", "kl_loss", "pixel_mse")
+ACTIVE_VARIANCE = 0.01  # a latent channel whose posterior mean varies less says nothing (Burda et al. 2016)
 REFERENCE_TILES = 64  # that PCA is fitted on: enough pixels for 1028 channels, and a matter of seconds
 REFERENCE_LABELS = {"mean": "predicting the mean", "pca_1": "PCA, 1 component", "pca_2": "PCA, 2 components"}
-
-ToDevice = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Validation:
@@ -63,9 +66,10 @@ class Validation:
     def _read(self, crops: list[Crop]) -> Tensor:
         return read_crops(self.store, crops, self.tile_size)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(tiles (B, y, x, C), noise (B, E, h, w))"""
-        for start in range(0, len(self.crops), self.batch_size):
+    def _batches(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tiles (B, y, x, C), noise (B, E, h, w)): this process's share."""
+        starts = range(0, len(self.crops), self.batch_size)
+        for start in starts[engine.ranks.rank :: engine.ranks.world_size]:
             crops = self.crops[start : start + self.batch_size]
             noise = [
                 sampling.noise(self.sampler.seed, sampling.VALIDATION_NOISE, start + j, self.noise_shape)
@@ -74,21 +78,60 @@ class Validation:
             yield self._read(crops), torch.from_numpy(np.stack(noise))
 
     @torch.no_grad()
-    def run(self, model: AutoencoderKL, to_device: ToDevice, autocast: torch.autocast) -> dict[str, float]:
-        """The metrics over all tiles: pixel_mse per valid sample, the others per tile; named val_*."""
-        model.eval()
-        totals = dict.fromkeys(METRICS, 0.0)
-        n_valid = 0
-        for tiles, noise in self._batches():
-            with autocast:
-                _, metrics = model.get_loss(*to_device(tiles, noise))
-            n = int(metrics["n_valid"])
-            n_valid += n
-            for key in METRICS:
-                totals[key] += float(metrics[key]) * (n if key == "pixel_mse" else len(tiles))
+    def run(self, engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
+        """Judge the network on all tiles; all processes share the work, and each gets the result.
+
+        Returns:
+            `METRICS`, named val_*: pixel_mse per valid sample, the others per tile; and what summary/validation.json
+            holds: errors by channel, and what the latents are like (see ``_describe``).
+
+        Raises:
+            RunError: a metric is not finite.
+        """
+        model = engine.model.eval()
+        n_channels, (n_latents, _, _) = self.store.normalization.n_channels, self.noise_shape
+        sums = [np.zeros(len(METRICS) + 1), np.zeros((3, n_channels)), np.zeros((5, n_latents))]
+        for tiles, noise in self._batches(engine):
+            x, mask, noise = engine.to_device(tiles, noise)
+            x = x.masked_fill(~mask, 0.0)
+            with engine.autocast():
+                posterior = model.encode(x)
+                x_hat = model.decode(posterior.sample(noise))
+                _, metrics = model.loss_of(x, x_hat, posterior, mask)
+            found = (metric_sums(metrics, len(tiles)), _channel_sums(x, x_hat, mask), _latent_sums(posterior))
+            for total, part in zip(sums, found, strict=True):
+                total += part.cpu().numpy()
         model.train()
+        ends = np.cumsum([total.size for total in sums])[:-1]
+        parts = np.split(engine.ranks.sum(np.concatenate([total.ravel() for total in sums])), ends)
+        totals, channels, latents = (part.reshape(total.shape) for part, total in zip(parts, sums, strict=True))
+        totals[: len(METRICS) - 1] /= len(self.crops)
+        result = {f"val_{key}": value for key, value in metrics_of(totals).items()}
+        if not np.isfinite(list(result.values())).all():
+            raise RunError(f"validation: {', '.join(f'{key} {value}' for key, value in result.items())}: not finite")
+        return result, self._describe(channels, latents)
+
+    def _describe(self, channels: NDArray[np.float64], latents: NDArray[np.float64]) -> dict[str, Any]:
+        """From sums to JSON values.
+
+        By channel: ``mse`` of the reconstruction and ``variance`` (the error of predicting 0, which is the mean of the
+        training data); None where nothing is valid. By latent channel, over tiles and positions: mean and std of the
+        posterior mean, mean of the posterior's std, and the KL term in bits; ``active_units`` of them vary.
+        """
+        count = channels[2]
+        squares = np.divide(channels[:2], count, out=np.full((2, len(count)), np.nan), where=count > 0)
+        mse, variance = ([float(v) if v == v else None for v in row] for row in squares)
+        wavelength = self.store.normalization.wavelength
+        assert wavelength is not None, "a store always has wavelengths"
+        mean, mean_square, posterior_std, kl = latents[:4] / latents[4]
+        spread = np.maximum(mean_square - mean**2, 0.0)
+        described = {"bits": kl / math.log(2.0), "posterior_std": posterior_std, "mean": mean, "std": np.sqrt(spread)}
         return {
-            f"val_{key}": total / (n_valid if key == "pixel_mse" else len(self.crops)) for key, total in totals.items()
+            "wavelength": wavelength.tolist(),
+            "mse": mse,
+            "variance": variance,
+            "latents": {key: values.tolist() for key, values in described.items()},
+            "active_units": int((spread > ACTIVE_VARIANCE).sum()),
         }
 
     def reference_errors(self) -> dict[str, float]:
@@ -98,14 +141,14 @@ class Validation:
         return reference_errors(training, validation)
 
     @torch.no_grad()
-    def draw(self, model: AutoencoderKL, to_device: ToDevice, autocast: torch.autocast, step: int) -> Figure:
+    def draw(self, engine: Engine, step: int) -> Figure:
         """Reconstructions, from the posterior's mode, of a few of the tiles."""
         crops = self.crops or [self.sampler.crop(i) for i in range(N_TILES)]
         crops = [crops[i] for i in sampling.evenly(len(crops), N_TILES)]
         tiles = self._read(crops)
-        x, mask, _ = to_device(tiles, torch.empty(0))
-        model.eval()
-        with autocast:
+        x, mask, _ = engine.to_device(tiles, torch.empty(0))
+        model = engine.model.eval()
+        with engine.autocast():
             x_hat = model.decode(model.encode(x.masked_fill(~mask, 0.0)).mode())
         model.train()
         return draw_reconstructions(
@@ -115,3 +158,18 @@ class Validation:
             self.store.normalization,
             f"{'validation' if self.crops else 'training'} tiles, step {step}",
         )
+
+
+def _channel_sums(x: Tensor, x_hat: Tensor, mask: Tensor) -> Tensor:
+    """(B, C, h, w) each -> (3, C) float64: squared differences, squares of x, and valid samples, by channel."""
+    axes = (0, 2, 3)
+    squares = (x - x_hat).masked_fill(~mask, 0.0).square()
+    return torch.stack([squares.sum(axes).double(), x.square().sum(axes).double(), mask.sum(axes).double()])
+
+
+def _latent_sums(posterior: DiagonalGaussianDistribution) -> Tensor:
+    """(5, E) float64: sums over tiles and positions of mean, mean^2, std and KL term (nats), and their number."""
+    mean, std, var = posterior.mean.double(), posterior.std.double(), posterior.var.double()
+    kl = 0.5 * (mean**2 + var - 1.0 - posterior.logvar.double())
+    quantities = (mean, mean**2, std, kl, torch.ones_like(mean))
+    return torch.stack([quantity.sum((0, 2, 3)) for quantity in quantities])

@@ -1,0 +1,352 @@
+"""Pages that need no server and no network: a run's dashboard.
+
+A page is one file: templates/page.html around the page's own template, with style, script, data and pictures inside.
+Its content security policy lets the browser load nothing and run no other script, whatever a name contains.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from spectralvae.rundir import State, write_atomic
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from spectralvae.training.curves import Points
+    from spectralvae.training.logbook import Event
+
+DIGITS = 6  # significant ones, of numbers in a page: more than a screen can show
+RELOAD_SECONDS = 60
+LOG_FROM = 100  # steps: what comes before would fill half of a logarithmic axis
+LOG_FROM_SINCE = 1000  # steps: a run of fewer is shown whole
+NOTABLE = ("failed", "spike", "warning")  # kinds of events that a reader should see first
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """What the page of a run shows.
+
+    Attributes:
+        title: name of the run.
+        state: of the run.
+        step: optimizer steps done.
+        n_steps: steps that the run shall have.
+        updated: when this was true, ISO 8601 with its offset from UTC.
+        seconds_left: until the end, if known.
+        tiles_per_second: now, over all devices, if known.
+        curves: by their keys in metrics.jsonl, and "steps_per_second" and "memory_gb". Those without a plot are not
+            in the page.
+        references: mean squared errors of z to compare pixel_mse with, by label.
+        events: the newest, oldest first.
+        n_events: how many there were.
+        validation: summary/validation.json: step, wavelength in nm, mse and variance of z (C each), latents (bits,
+            posterior_std, mean, std; E each), active_units.
+        picture: PNG of the newest reconstructions.
+        picture_step: its step.
+        facts: device, versions and the like, in order.
+    """
+
+    title: str
+    state: State
+    step: int
+    n_steps: int
+    updated: str
+    seconds_left: float | None
+    tiles_per_second: float | None
+    curves: Mapping[str, Points]
+    references: Mapping[str, float]
+    events: Sequence[Event]
+    n_events: int
+    validation: Mapping[str, Any] | None
+    picture: bytes | None
+    picture_step: int | None
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """A plot against step: of `key`, with val_`key` if there is one."""
+
+    key: str
+    section: str
+    title: str
+    label: str  # of the y axis
+    y: str  # "switch": linear or logarithmic, as the reader likes; "zero": linear, from zero
+
+
+_PLOTS = (
+    _Plot("loss", "learning", "Loss: negative log-likelihood + weighted KL", "nats per tile", "switch"),
+    _Plot("pixel_mse", "learning", "Reconstruction error", "mean squared error of z, valid samples", "switch"),
+    _Plot("kl_loss", "learning", "KL term, weighted", "nats per tile", "switch"),
+    _Plot("grad_norm", "learning", "Gradient norm, before clipping", "L2 norm", "switch"),
+    _Plot("steps_per_second", "machine", "Throughput", "steps per second", "zero"),
+    _Plot("memory_gb", "machine", "Memory", "GB", "zero"),
+)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("spectralvae"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["whole"] = "{:,}".format
+    # NaN is no JSON: it would break the whole page
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
+
+
+@cache
+def _inlined(*names: str) -> tuple[Markup, Markup]:
+    """Files of templates/ as one text, and its hash for the content security policy."""
+    loader = _environment().loader
+    assert loader is not None
+    text = "".join(loader.get_source(_environment(), name)[0] for name in names)
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Markup(text), Markup(f"'sha256-{digest}'")
+
+
+def write_page(path: Path, template: str, scripts: Sequence[str], data: Json, **context: Any) -> None:
+    """Write a page that is either whole or not there.
+
+    Args:
+        path: of the page.
+        template: in templates/, extending page.html.
+        scripts: files of templates/, to run in this order.
+        data: what the scripts read; JSON, no NaN.
+        context: for the template, escaped there.
+    """
+    style, style_hash = _inlined("page.css")
+    script, script_hash = _inlined(*scripts)
+    page = _environment().get_template(template)
+    inlined = {"style": style, "style_hash": style_hash, "script": script, "script_hash": script_hash}
+    write_atomic(path, page.render(data=data, **inlined, **context))
+
+
+def write_dashboard(path: Path, dashboard: Dashboard) -> None:
+    """Write the page of a run.
+
+    Args:
+        path: summary/index.html of the run.
+        dashboard: what it shows.
+    """
+    if dashboard.picture is not None:
+        assert dashboard.picture.startswith(b"\x89PNG\r\n")
+        assert dashboard.picture_step is not None
+    write_page(
+        path,
+        "dashboard.html",
+        ("scales.js", "charts.js", "views.js", "dashboard.js"),
+        _data(dashboard),
+        run=dashboard,
+        numbers=_numbers(dashboard),
+        warnings=_warnings(dashboard),
+        notable=NOTABLE,
+        picture=None if dashboard.picture is None else Markup(base64.b64encode(dashboard.picture).decode()),
+    )
+
+
+def numbers_of(values: ArrayLike) -> list[float | None]:
+    """Numbers for JSON: rounded to DIGITS significant digits; what is not finite is null, a gap in a plot."""
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    known = np.where(finite, array, 0.0)
+    # the least exponent keeps the scale finite, for zero and for what is as good as zero
+    exponent = np.floor(np.log10(np.maximum(np.abs(known), 1e-290)))
+    scale = 10.0 ** (DIGITS - 1 - exponent)
+    rounded: list[float | None] = (np.round(known * scale) / scale).tolist()
+    for i in np.flatnonzero(~finite):
+        rounded[i] = None
+    return rounded
+
+
+def _data(dashboard: Dashboard) -> Json:
+    """What the scripts read; its form stands at the head of templates/charts.js."""
+    late = dashboard.step >= LOG_FROM_SINCE
+    x_log, y_log = {"x_log": dashboard.step > LOG_FROM}, {"y_log": dashboard.step > LOG_FROM}
+    return {
+        "state": dashboard.state,
+        "updated": dashboard.updated,
+        "reload_seconds": RELOAD_SECONDS,
+        "groups": {
+            "steps": {"label": "step", "log_from": LOG_FROM if late else 1, "pad": 0, **x_log, **y_log},
+            "wavelength": {"label": "wavelength, nm", "log_from": 0, "pad": 0, "x_log": False, "y_log": False},
+            "latents": {"label": "latent channel", "log_from": 0, "pad": 0.5, "x_log": False, "y_log": False},
+        },
+        "charts": [*_step_charts(dashboard), *_validation_charts(dashboard.validation)],
+    }
+
+
+def _step_charts(dashboard: Dashboard) -> list[Json]:
+    spikes = [{"step": event.step, "text": event.text} for event in dashboard.events if event.kind == "spike"]
+    charts = []
+    for plot in _PLOTS:
+        series = []
+        if plot.key in dashboard.curves:
+            name = "training batch" if plot.section == "learning" else "measured"
+            series.append(_curve(name, "training", dashboard.curves[plot.key], smooth=True))
+        if f"val_{plot.key}" in dashboard.curves:
+            series.append(_curve("validation", "validation", dashboard.curves[f"val_{plot.key}"], smooth=False))
+        if series:
+            charts.append(
+                {
+                    "id": f"chart-{plot.key}",
+                    "group": "steps",
+                    "section": plot.section,
+                    "title": plot.title,
+                    "label": plot.label,
+                    "y": plot.y,
+                    "series": series,
+                    "references": _references(dashboard.references if plot.key == "pixel_mse" else {}),
+                    "spikes": spikes if plot.section == "learning" else [],
+                }
+            )
+    return charts
+
+
+def _curve(name: str, color: str, points: Points, *, smooth: bool) -> Json:
+    series: Json = {
+        "label": f"{name}: smoothed, mean and range" if smooth else name,
+        "short": name,
+        "color": color,
+        "draw": "curve",
+        "x": np.asarray(points.step).astype(np.int64).tolist(),
+        "y": numbers_of(points.mean),
+        "low": numbers_of(points.low),
+        "high": numbers_of(points.high),
+    }
+    return series | {"smooth": numbers_of(points.smooth)} if smooth else series
+
+
+def _references(references: Mapping[str, float]) -> list[Json]:
+    """Those that are not finite have no line."""
+    rounded = zip(references, numbers_of(list(references.values())), strict=True)
+    return [{"label": label, "value": value} for label, value in rounded if value is not None]
+
+
+def _validation_charts(validation: Mapping[str, Any] | None) -> list[Json]:
+    if validation is None:
+        return []
+    wavelength = np.asarray(validation["wavelength"], dtype=np.float64)
+    assert np.isfinite(wavelength).all()
+    latents = {key: np.asarray(validation["latents"][key], dtype=np.float64) for key in _LATENT_KEYS}
+    channel = np.arange(len(latents["bits"]))
+    rmse = [
+        _series("the network", "validation", "line", wavelength, _root(validation["mse"])),
+        _series("predicting the mean", "grey", "line", wavelength, _root(validation["variance"])),
+    ]
+    mean, std = latents["mean"], latents["std"]
+    spread = _series("mean and mean ± std", "training", "dots", channel, mean, mean - std, mean + std)
+    bits = _series("bits", "training", "bars", channel, latents["bits"])
+    posterior = _series("posterior std", "training", "dots", channel, latents["posterior_std"])
+    prior = {"the prior": 1.0}
+    return [
+        _chart("rmse", "wavelength", "Validation error of each channel", "root mean squared error of z", "log", rmse),
+        _chart("bits", "latents", "KL to the prior", "bits per latent position", "zero", [bits]),
+        _chart(
+            "posterior", "latents", "Posterior standard deviation", "mean over positions", "log", [posterior], prior
+        ),
+        _chart(
+            "latents", "latents", "Posterior mean: its mean and spread", "over tiles and positions", "linear", [spread]
+        ),
+    ]
+
+
+_LATENT_KEYS = ("bits", "posterior_std", "mean", "std")
+
+
+def _root(squares: ArrayLike) -> np.ndarray:
+    return np.sqrt(np.asarray(squares, dtype=np.float64))
+
+
+def _series(label: str, color: str, draw: str, x: np.ndarray, y: np.ndarray, *range_: np.ndarray) -> Json:
+    assert len(x) == len(y)
+    series = {"label": label, "short": label, "color": color, "draw": draw, "x": numbers_of(x), "y": numbers_of(y)}
+    return series | dict(zip(("low", "high"), map(numbers_of, range_), strict=False))
+
+
+def _chart(
+    name: str,
+    group: str,
+    title: str,
+    label: str,
+    y: str,
+    series: list[Json],
+    references: Mapping[str, float] | None = None,
+) -> Json:
+    """A chart whose group and section have one name."""
+    return {
+        "id": f"chart-{name}",
+        "group": group,
+        "section": group,
+        "title": title,
+        "label": label,
+        "y": y,
+        "series": series,
+        "references": _references(references or {}),
+        "spikes": [],
+    }
+
+
+def _numbers(dashboard: Dashboard) -> dict[str, str]:
+    """The newest figures, by what they are."""
+
+    def newest(key: str, column: str) -> float | None:
+        points = dashboard.curves.get(key)
+        return None if points is None or not len(points.step) else float(getattr(points, column)[-1])
+
+    def text(value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+
+    return {
+        "time left": "–" if dashboard.seconds_left is None else _duration(dashboard.seconds_left),
+        "tiles per second": text(dashboard.tiles_per_second),
+        "loss, smoothed": text(newest("loss", "smooth")),
+        "pixel MSE, smoothed": text(newest("pixel_mse", "smooth")),
+        "pixel MSE, validation": text(newest("val_pixel_mse", "mean")),
+    }
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def _warnings(dashboard: Dashboard) -> list[str]:
+    """What a reader must see first."""
+    warnings = []
+    least = "at least " if dashboard.n_events > len(dashboard.events) else ""
+    for kind in NOTABLE:
+        events = [event for event in dashboard.events if event.kind == kind]
+        if not events:
+            continue
+        newest = f"{events[-1].text} (step {events[-1].step:,})"
+        count = f"{least}{len(events)} {kind}{'' if len(events) == 1 else 's'}, the newest: "
+        warnings.append(f"failed: {newest}" if kind == "failed" else count + newest)
+    if dashboard.state == "failed" and not any(event.kind == "failed" for event in dashboard.events):
+        warnings.insert(0, f"failed after step {dashboard.step:,}: run.json tells why")
+    return warnings

@@ -1,0 +1,26 @@
+// The page of a run: it tells its own age, and reloads itself while the run goes.
+const STALE = 900; // seconds without news that a reader should hear of
+const loaded = Date.now();
+
+function showAge() {
+  const seconds = Math.max(0, (Date.now() - Date.parse(data.updated)) / 1000);
+  const units = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
+  const [unit, size] = units.find((entry) => seconds >= entry[1]) ?? ["s", 1];
+  const age = `${Math.floor(seconds / size)} ${unit}`;
+  document.getElementById("age").textContent = `(${age} ago)`;
+  if (reload && seconds > STALE && !document.getElementById("stale")) {
+    const warning = document.createElement("li");
+    warning.id = "stale";
+    warning.textContent = `No news for ${age}: if the run writes more often than that, it was killed, or it hangs.`;
+    document.getElementById("warnings").append(warning);
+  }
+}
+
+showAge();
+setInterval(() => {
+  showAge();
+  const due = Date.now() - loaded >= data.reload_seconds * 1000;
+  const dragging = Object.values(groups).some((group) => group.dragging);
+  if (reload && reload.checked && due && !dragging) window.location.reload();
+}, 1000);
+if (reload) reload.addEventListener("change", remember);

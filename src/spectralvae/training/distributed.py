@@ -1,0 +1,215 @@
+"""The processes that train one network together: how they find each other, and what they tell each other.
+
+torchrun and SLURM's srun start one process a GPU, each with the same command and config; who is who stands in the
+environment. Gradients are averaged by torch's DistributedDataParallel; what is here is the rest: every stop is decided
+by all together, and a process that is gone, or does not answer in time, ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spectralvae.errors import ConfigError, PeerError, RunError
+from spectralvae.rundir import Stopped
+
+T = TypeVar("T")
+SLURM_PORTS = range(20_000, 30_000)  # of a job's first node; which one, its number tells
+
+
+class Ranks:
+    """The processes of a run, seen from one of them. Alone, as most runs are, it does nothing.
+
+    Args:
+        rank: which process this is, from 0.
+        world_size: how many there are.
+        local_rank: which of those on its machine; None where nothing tells.
+
+    Attributes:
+        leads: whether this is the process that writes.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int | None = None) -> None:
+        assert 0 <= rank < world_size
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self.leads = rank == 0
+        self._timeout = 0.0
+
+    # --- finding each other ---------------------------------------------------------------------
+
+    @contextmanager
+    def joined(self, timeout: float) -> Iterator[None]:
+        """Meet the others, and part when the block ends well.
+
+        Args:
+            timeout: seconds after which a silent process is taken for dead.
+
+        Raises:
+            RunError: not all have come in time.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        import torch
+        from torch import distributed
+
+        self._timeout = timeout
+        # numbers go by gloo, whose errors can be caught, gradients on GPUs by NCCL
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        with self.listening():
+            distributed.init_process_group(
+                backend, rank=self.rank, world_size=self.world_size, timeout=timedelta(seconds=timeout)
+            )
+        try:
+            yield
+        except Stopped:  # by all together
+            distributed.destroy_process_group()
+            raise
+        distributed.destroy_process_group()
+
+    # --- talking --------------------------------------------------------------------------------
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around whatever waits for others: name the reason if they don't answer.
+
+        Raises:
+            RunError: one is gone, or has not answered in time.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1 or not _is_lost_peer(error):
+                raise
+            raise RunError(
+                f"process {self.rank} of {self.world_size}: another process is gone, or has not answered for "
+                f"{self._timeout:g} s (training.peer_timeout); its own output may tell more "
+                f"({str(error).splitlines()[0][:160]})"
+            ) from error
+
+    def sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum over all processes, elementwise."""
+        if self.world_size == 1:
+            return values
+        import torch
+        from torch import distributed
+
+        total = torch.from_numpy(np.array(values, np.float64))
+        with self.listening():
+            distributed.all_reduce(total)
+        return np.asarray(total.numpy())
+
+    def gather(self, value: T) -> list[T]:
+        """What each process gives, by rank."""
+        if self.world_size == 1:
+            return [value]
+        from torch import distributed
+
+        values: list[Any] = [None] * self.world_size
+        with self.listening():
+            distributed.all_gather_object(values, value)
+        return values
+
+    def share(self, value: T) -> T:
+        """What the first process gives, for all."""
+        return self.gather(value)[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All leave the block in the same way: an error in one is told to the others, and raised in all.
+
+        Nothing may wait for the others inside, but another such block.
+
+        Raises:
+            PeerError: in those that had none themselves.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            self._tell(f"{type(error).__name__}: {error}")
+            raise
+        failures = self._tell(None)
+        if failures:
+            raise PeerError("; ".join(failures))
+
+    def _tell(self, failure: str | None) -> list[str]:
+        if not self.sum(np.array([float(failure is not None)]))[0]:
+            return []
+        return [f"process {rank}: {text}" for rank, text in enumerate(self.gather(failure)) if text is not None]
+
+    def lead(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T | None:
+        """Call a function in the first process only; what goes wrong there goes wrong everywhere."""
+        with self.together():
+            return function(*arguments, **options) if self.leads else None
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """gloo's errors are plain RuntimeErrors that name its source file."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Who this process is: as torchrun or srun say, else alone.
+
+    For srun, the address of the first node is put into ``os.environ`` where the script has not named one
+    (MASTER_ADDR, MASTER_PORT), as torchrun does.
+
+    Raises:
+        ConfigError: the launcher's variables are incomplete or no numbers.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return _ranks_of(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    # srun sets SLURM_STEP_NUM_TASKS. A batch script's own shell has SLURM_NTASKS and SLURM_PROCID = 0 as well, and a
+    # command started there without srun is alone.
+    count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    if "SLURM_PROCID" not in environment or count not in environment:
+        return Ranks()
+    if count == "SLURM_NTASKS" and "MASTER_ADDR" not in environment:
+        return Ranks()
+    ranks = _ranks_of(environment, "SLURM_PROCID", count, "SLURM_LOCALID")
+    if ranks.world_size > 1 and "MASTER_ADDR" not in environment:
+        os.environ["MASTER_ADDR"] = _first_node(environment)
+    if ranks.world_size > 1 and "MASTER_PORT" not in environment:
+        os.environ["MASTER_PORT"] = str(SLURM_PORTS[int(environment.get("SLURM_JOB_ID", "0")) % len(SLURM_PORTS)])
+    return ranks
+
+
+def _ranks_of(environment: Mapping[str, str], *names: str) -> Ranks:
+    values: list[int | None] = []
+    for name in names:
+        text = environment.get(name)
+        if text is not None and not text.isdigit():
+            raise ConfigError(f"environment: {name}={text} is no number: start with torchrun or srun")
+        values.append(None if text is None else int(text))
+    rank, world_size, local_rank = values
+    assert rank is not None and world_size is not None, "the caller has looked"
+    if rank >= world_size:
+        raise ConfigError(f"environment: {names[0]}={rank} must be less than {names[1]}={world_size}")
+    return Ranks(rank, world_size, local_rank)
+
+
+def _first_node(environment: Mapping[str, str]) -> str:
+    """The first of the job step's nodes; scontrol expands lists such as node[3-5,9]."""
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST"))
+    if nodes is None:
+        raise ConfigError("environment: SLURM_STEP_NODELIST is missing: start with srun, or set MASTER_ADDR")
+    try:
+        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"environment: SLURM_STEP_NODELIST={nodes}: scontrol cannot expand it ({error}): set MASTER_ADDR to the "
+            "first node"
+        ) from error
+    return found.stdout.split()[0]

@@ -1,0 +1,184 @@
+"""Forward, backward, update: the network and its optimizer on their device, in one process or many."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from spectralvae.config import TrainConfig
+from spectralvae.data import sampling
+from spectralvae.data.loader import Batch
+from spectralvae.errors import ConfigError, RunError
+from spectralvae.model import AttnBlock, AutoencoderKL
+from spectralvae.training.distributed import Ranks
+
+METRICS = ("loss", "nll_loss", "kl_loss", "pixel_mse")
+_PER_TILE = METRICS[:-1]  # these are means over tiles, the last one is a mean over valid samples
+
+
+class _Loss(nn.Module):
+    """What DistributedDataParallel and torch.compile wrap: they act on ``forward``."""
+
+    def __init__(self, model: AutoencoderKL) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model.get_loss(x, mask, noise)
+
+
+def memory_format_for(device: torch.device) -> torch.memory_format:
+    """channels_last is what the batches are; on CPUs it was measured no faster than NCHW."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def check_shares(config: TrainConfig, ranks: Ranks) -> int:
+    """How many tiles go through the network at a time in each process.
+
+    Raises:
+        ConfigError: a step's tiles cannot be shared out evenly.
+    """
+    parts = ranks.world_size * config.training.gradient_accumulation
+    if config.data.batch_size % parts:
+        raise ConfigError(
+            f"data.batch_size: {config.data.batch_size} must be a multiple of {parts}: {ranks.world_size} processes "
+            f"times training.gradient_accumulation of {config.training.gradient_accumulation}"
+        )
+    return config.data.batch_size // parts
+
+
+def idle_parameters(model: AutoencoderKL) -> list[nn.Parameter]:
+    """Weights on which the output does not depend, in mltools' network as in ours.
+
+    The two layers that it has but never uses have no gradient, and DistributedDataParallel would wait for them. A key
+    bias adds the same to all scores of a query, which the softmax takes away again: its gradient is rounding noise,
+    which AdamW would blow up to full steps, others with every number of processes.
+    """
+    never_used = (model.encoder.downs[-1].get_submodule("down"), model.decoder.ups[-1].get_submodule("up"))
+    keys = [module.k for module in model.modules() if isinstance(module, AttnBlock)]
+    return [p for layer in never_used for p in layer.parameters()] + [layer.get_parameter("bias") for layer in keys]
+
+
+class Engine:
+    """A network in training. Weights on which its output does not depend (``idle_parameters``) stay as they are.
+
+    Args:
+        model: the network; it is moved to the device.
+        config: of the run.
+        device: where to compute.
+        ranks: the processes.
+    """
+
+    def __init__(self, model: AutoencoderKL, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+        training, optimizer = config.training, config.optimizer
+        self.config, self.device, self.ranks = config, device, ranks
+        torch.backends.cuda.matmul.allow_tf32 = training.tf32
+        torch.backends.cudnn.allow_tf32 = training.tf32  # cuDNN's own default is to be less exact than float32
+        self.memory_format = memory_format_for(device)
+        self.model = model.to(device, memory_format=self.memory_format).train()  # type: ignore[call-overload]
+        for idle in idle_parameters(model):
+            idle.requires_grad_(False)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=optimizer.lr,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        loss = _Loss(model)
+        if training.compile:
+            loss.compile()
+        self._loss: _Loss | DistributedDataParallel = loss
+        if ranks.world_size > 1:
+            devices = [device] if device.type == "cuda" else None
+            with ranks.listening():
+                self._loss = DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+
+    def to_device(self, tiles: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, y, x, C) with NaN -> x (B, C, y, x) float32, mask, noise, on the device."""
+        x = tiles.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # a view, and channels_last
+        x = x.to(torch.float32, memory_format=self.memory_format)
+        return x, ~torch.isnan(x), noise.to(self.device, non_blocking=True)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the run; posterior and loss are float32 in any case."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16-mixed")
+
+    def gradients(self, batch: Batch) -> NDArray[np.float64]:
+        """Forward and backward; the gradients, averaged over all processes, are in the parameters afterwards.
+
+        Dropout, if there is any, is a pure function of (seed, step, rank).
+
+        Args:
+            batch: this process's share of a step.
+
+        Returns:
+            (5,) this process's part of the step's `METRICS`, for `metrics_of` once they are summed over all processes.
+
+        Raises:
+            RunError: memory ran out, or another process is gone.
+        """
+        torch.manual_seed(sampling.dropout_seed(self.config.seed, batch.step, self.ranks.rank))
+        n_parts = self.config.training.gradient_accumulation
+        sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.device)
+        try:
+            self.optimizer.zero_grad()
+            parts = zip(batch.tiles.chunk(n_parts), batch.noise.chunk(n_parts), strict=True)
+            for i, (tiles, noise) in enumerate(parts):
+                with self._synchronized(i == n_parts - 1), self.ranks.listening():
+                    with self.autocast():
+                        loss, metrics = self._loss(*self.to_device(tiles, noise))
+                    (loss / n_parts).backward()
+                sums += metric_sums(metrics, 1.0 / (n_parts * self.ranks.world_size))
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"step {batch.step + 1}: batches of {len(tiles)} tiles do not fit on {self.device}: "
+                "lower data.batch_size, or raise training.gradient_accumulation"
+            ) from error
+        return np.asarray(sums.cpu().numpy())
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> NDArray[np.float64]:
+        """As ``gradients``, of the network in eval mode and without any."""
+        self.model.eval()
+        with self.autocast():
+            _, metrics = self.model.get_loss(*self.to_device(batch.tiles, batch.noise))
+        self.model.train()
+        return np.asarray(metric_sums(metrics, 1.0 / self.ranks.world_size).cpu().numpy())
+
+    def _synchronized(self, last: bool) -> AbstractContextManager[None]:
+        """Processes average their gradients once a step, after the last part."""
+        if last or not isinstance(self._loss, DistributedDataParallel):
+            return nullcontext()
+        return cast(AbstractContextManager[None], self._loss.no_sync())
+
+    def gradient_norm(self) -> Tensor:
+        """The norm over all weights, a scalar; the same in every process."""
+        return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def update(self, norm: Tensor) -> None:
+        """Clip the gradients, whose norm is given, and let the optimizer take its step."""
+        clip_grads_with_norm_(self.parameters, self.config.training.grad_clip, norm)
+        self.optimizer.step()
+
+
+def metric_sums(metrics: dict[str, Tensor], weight: float) -> Tensor:
+    """What can be added up of a batch's metrics: (5,) float64, means over tiles times ``weight``, squares, samples."""
+    n_valid = metrics["n_valid"].double()
+    return torch.stack(
+        [*(metrics[key].double() * weight for key in _PER_TILE), metrics["pixel_mse"].double() * n_valid, n_valid]
+    )
+
+
+def metrics_of(sums: NDArray[np.float64]) -> dict[str, float]:
+    """The `METRICS` of which ``metric_sums`` were added up; pixel_mse is the mean over all valid samples."""
+    *per_tile, squares, n_valid = (float(value) for value in sums)
+    return {**dict(zip(_PER_TILE, per_tile, strict=True)), "pixel_mse": squares / n_valid}

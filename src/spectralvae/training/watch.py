@@ -1,0 +1,149 @@
+"""What people see of a run while it goes: rows, curves, figures, and one page with all of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from spectralvae.errors import RunError
+from spectralvae.html import Dashboard, write_dashboard
+from spectralvae.rundir import State, write_atomic
+from spectralvae.training import plots
+from spectralvae.training.checkpoint import list_checkpoints, step_of
+from spectralvae.training.logbook import Event, Logbook
+from spectralvae.training.spikes import SpikeDetector
+from spectralvae.training.validation import REFERENCE_LABELS
+
+WATCHED = ("loss", "grad_norm")  # for spikes, on every step
+
+
+class Watch:
+    """The record of a run and its pictures.
+
+    Args:
+        path: the run's directory.
+        step: where the run goes on; 0 for a fresh one.
+        n_steps: where it ends.
+        batch_size: tiles a step.
+        facts: for the page, by their label.
+        spikes: state of the detectors, as in ``spike_state`` of the run that goes on.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        *,
+        n_steps: int,
+        batch_size: int,
+        facts: Mapping[str, str],
+        spikes: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        self.path, self.n_steps, self.batch_size, self.facts = path, n_steps, batch_size, facts
+        self.log = Logbook(path, step, [step_of(checkpoint) for checkpoint in list_checkpoints(path)])
+        self._detectors = {key: SpikeDetector(spikes.get(key)) for key in WATCHED}
+        self._first = self._step = step
+        self._started = time.monotonic()
+
+    @property
+    def spike_state(self) -> dict[str, dict[str, float]]:
+        """What a checkpoint keeps, so that a resumed run sees the same spikes."""
+        return {key: detector.state for key, detector in self._detectors.items()}
+
+    @property
+    def steps_per_second(self) -> float:
+        """Mean since this start."""
+        return (self._step - self._first) / max(time.monotonic() - self._started, 1e-9)
+
+    # --- what happens -----------------------------------------------------------------------------
+
+    def take(self, step: int, metrics: Mapping[str, float]) -> list[Event]:
+        """Look at a step, logged or not; returns its spikes, which are noted as events."""
+        self._step = step
+        found = []
+        for key, detector in self._detectors.items():
+            usual = detector.state["mean"]
+            above = detector.look(metrics[key])
+            if above is not None:
+                text = f"{key} {metrics[key]:.4g}, {above:.0f} typical deviations above its mean of {usual:.4g}"
+                found.append(Event(step, "spike", text))
+        for event in found:
+            self.log.event(event)
+        return found
+
+    def validated(self, step: int, description: Mapping[str, Any]) -> None:
+        """Keep what the newest validation found beside its metrics."""
+        self._folder("summary")
+        write_atomic(self._validation, json.dumps({"step": step, **description}) + "\n")
+
+    def referred(self, errors: Mapping[str, float]) -> None:
+        """Keep the errors to compare with."""
+        write_atomic(self.path / "baselines.json", json.dumps(errors, indent=2) + "\n")
+
+    @property
+    def references(self) -> dict[str, float]:
+        """The errors to compare with, by what they are errors of."""
+        path = self.path / "baselines.json"
+        errors = json.loads(path.read_text()) if path.is_file() else {}
+        return {REFERENCE_LABELS[key]: value for key, value in errors.items()}
+
+    @property
+    def _validation(self) -> Path:
+        return self.path / "summary" / "validation.json"
+
+    def _folder(self, name: str) -> Path:
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    # --- what is drawn ----------------------------------------------------------------------------
+
+    def figure_path(self, step: int) -> Path:
+        """Where the reconstructions of a step are."""
+        return self.path / "figures" / f"reconstructions_step={step:06d}.png"
+
+    def reconstructions(self, figure: Figure, step: int) -> None:
+        """Keep a figure of reconstructions."""
+        self.log.picture("reconstructions", plots.save_figure(figure, self.figure_path(step)), step)
+
+    def draw(self, step: int, state: State) -> None:
+        """Redraw the curves and the page."""
+        spikes = [event.step for event in self.log.events if event.kind == "spike"]
+        plots.draw_curves(self.log.curves, self._folder("summary"), self.references, spikes)
+        self._write_page(step, state)
+
+    def failed(self, step: int, error: Exception) -> None:
+        """Show on the page that the run failed, and why."""
+        self.log.events.append(Event(step, "failed", str(error)))
+        with suppress(RunError, OSError):  # on a full disk: the first error is the one to hear of
+            self._write_page(step, "failed")
+
+    def _write_page(self, step: int, state: State) -> None:
+        figures = sorted((self.path / "figures").glob("reconstructions_step=*.png"), key=step_of)
+        figures = [figure for figure in figures if step_of(figure) <= step]  # a kill may have undone the others
+        speed = self.steps_per_second
+        page = Dashboard(
+            title=self.path.resolve().name,
+            state=state,
+            step=step,
+            n_steps=self.n_steps,
+            updated=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds_left=(self.n_steps - step) / speed if speed and state == "running" else None,
+            tiles_per_second=speed * self.batch_size or None,
+            curves={key: curve.points() for key, curve in (self.log.curves | self.log.timing).items()},
+            references=self.references,
+            events=list(self.log.events),
+            n_events=self.log.n_events,
+            validation=json.loads(self._validation.read_text()) if self._validation.is_file() else None,
+            picture=figures[-1].read_bytes() if figures else None,
+            picture_step=step_of(figures[-1]) if figures else None,
+            facts=self.facts,
+        )
+        write_dashboard(self._folder("summary") / "index.html", page)
