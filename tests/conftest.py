@@ -4,10 +4,12 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import h5netcdf
 import numpy as np
 import pytest
+import yaml
 
 from spectralvae.data import store
 from spectralvae.data.normalize import Normalization
@@ -126,6 +128,41 @@ def _make_store(
     extra = {key: np.zeros(nc) for key in store.REQUIRED_ARRAYS if key not in normalization.arrays()}
     finish_store(path, records, normalization, extra, dtype)
     return Store(path)
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Pictures take most of a tiny run's time: drawn only where a test is marked so."""
+    from matplotlib.figure import Figure
+
+    from spectralvae.training.validation import Validation
+    from spectralvae.training.watch import Watch
+
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(Watch, "draw", lambda *_: None)
+        monkeypatch.setattr(Validation, "draw", lambda *_: Figure(figsize=(1, 1)))
+
+
+@pytest.fixture
+def train(store: Path, tmp_path: Path, pictures: None) -> Callable[..., tuple[int, Path]]:
+    """Run `spectralvae train` on a tiny network and the module's `store`; returns exit code and run directory."""
+    from spectralvae.cli import run as cli
+
+    def run(name: str = "run", *, model: Mapping[str, Any] | None = None, **training: Any) -> tuple[int, Path]:
+        config: dict[str, Any] = {
+            "output_dir": str(tmp_path / name),
+            "data": {"store": str(store), "batch_size": 3, "tile_size": 8, "n_val_tiles": 5},
+            "model": {"chs": [16, 8], "z_channels": 4, "embed_dim": 4, "n_attention_heads": 2, **(model or {})},
+            "optimizer": {"lr": 2e-3},
+            "training": {"n_steps": 14, "save_every": 5, "val_every": 4, "log_every": 2, "plot_every": 7},
+        }
+        config["data"] |= training.pop("data", {})
+        config["training"] |= {"device": "cpu", **training}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return cli(["train", str(path)]), tmp_path / name
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 import zarr
-from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from spectralvae import load_model
@@ -24,10 +23,8 @@ from spectralvae.errors import RunError
 from spectralvae.model import AutoencoderKL
 from spectralvae.training import trainer
 from spectralvae.training.trainer import Trainer
-from spectralvae.training.validation import Validation
-from spectralvae.training.watch import Watch
 
-N_STEPS = 14
+N_STEPS = 14  # of `train`
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +38,6 @@ def store(tmp_path_factory):
         path.write_text(yaml.safe_dump(config))
         assert cli([command, str(path)]) == 0
     return folder / "store"
-
-
-@pytest.fixture
-def pictures(monkeypatch, request):
-    """Pictures take most of a tiny run's time: drawn only where a test is marked so."""
-    if "pictures" not in request.keywords:
-        monkeypatch.setattr(Watch, "draw", lambda *_: None)
-        monkeypatch.setattr(Validation, "draw", lambda *_: Figure(figsize=(1, 1)))
-
-
-@pytest.fixture
-def train(store, tmp_path, pictures):
-    """Run `spectralvae train` on a tiny network; returns exit code and run directory."""
-
-    def run(name="run", *, model=None, **training):
-        config = {
-            "output_dir": str(tmp_path / name),
-            "data": {"store": str(store), "batch_size": 3, "tile_size": 8, "n_val_tiles": 5},
-            "model": {"chs": [16, 8], "z_channels": 4, "embed_dim": 4, "n_attention_heads": 2, **(model or {})},
-            "optimizer": {"lr": 2e-3},
-            "training": {"n_steps": N_STEPS, "save_every": 5, "val_every": 4, "log_every": 2, "plot_every": 7},
-        }
-        config["data"] |= training.pop("data", {})
-        config["training"] |= {"device": "cpu", **training}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return cli(["train", str(path)]), tmp_path / name
-
-    return run
 
 
 def rows(run):
