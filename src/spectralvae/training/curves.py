@@ -79,7 +79,9 @@ class Curve:
         kept = 1 - 1 / horizon
         self._weighted = self._weighted * kept + value
         self._weight = self._weight * kept + 1
-        if bin_of(step) > self._bin:
+        number = bin_of(step)
+        if number > self._bin:
+            self._bin = number
             self._open_bin(step)
         self._in_bin += 1
         self._sum += value
@@ -90,7 +92,7 @@ class Curve:
         self._smooth[-1] = self._weighted / self._weight
 
     def _open_bin(self, step: int) -> None:
-        self._bin, self._in_bin, self._sum = bin_of(step), 0, 0.0
+        self._in_bin, self._sum = 0, 0.0
         for column, empty in (
             (self._step, step),
             (self._mean, 0.0),

@@ -144,7 +144,7 @@ class Logbook:
         events: the newest N_EVENTS.
         n_events: how many there are in all.
         last_row: the newest row of metrics; empty before there is one.
-        val_losses: by step: at ``checkpoints``, and in the rows since this start.
+        val_losses: of the checkpoints, by step, where validated.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -234,8 +234,6 @@ class Logbook:
         seconds = round(time.monotonic() - self._started, 6)
         self._timing.append({"start": self._start, "step": step, "seconds": seconds, "memory_gb": memory_gb})
         self._take(row)
-        if "val_loss" in row:
-            self.val_losses[step] = row["val_loss"]
         self.timing["memory_gb"].add(step, memory_gb)
         if self._timed is not None and seconds > self._timed[1]:
             self.timing["steps_per_second"].add(step, (step - self._timed[0]) / (seconds - self._timed[1]))
@@ -245,6 +243,11 @@ class Logbook:
                 if name != "step":
                     kind = "val" if name.startswith("val_") else "train"
                     self._writer.add_scalar(f"{kind}/{name.removeprefix('val_')}", value, step)
+
+    def saved(self, step: int) -> None:
+        """Keep the ``val_loss`` of a checkpoint that is written now, if its step was validated."""
+        if self.last_row.get("step") == step and "val_loss" in self.last_row:
+            self.val_losses[step] = self.last_row["val_loss"]
 
     def event(self, event: Event) -> None:
         """Add an event.

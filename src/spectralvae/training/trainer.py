@@ -331,6 +331,7 @@ class Trainer:
         watch.log.sync()
         normalization, optimizer = self.store.normalization, self.engine.optimizer
         save_checkpoint(self.path, self.step, self.model, self.settings, normalization, optimizer, state)
+        watch.log.saved(self.step)
         losses = watch.log.val_losses
         steps = [step for step in map(step_of, list_checkpoints(self.path)) if step in losses]
         best = min(steps, key=losses.__getitem__, default=None)
