@@ -167,10 +167,11 @@ def numbers_of(values: ArrayLike) -> list[float | None]:
     array = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(array)
     known = np.where(finite, array, 0.0)
-    # the least exponent keeps the scale finite, for zero and for what is as good as zero
-    exponent = np.floor(np.log10(np.maximum(np.abs(known), 1e-290)))
-    scale = 10.0 ** (DIGITS - 1 - exponent)
-    rounded: list[float | None] = (np.round(known * scale) / scale).tolist()
+    # the least size keeps the powers finite, for zero and for what is as good as zero
+    places = DIGITS - 1 - np.floor(np.log10(np.maximum(np.abs(known), 1e-290)))
+    # whole powers of ten are exact: no digits are left over
+    up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)
+    rounded: list[float | None] = (np.round(known * up / down) * down / up).tolist()
     for i in np.flatnonzero(~finite):
         rounded[i] = None
     return rounded

@@ -146,7 +146,8 @@ class Chart {
 
   makeYScale(pixels) {
     const [from, to] = this.x.domain;
-    const drawn = this.references.map((reference) => reference.value); // with the next points beyond the edges
+    // the next points beyond the edges are drawn, too; references do not keep a reader from zooming
+    const drawn = this.in.range ? [] : this.references.map((reference) => reference.value);
     const inside = [...drawn];
     for (const series of this.series) {
       const columns = [series.y, series.low, series.high, series.smooth].filter(Boolean);
@@ -157,7 +158,7 @@ class Chart {
         if (x >= from && x <= to) inside.push(...values);
       });
     }
-    const values = inside.length > this.references.length ? inside : drawn;
+    const values = inside.length ? inside : drawn;
     if (this.y === "zero" || !values.length) values.push(0);
     const log = this.y === "log" || (this.y === "switch" && this.in.y_log);
     const threshold = log && [...drawn, ...values].some((value) => value <= 0) ? symlogThreshold(values) : 0;
@@ -175,7 +176,7 @@ class Chart {
       add(this.svg, "path", { d: `M${x} ${at}h${width}`, class: tick.value === 0 ? "zero" : "grid" });
       add(this.svg, "text", { x: x - 6, y: at + 4, "text-anchor": "end" }, tick.label);
     }
-    for (const tick of this.x.ticks(Math.max(3, Math.floor(width / 75)))) {
+    for (const tick of this.x.ticks(Math.max(3, Math.floor(width / 60)))) {
       const at = this.x.place(tick.value);
       add(this.svg, "path", { d: `M${at} ${y}v${height}`, class: "grid" });
       add(this.svg, "text", { x: at, y: y + height + 15, "text-anchor": "middle" }, tick.label);
@@ -183,7 +184,7 @@ class Chart {
     const { log, threshold } = this.y_scale;
     const kind = threshold ? ` (symlog axis: linear within ±${format(threshold)})` : log ? " (log axis)" : "";
     add(this.svg, "text", { x: 4, y: 13, class: "y-label" }, this.label + kind);
-    const start = this.in.hidden ? `, from ${format(this.in.log_from)} on` : "";
+    const start = this.in.hidden && this.x.domain[0] === this.in.log_from ? `, from ${format(this.in.log_from)} on` : "";
     const from = this.in.x_log ? ` (log axis${start})` : "";
     const place = { x: x + width / 2, y: HEIGHT - 5, "text-anchor": "middle", class: "x-label" };
     add(this.svg, "text", place, this.in.label + from);
@@ -233,14 +234,15 @@ class Chart {
   }
 
   drawReferences() {
-    const { x, width } = this.box;
+    const { x, y, width, height } = this.box;
     let lowest = -Infinity;
     const placed = this.references.map(({ label, value }) => {
       return { label: `${label}: ${format(Number(value.toPrecision(3)))}`, at: this.y_scale.place(value) };
     });
-    for (const { label, at } of placed.sort((a, b) => a.at - b.at)) {
+    const inside = placed.filter(({ at }) => at >= y && at <= y + height);
+    for (const { label, at } of inside.sort((a, b) => a.at - b.at)) {
       add(this.plot, "path", { d: `M${x} ${at}h${width}`, class: "reference" });
-      lowest = Math.max(at - 4 < this.box.y + 10 ? at + 13 : at - 4, lowest + 13);
+      lowest = Math.max(at - 4 < y + 10 ? at + 13 : at - 4, lowest + 13);
       add(this.plot, "text", { x: x + width - 5, y: lowest, class: "reference-label" }, label);
     }
   }
@@ -258,7 +260,7 @@ class Chart {
     this.readout.replaceChildren();
     if (x !== null) {
       const at = this.x.place(x);
-      this.crosshair = add(this.svg, "path", { d: `M${at} ${this.box.y}v${this.box.height}`, class: "crosshair" });
+      this.crosshair = add(this.plot, "path", { d: `M${at} ${this.box.y}v${this.box.height}`, class: "crosshair" });
       addHtml(this.readout, "span", "", `${this.in.label} ${format(x, 0.01)}`);
     }
     for (const series of this.series) {

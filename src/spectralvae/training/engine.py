@@ -81,6 +81,7 @@ class Engine:
         self.config, self.device, self.ranks = config, device, ranks
         torch.backends.cuda.matmul.allow_tf32 = training.tf32
         torch.backends.cudnn.allow_tf32 = training.tf32  # cuDNN's own default is to be less exact than float32
+        torch.backends.cudnn.deterministic = True  # a run that was interrupted is to go on exactly
         self.memory_format = memory_format_for(device)
         self.model = model.to(device, memory_format=self.memory_format).train()  # type: ignore[call-overload]
         for idle in idle_parameters(model):
