@@ -130,7 +130,7 @@ def behaves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[BaseEx
         (InputError("file.nc: cut"), 2, "file.nc: cut", "failed"),
         (ConfigError("key: two\nlines\r\n  long"), 2, "key: two lines long", "failed"),
         (RunError("step 7: loss nan"), 1, "step 7: loss nan", "failed"),
-        (OSError(28, "No space left on device", "a.nc"), 1, "a.nc: No space left on device", "failed"),
+        (OSError(5, "Input/output error", "a.nc"), 1, "a.nc: Input/output error", "failed"),
         (OSError("unknown\nfailure"), 1, "unknown failure", "failed"),
         (Stopped(75), 75, None, "stopped"),
         (Stopped(130), 130, None, "stopped"),

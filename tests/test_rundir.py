@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import pytest
 import yaml
 
 from spectralvae.config import SimulateConfig, TrainConfig, may_change_on_resume
-from spectralvae.errors import ConfigError, RunError
+from spectralvae.errors import ConfigError, NoRoomError, RunError
 from spectralvae.rundir import RunDir, Stopped, write_atomic
 
 
@@ -319,6 +324,82 @@ def test_full_disk_does_not_hide_the_first_error(path: Path, monkeypatch: pytest
     monkeypatch.undo()
     with pytest.raises(RunError, match=r"run\.json"), train_dir(path):
         monkeypatch.setattr("spectralvae.rundir.write_atomic", no_space)
+
+
+@contextmanager
+def file_limit(n_bytes: int) -> Iterator[None]:
+    """No process may write beyond so many bytes of a file (Python ignores the signal)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_atomic(target, "old")
+    with pytest.raises(NoRoomError) as error, file_limit(1000):
+        write_atomic(target, "x" * 12_345)
+    told = r"12,345 bytes are needed, [\d,]+ bytes are free, 1,000 bytes are the limit of a file"
+    assert re.fullmatch(rf".*/file: File too large: {told}; raise `ulimit -f` and start again", str(error.value))
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"), [("ENOSPC", "make room"), ("EDQUOT", "quota raised"), ("EFBIG", "raise `ulimit -f`")]
+)
+@pytest.mark.parametrize("name", [None, "elsewhere/granule.nc"])
+def test_no_room_for_what_others_write(path: Path, code: str, remedy: str, name: str | None) -> None:
+    """A library's OSError, with or without the name of a file."""
+    number = getattr(errno, code)
+    names = () if name is None else (str(path / name),)
+    with pytest.raises(NoRoomError) as error, train_dir(path):
+        raise OSError(number, os.strerror(number), *names)
+    told = str(error.value)
+    assert told.startswith(f"{path / name if name else path}: {os.strerror(number)}: ")
+    free = re.search(r": ([\d,]+) bytes are free; ", told)
+    assert free is not None
+    assert int(free[1].replace(",", "")) == pytest.approx(shutil.disk_usage(path).free, rel=0.2)
+    assert remedy in told
+    assert "\n" not in told
+    assert record(path)["state"] == "failed"
+    assert record(path)["error"] == f"NoRoomError: {told}"
+
+
+def test_other_errors_of_the_system_are_left_alone(path: Path) -> None:
+    with pytest.raises(OSError, match="Input/output") as error, train_dir(path):
+        raise OSError(errno.EIO, "Input/output error", "a.nc")
+    assert type(error.value) is OSError
+
+
+def test_no_room_for_the_directory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train_dir(path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(NoRoomError, match=r"No space left on device: .* bytes are free; make room"), run:
+        pass
+
+
+@pytest.mark.parametrize("error", [RunError("loss nan"), None])
+def test_first_error_counts_where_the_record_does_not_fit(path: Path, error: RunError | None) -> None:
+    def work() -> None:
+        with ExitStack() as stack, train_dir(path):
+            stack.enter_context(file_limit(10))
+            if error is not None:
+                raise error
+
+    with pytest.raises(RunError, match=r"^loss nan$" if error else r"run\.json: File too large"):
+        work()
+    assert record(path)["state"] == "running"
+    with train_dir(path):  # the lock is free, and there is room again
+        pass
+    assert record(path)["state"] == "finished"
 
 
 def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from spectralvae.errors import ConfigError, NoRoomError, RunError
 
 TOOL = "spectralvae"
 State = Literal["running", "stopped", "finished", "failed"]
+_BEFORE_RECORD = (".lock", ".run.json.tmp")  # all that a kill leaves of a run before it is known as ours
 
 _NO_ROOM = {  # errno -> what to do
     errno.ENOSPC: "make room",
@@ -158,7 +159,7 @@ class RunDir:
         self._clear = False
         self._check_place()
         record = self._found = self._read_record()
-        if not self.path.exists() or not any(p.name != ".lock" for p in self.path.iterdir()):
+        if not self.path.exists() or not any(p.name not in _BEFORE_RECORD for p in self.path.iterdir()):
             return
         if record is None or record["command"] != command:
             made_by = (
