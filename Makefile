@@ -16,6 +16,7 @@ test: $(VENV)/.installed-test
 # Kills, damage and full disks in the numbers that `make test` has no time for.
 torture: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --torture -n auto tests/test_torture_*.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --steps 6000
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -150,6 +150,19 @@ def train(
 
 
 @app.command()
+def doctor(
+    config: Config,
+    set_: Set = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Try out a train config, its store and this machine; nothing is changed."""
+    cfg = load_config(TrainConfig, config, set_ or [])
+    from spectralvae.training.doctor import doctor as work
+
+    work(cfg, as_json=json, console=console)
+
+
+@app.command()
 def convert(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
     """Turn a model into an export folder, or into a file for mltools."""
     cfg = _read(ConvertConfig, config, set_, print_config)

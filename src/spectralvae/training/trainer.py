@@ -152,6 +152,8 @@ class Trainer:
             with stop_signal() as signals, terminal(self.step, self.config.training.n_steps, self.console) as shown:
                 if self.step == 0:
                     self._begin()
+                elif self.step == self.config.training.n_steps:
+                    self._end_again()
                 first_step, batches = self.step, iter(self._stream(self.config.data.num_workers))
                 while self.step < self.config.training.n_steps:
                     with self.ranks.together():
@@ -318,8 +320,14 @@ class Trainer:
             self.watch.validated(self.step, description)
         return metrics
 
+    def _end_again(self) -> None:
+        """After a kill between the last checkpoint and the end: what was to follow may be missing."""
+        with self.ranks.together():
+            if self.run and self.watch:
+                self._tidy_up(self.run, self.watch)
+                self.watch.draw(self.step, "finished")
+
     def _save(self, run: RunDir, watch: Watch) -> None:
-        training = self.config.training
         state = {
             "spectralvae": __version__,
             "seed": self.config.seed,
@@ -332,6 +340,11 @@ class Trainer:
         normalization, optimizer = self.store.normalization, self.engine.optimizer
         save_checkpoint(self.path, self.step, self.model, self.settings, normalization, optimizer, state)
         watch.log.saved(self.step)
+        self._tidy_up(run, watch)
+
+    def _tidy_up(self, run: RunDir, watch: Watch) -> None:
+        """Old checkpoints go, the best one is noted."""
+        training = self.config.training
         losses = watch.log.val_losses
         steps = [step for step in map(step_of, list_checkpoints(self.path)) if step in losses]
         best = min(steps, key=losses.__getitem__, default=None)

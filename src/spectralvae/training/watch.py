@@ -130,7 +130,7 @@ class Watch:
         figures = [figure for figure in figures if step_of(figure) <= step]  # a kill may have undone the others
         speed = self.steps_per_second
         page = Dashboard(
-            title=self.path.resolve().name,
+            title="/".join(self.path.resolve().parts[-2:]),  # the last one is often just "train"
             state=state,
             step=step,
             n_steps=self.n_steps,

@@ -1,0 +1,235 @@
+"""What takes other processes to prove: that two compute what one does, and that a killed run goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from spectralvae.config import TrainConfig
+from spectralvae.configfile import dump_config, to_yaml
+from spectralvae.errors import RunError
+from spectralvae.training.checkpoint import checkpoint_path
+from spectralvae.training.trials import Check, Patient, changed, in_bytes
+
+TRAIN = (sys.executable, "-m", "spectralvae", "train")
+REHEARSAL = (sys.executable, "-m", "spectralvae.training.rehearsal")
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "GROUP_RANK", "TORCHELASTIC_", "SLURM_")  # who is who
+
+GRADIENT_LIMIT = 1e-3  # float32 sums in another order differ by 1e-6 to 1e-4; a factor left out by 0.1 and more
+LOSS_LIMIT = 1e-5
+
+STEPS, SAVE_EVERY, KILL_AT = 4, 2, 3
+TRIES = 3  # to kill a run before it ends
+CHECKPOINTS_AT_ONCE = 4  # two runs', of which the older one goes when the newer one is there
+FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json")
+CUDA_LIMIT = 0.05  # of the optimizer's moments, where rounding may differ from start to start
+
+
+# --- processes --------------------------------------------------------------------------------------
+
+
+class _Child:
+    """A process, and what it says on stderr."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self.log = process, log
+
+    def complaint(self) -> str:
+        """Why it failed."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return f"exit code {self.process.returncode}: {lines[-1] if lines else 'without a word'}"
+
+
+@contextmanager
+def _started(p: Patient, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> Iterator[list[_Child]]:
+    """Processes with more variables in their environment; none outlives the block."""
+    base = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
+    children: list[_Child] = []
+    try:
+        for i, (command, variables) in enumerate(commands):
+            log = p.scratch / f"stderr-{i}"
+            with log.open("wb") as stderr:
+                process = subprocess.Popen(
+                    command,
+                    env={**base, **variables},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
+            children.append(_Child(process, log))
+        yield children
+    finally:
+        for child in children:
+            if child.process.poll() is None:
+                os.killpg(child.process.pid, signal.SIGKILL)  # with what it has started itself
+                child.process.wait()
+
+
+def _wait(children: Sequence[_Child], until: Callable[[], bool] = lambda: False) -> None:
+    """Until all have ended, or ``until`` says so.
+
+    Raises:
+        RunError: one failed.
+    """
+    while not until():
+        codes = [child.process.poll() for child in children]
+        for child, code in zip(children, codes, strict=True):
+            if code:
+                raise RunError(child.complaint())
+        if all(code == 0 for code in codes):
+            return
+        time.sleep(0.005)
+
+
+def _write_config(path: Path, config: TrainConfig) -> str:
+    path.write_text(to_yaml(dump_config(config)))
+    return str(path)
+
+
+# --- two processes ----------------------------------------------------------------------------------
+
+
+def compare_processes(p: Patient) -> Check:
+    """Gradients of one small step, without dropout, of two processes on the CPU, and of one.
+
+    Raises:
+        RunError: a process failed.
+    """
+    n_parts = min(p.config.training.gradient_accumulation, 2)
+    config = changed(
+        p.config,
+        data={"batch_size": 2 * n_parts},
+        training={
+            "gradient_accumulation": n_parts,
+            "compile": False,
+            "precision": "32-true",
+            "device": "cpu",
+            "peer_timeout": 120.0,
+        },
+    )
+    path, result = _write_config(p.scratch / "processes.yaml", config), p.scratch / "processes.json"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    who = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    who |= {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}
+    command = (*REHEARSAL, path, str(p.piece_size), str(result))
+    commands = [(command, {**who, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    with p.progress("gradients of two processes"), _started(p, commands) as children:
+        _wait(children)
+    found = json.loads(result.read_text())
+    ok = found["gradient"] <= GRADIENT_LIMIT and found["loss"] <= LOSS_LIMIT
+    text = (
+        f"gradients of 2 processes and of 1 differ by at most {found['gradient']:.2g} in {found['tensors']} tensors "
+        f"(limit {GRADIENT_LIMIT:g}), losses by {found['loss']:.2g} (limit {LOSS_LIMIT:g})"
+    )
+    if not ok:
+        text += f": they must agree; worst: {found['tensor']}"
+    return Check("processes", ok, text, {**found, "limit": GRADIENT_LIMIT, "loss_limit": LOSS_LIMIT})
+
+
+# --- resume -----------------------------------------------------------------------------------------
+
+
+def prove_resume(p: Patient) -> Check:
+    """A run that is killed after a checkpoint and started again, against one that was never interrupted.
+
+    All is as the config says, but for a small batch and few steps.
+
+    Raises:
+        RunError: a run failed, or there is no room for them.
+    """
+    needed, free = CHECKPOINTS_AT_ONCE * p.checkpoint_bytes, shutil.disk_usage(p.scratch).free
+    if free < needed:
+        raise RunError(
+            f"{p.scratch.parent}: {in_bytes(free)} are free, checkpoints for this proof need {in_bytes(needed)}: "
+            "set TMPDIR to a larger disk"
+        )
+    whole, killed = p.scratch / "whole", p.scratch / "killed"
+    with p.progress("killing a run and going on", 3) as advance:
+        with _started(p, [((*TRAIN, _write_config(p.scratch / "whole.yaml", _short(p, whole))), {})]) as children:
+            _wait(children)
+        advance()
+        command = (*TRAIN, _write_config(p.scratch / "killed.yaml", _short(p, killed)))
+        _run_and_kill(p, command, killed)
+        advance()
+        with _started(p, [(command, {})]) as children:
+            _wait(children)
+        advance()
+    return _judge(p, whole, killed)
+
+
+def _short(p: Patient, output_dir: Path) -> TrainConfig:
+    n_parts = min(p.config.training.gradient_accumulation, 2)
+    at_a_time = min(p.config.data.batch_size // p.config.training.gradient_accumulation, 2)
+    every = {"save_every": SAVE_EVERY, "val_every": SAVE_EVERY, "plot_every": STEPS, "log_every": 1}
+    kept = {"keep_last": 1, "keep_every": None}
+    config = changed(
+        p.config,
+        data={"batch_size": n_parts * at_a_time, "n_val_tiles": 2},
+        training={"gradient_accumulation": n_parts, "n_steps": STEPS, "device": str(p.device), **every, **kept},
+    )
+    return config.model_copy(update={"output_dir": output_dir})
+
+
+def _run_and_kill(p: Patient, command: Sequence[str], run: Path) -> None:
+    """SIGKILL once a step after a checkpoint is logged; again from the start if the run was faster."""
+    metrics = run / "metrics.jsonl"
+    for _ in range(TRIES):
+        with _started(p, [(command, {})]) as [child]:
+            _wait([child], lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") > KILL_AT)
+            child.process.kill()
+            if child.process.wait() == -signal.SIGKILL:
+                return
+        shutil.rmtree(run)
+    raise RunError(f"a run of {STEPS} steps ended {TRIES} times before it could be killed: is this machine overloaded?")
+
+
+def _judge(p: Patient, whole: Path, killed: Path) -> Check:
+    from_step = json.loads((killed / "run.json").read_text())["starts"][-1]["from_step"]
+    files = ["metrics.jsonl", *(f"checkpoints/step={STEPS:06d}/{name}" for name in FILES)]
+    differing = [name for name in files if (whole / name).read_bytes() != (killed / name).read_bytes()]
+    figures = {"from_step": from_step, "differing": differing, "moments": 0.0}
+    what = f"a run that was killed at step {KILL_AT} of {STEPS} went on from step {from_step}"
+    if from_step != SAVE_EVERY:
+        return Check("resume", False, f"{what}, not from its checkpoint of step {SAVE_EVERY}", figures)
+    if not differing:
+        same = "weights, optimizer and metrics are byte-equal to those of a run that was not"
+        return Check("resume", True, f"{what}: {same}", figures)
+    figures["moments"] = deviation = _moments_deviation(*(checkpoint_path(run, STEPS) for run in (whole, killed)))
+    ok = p.device.type == "cuda" and deviation <= CUDA_LIMIT
+    names = ", ".join(Path(name).name for name in differing)
+    text = f"{what}; {names} differ from a run that was not, the optimizer's moments by {deviation:.2g}"
+    if ok:
+        text += f": cuDNN may round otherwise from start to start; expected (limit {CUDA_LIMIT:g})"
+    return Check("resume", ok, text, figures)
+
+
+def _moments_deviation(expected: Path, found: Path) -> float:
+    """Norm of the difference of all first or all second moments, by their norm; the larger of the two.
+
+    Infinite if the counts of updates differ, which no rounding can do.
+    """
+    a, b = (load_file(folder / "optimizer.safetensors") for folder in (expected, found))
+    if a.keys() != b.keys() or any((a[name] != b[name]).any() for name in a if name.startswith("step.")):
+        return math.inf
+    deviations = []
+    for kind in ("exp_avg.", "exp_avg_sq."):
+        names = [name for name in a if name.startswith(kind)]
+        squares = sum(float(np.square(a[name] - b[name], dtype=np.float64).sum()) for name in names)
+        deviations.append(math.sqrt(squares / sum(float(np.square(a[name], dtype=np.float64).sum()) for name in names)))
+    return max(deviations)
