@@ -211,7 +211,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         result = app(arguments, prog_name="spectralvae", standalone_mode=False)
         if result == 130:  # Ctrl-C, as typer reports it
-            return _fail("interrupted; see `state` in run.json of the output_dir", 130)
+            return _fail("interrupted", 130)
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _fail(str(error), 2)

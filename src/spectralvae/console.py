@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -31,5 +33,6 @@ def new_progress(*fields: str, quiet: bool = False) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed beside the bar would go where the bar is
         disable=quiet or not console.is_terminal,
     )

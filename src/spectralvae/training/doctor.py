@@ -18,18 +18,16 @@ from rich.console import Console
 from spectralvae.artifact import verify
 from spectralvae.config import TrainConfig, may_change_on_resume
 from spectralvae.data.loader import read_crops
-from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, RunError, SpectralvaeError
 from spectralvae.rundir import RunDir
 from spectralvae.settings import construct
 from spectralvae.signals import stop_at_once
 from spectralvae.training import proofs, record, trials
 from spectralvae.training.checkpoint import list_checkpoints
-from spectralvae.training.device import check_batch_fits, choose_device
 from spectralvae.training.distributed import find_ranks
-from spectralvae.training.engine import check_shares, idle_parameters
-from spectralvae.training.network import check_forward, network_settings, start_from
-from spectralvae.training.trainer import Trainer
+from spectralvae.training.engine import idle_parameters
+from spectralvae.training.network import start_from
+from spectralvae.training.trainer import admit
 from spectralvae.training.trials import Check, Patient, in_bytes
 
 MARKS = {True: "✓", False: "✗", None: "-"}
@@ -79,20 +77,13 @@ def _admit(config: TrainConfig, scratch: Path) -> Patient:
     ranks = find_ranks()
     if ranks.world_size > 1:
         raise ConfigError(f"doctor: starts its own processes; start it once, not {ranks.world_size} times")
-    silent = Console(quiet=True)
-    store = Store(config.data.store)
-    settings = network_settings(config, store)
-    at_a_time = check_shares(config, ranks)
-    check_forward(settings, at_a_time)
-    device = choose_device(config.training.device, ranks, silent)
-    check_batch_fits(at_a_time, settings["shape"], device)
-    trainer = Trainer(config, settings, store, device, ranks, silent)
+    t = admit(config, ranks, Console(quiet=True))
     if config.training.init_from is not None:
-        start_from(trainer.model, settings, config.training.init_from)
+        start_from(t.model, t.settings, config.training.init_from)
     # weights, and two moments of those that are trained; statistics and text are small beside them
-    idle = sum(parameter.numel() for parameter in idle_parameters(trainer.model))
-    n_bytes = 4 * (3 * trainer.n_parameters - 2 * idle)
-    return Patient(config, settings, store, device, trainer.sampler, trainer.validation, n_bytes, scratch)
+    idle = sum(parameter.numel() for parameter in idle_parameters(t.model))
+    n_bytes = 4 * (3 * t.n_parameters - 2 * idle)
+    return Patient(config, t.settings, t.store, t.device, t.sampler, t.validation, n_bytes, scratch)
 
 
 @contextmanager

@@ -55,15 +55,10 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
         Stopped: a signal came, and the run was saved.
     """
     with ranks.together():
-        store = Store(config.data.store)
+        trainer = admit(config, ranks, console)
+        store = trainer.store
         if run and run.resuming and run.record.get("store_hash", store.hash) != store.hash:
             raise ConfigError(f"data.store: {store.path} is not the store of this run (its hash differs)")
-        settings = network_settings(config, store)
-        at_a_time = check_shares(config, ranks)
-        check_forward(settings, at_a_time)
-        device = choose_device(config.training.device, ranks, console)
-        check_batch_fits(at_a_time, settings["shape"], device)
-        trainer = Trainer(config, settings, store, device, ranks, console)
     initial = config.training.init_from
     goes_on = ranks.share(bool(run and run.resuming and list_checkpoints(run.path)))
     with ranks.together():
@@ -72,8 +67,8 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
             if initial is not None:
                 run.refuse_inside("training.init_from", initial)
         if initial is not None and not goes_on:
-            console.print(f"initial weights: {start_from(trainer.model, settings, initial)}")
-    devices = ranks.gather(record.describe_device(device))
+            console.print(f"initial weights: {start_from(trainer.model, trainer.settings, initial)}")
+    devices = ranks.gather(record.describe_device(trainer.device))
     with ExitStack() as stack:
         if run:
             stack.enter_context(run)
@@ -88,6 +83,21 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
                 devices=devices,
             )
         trainer.fit(run)
+
+
+def admit(config: TrainConfig, ranks: Ranks, console: Console) -> Trainer:
+    """Set up a run as far as that touches nothing.
+
+    Raises:
+        ConfigError, InputError: config or store will not do.
+    """
+    store = Store(config.data.store)
+    settings = network_settings(config, store)
+    at_a_time = check_shares(config, ranks)
+    check_forward(settings, at_a_time)
+    device = choose_device(config.training.device, ranks, console)
+    check_batch_fits(at_a_time, settings["shape"], device)
+    return Trainer(config, settings, store, device, ranks, console)
 
 
 class Trainer:
