@@ -380,9 +380,9 @@ def poisoned(rank: int, step: int, tile: int, path: str) -> None:
             batch.tiles[j] = torch.inf
         return crop
 
-    def fit(original: Any, self: Any, run: Any) -> None:
+    def fit(original: Any, self: Any, *arguments: Any) -> None:
         try:
-            original(self, run)
+            original(self, *arguments)
         except Exception:
             weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
             save_file(weights, f"{path}-{self.ranks.rank}.safetensors")

@@ -493,7 +493,7 @@ def test_hostile_names_are_inert(browser, tmp_path):
     assert browser.run("typeof window.hostile") == "undefined"
 
 
-def test_only_a_running_page_reloads(browser, tmp_path, monkeypatch):
+def test_a_page_reloads_until_the_run_is_finished(browser, tmp_path, monkeypatch):
     monkeypatch.setattr(html, "RELOAD_SECONDS", 0)
     finished, running = tmp_path / "finished", tmp_path / "running"
     finished.mkdir()
@@ -510,6 +510,10 @@ def test_only_a_running_page_reloads(browser, tmp_path, monkeypatch):
     assert browser.run("window.kept") == 1  # not under the hand of a reader who zooms
     browser.run("groups.steps.dragging = false")
     browser.until("document.getElementById('step')?.textContent.includes('step 1,001')")
+    write(running, state="stopped", step=1002)  # it may be started again
+    browser.until("document.getElementById('step')?.textContent.includes('step 1,002')")
+    write(running, state="running", step=1003)
+    browser.until("document.getElementById('step')?.textContent.includes('step 1,003')")
     browser.run("document.getElementById('reload').click(); window.kept = 1")
     time.sleep(1.3)
     assert browser.run("window.kept") == 1

@@ -200,7 +200,9 @@ def test_not_finite_stops_before_the_update(train, monkeypatch, capsys, where):
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step 7" in message
     assert "not finite" in message
-    assert "TEMPO_RAD_L1" in message
+    assert "the loss of each tile alone is" in message  # without the plant
+    report = json.loads((run / "failures/step=000007.json").read_text())
+    assert ["TEMPO_RAD_L1" in tile["scene"] for tile in report["tiles"]] == [True] * 3
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step=000005"]
     assert json.loads((run / "run.json").read_text())["state"] == "failed"
 

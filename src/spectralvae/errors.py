@@ -32,5 +32,9 @@ class PeerError(RunError):
     """Another process of the run failed, and says why on its own stderr."""
 
 
+class LostPeerError(RunError):
+    """Another process of the run is gone, or does not answer: no verdict on the run, which can be started again."""
+
+
 class NoRoomError(RunError):
     """A disk is full, a quota used up, or a file larger than files may be."""

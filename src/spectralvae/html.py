@@ -46,7 +46,7 @@ class Dashboard:
         n_steps: steps that the run shall have.
         updated: when this was true, ISO 8601 with its offset from UTC.
         seconds_left: until the end, if known.
-        tiles_per_second: now, over all devices, if known.
+        tiles_per_second: lately, over all devices, if known.
         curves: by their keys in metrics.jsonl, and "steps_per_second" and "memory_gb". Those without a plot are not
             in the page.
         references: mean squared errors of z to compare pixel_mse with, by label.
@@ -93,7 +93,7 @@ _PLOTS = (
     _Plot("kl_loss", "learning", "KL term, weighted", "nats per tile", "switch"),
     _Plot("grad_norm", "learning", "Gradient norm, before clipping", "L2 norm", "switch"),
     _Plot("steps_per_second", "machine", "Throughput", "steps per second", "zero"),
-    _Plot("memory_gb", "machine", "Memory", "GB", "zero"),
+    _Plot("memory_gb", "machine", "Memory of the first process, highest so far", "GB", "zero"),
 )
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, Self
 from spectralvae import __version__
 from spectralvae.config import CommandConfig
 from spectralvae.configfile import dump_config, to_yaml
-from spectralvae.errors import ConfigError, NoRoomError, RunError
+from spectralvae.errors import ConfigError, LostPeerError, NoRoomError, RunError
 
 TOOL = "spectralvae"
 State = Literal["running", "stopped", "finished", "failed"]
@@ -105,6 +105,13 @@ class Stopped(BaseException):
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"stopped, exit code {exit_code}")
         self.exit_code = exit_code
+
+
+def state_after(error: BaseException | None) -> State:
+    """The state that a run is left in: after "stopped" it is to be started again, after "failed" to be looked at."""
+    if error is None:
+        return "finished"
+    return "stopped" if isinstance(error, (Stopped, KeyboardInterrupt, LostPeerError)) else "failed"
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -309,15 +316,11 @@ class RunDir:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:  # of a file that was not written by write_atomic
             no_room = _no_room(error, Path(error.filename) if isinstance(error.filename, str) else self.path, None)
             error = no_room
-        state: State = "finished"
-        if isinstance(error, (Stopped, KeyboardInterrupt)):
-            state = "stopped"
-        elif error is not None:
-            state = "failed"
+        if isinstance(error, Exception):
             self.record["error"] = f"{type(error).__name__}: {error}"
         self.record["starts"][-1]["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            self.note(state=state)
+            self.note(state=state_after(error))
         except NoRoomError:
             if error is None:  # or it would hide the first error
                 raise

@@ -1,4 +1,4 @@
-// The page of a run: it tells its own age, and reloads itself while the run goes.
+// The page of a run: it tells its own age, and reloads itself until the run is finished: it may be started again.
 const STALE = 900; // seconds without news that a reader should hear of
 const loaded = Date.now();
 
@@ -8,7 +8,7 @@ function showAge() {
   const [unit, size] = units.find((entry) => seconds >= entry[1]) ?? ["s", 1];
   const age = `${Math.floor(seconds / size)} ${unit}`;
   document.getElementById("age").textContent = `(${age} ago)`;
-  if (reload && seconds > STALE && !document.getElementById("stale")) {
+  if (data.state === "running" && seconds > STALE && !document.getElementById("stale")) {
     const warning = document.createElement("li");
     warning.id = "stale";
     warning.textContent = `No news for ${age}: if the run writes more often than that, it was killed, or it hangs.`;

@@ -102,6 +102,11 @@ class Curve:
         ):
             column.append(empty)
 
+    @property
+    def newest_smooth(self) -> float | None:
+        """The exponential mean until the newest row; None before there is one."""
+        return self._smooth[-1] if self._smooth else None
+
     def points(self) -> Points:
         """All bins, as arrays of their own."""
         return Points(*(np.array(c) for c in (self._step, self._mean, self._low, self._high, self._smooth)))

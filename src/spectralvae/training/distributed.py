@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.errors import ConfigError, PeerError, RunError
+from spectralvae.errors import ConfigError, LostPeerError, PeerError
 from spectralvae.rundir import Stopped
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Ranks:
             timeout: seconds after which a silent process is taken for dead.
 
         Raises:
-            RunError: not all have come in time.
+            LostPeerError: not all have come in time.
         """
         if self.world_size == 1:
             yield
@@ -81,14 +81,14 @@ class Ranks:
         """Around whatever waits for others: name the reason if they don't answer.
 
         Raises:
-            RunError: one is gone, or has not answered in time.
+            LostPeerError: one is gone, or has not answered in time.
         """
         try:
             yield
         except RuntimeError as error:
             if self.world_size == 1 or not _is_lost_peer(error):
                 raise
-            raise RunError(
+            raise LostPeerError(
                 f"process {self.rank} of {self.world_size}: another process is gone, or has not answered for "
                 f"{self._timeout:g} s (training.peer_timeout); its own output may tell more "
                 f"({str(error).splitlines()[0][:160]})"
@@ -170,7 +170,11 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
         ConfigError: the launcher's variables are incomplete or no numbers.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return _ranks_of(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        ranks = _ranks_of(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+        if ranks.world_size > 1 and missing:
+            raise ConfigError(f"environment: {', '.join(missing)} is missing beside RANK: start with torchrun or srun")
+        return ranks
     # srun sets SLURM_STEP_NUM_TASKS. A batch script's own shell has SLURM_NTASKS and SLURM_PROCID = 0 as well, and a
     # command started there without srun is alone.
     count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"

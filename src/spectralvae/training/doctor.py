@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from spectralvae.artifact import verify
@@ -25,7 +26,7 @@ from spectralvae.signals import stop_at_once
 from spectralvae.training import proofs, record, trials
 from spectralvae.training.checkpoint import list_checkpoints
 from spectralvae.training.distributed import find_ranks
-from spectralvae.training.engine import idle_parameters
+from spectralvae.training.engine import idle_parameters, out_of_memory
 from spectralvae.training.network import start_from
 from spectralvae.training.trainer import admit
 from spectralvae.training.trials import Check, Patient, in_bytes
@@ -107,6 +108,8 @@ def _examine(name: str, examine: Callable[[Patient], Check], patient: Patient, l
         return examine(patient)
     except SpectralvaeError as error:
         return Check(name, False, str(error))
+    except torch.OutOfMemoryError:
+        return Check(name, False, str(out_of_memory(patient.config, patient.device)))
 
 
 def _show(check: Check, console: Console) -> None:

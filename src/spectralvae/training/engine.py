@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -66,6 +67,15 @@ def idle_parameters(model: AutoencoderKL) -> list[nn.Parameter]:
     return [p for layer in never_used for p in layer.parameters()] + [layer.get_parameter("bias") for layer in keys]
 
 
+def out_of_memory(config: TrainConfig, device: torch.device) -> RunError:
+    """What to say when the device's memory has run out."""
+    return RunError(
+        f"{device}: memory ran out (data.batch_size {config.data.batch_size}, training.gradient_accumulation "
+        f"{config.training.gradient_accumulation}): raise the second or lower the first, in a new output_dir; "
+        f"training.init_from: {config.output_dir} keeps what was learned"
+    )
+
+
 class Engine:
     """A network in training. Weights on which its output does not depend (``idle_parameters``) stay as they are.
 
@@ -125,35 +135,46 @@ class Engine:
             (5,) this process's part of the step's `METRICS`, for `metrics_of` once they are summed over all processes.
 
         Raises:
-            RunError: memory ran out, or another process is gone.
+            LostPeerError: another process is gone.
         """
         torch.manual_seed(sampling.dropout_seed(self.config.seed, batch.step, self.ranks.rank))
         n_parts = self.config.training.gradient_accumulation
         sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.device)
-        try:
-            self.optimizer.zero_grad()
-            parts = zip(batch.tiles.chunk(n_parts), batch.noise.chunk(n_parts), strict=True)
-            for i, (tiles, noise) in enumerate(parts):
-                with self._synchronized(i == n_parts - 1), self.ranks.listening():
-                    with self.autocast():
-                        loss, metrics = self._loss(*self.to_device(tiles, noise))
-                    (loss / n_parts).backward()
-                sums += metric_sums(metrics, 1.0 / (n_parts * self.ranks.world_size))
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"step {batch.step + 1}: batches of {len(tiles)} tiles do not fit on {self.device}: "
-                "lower data.batch_size, or raise training.gradient_accumulation"
-            ) from error
+        self.optimizer.zero_grad()
+        for i, (tiles, noise) in enumerate(self._parts(batch)):
+            with self._synchronized(i == n_parts - 1), self.ranks.listening():
+                with self.autocast():
+                    loss, metrics = self._loss(*self.to_device(tiles, noise))
+                (loss / n_parts).backward()
+            sums += metric_sums(metrics, 1.0 / (n_parts * self.ranks.world_size))
         return np.asarray(sums.cpu().numpy())
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tiles and noise that go through the network at a time."""
+        n_parts = self.config.training.gradient_accumulation
+        return zip(batch.tiles.chunk(n_parts), batch.noise.chunk(n_parts), strict=True)
+
+    def settle(self, batch: Batch) -> None:
+        """Compute gradients that are thrown away, before the first step of a start of several processes.
+
+        DistributedDataParallel rearranges its buckets after its first backward pass, and in which order gradients of
+        three processes and more are added up follows from their places there: without this, the first step after each
+        start would round otherwise than the same step of a run that was not interrupted.
+        """
+        if isinstance(self._loss, DistributedDataParallel):
+            self.gradients(batch)
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> NDArray[np.float64]:
         """As ``gradients``, of the network in eval mode and without any."""
+        sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.device)
         self.model.eval()
-        with self.autocast():
-            _, metrics = self.model.get_loss(*self.to_device(batch.tiles, batch.noise))
+        for tiles, noise in self._parts(batch):
+            with self.autocast():
+                _, metrics = self.model.get_loss(*self.to_device(tiles, noise))
+            sums += metric_sums(metrics, len(tiles) / self.config.data.batch_size)
         self.model.train()
-        return np.asarray(metric_sums(metrics, 1.0 / self.ranks.world_size).cpu().numpy())
+        return np.asarray(sums.cpu().numpy())
 
     def _synchronized(self, last: bool) -> AbstractContextManager[None]:
         """Processes average their gradients once a step, after the last part."""

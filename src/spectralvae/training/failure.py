@@ -13,8 +13,44 @@ from torch import nn
 
 from spectralvae.data.loader import Batch
 from spectralvae.data.store import Store
+from spectralvae.errors import RunError
 from spectralvae.rundir import write_atomic
 from spectralvae.training.engine import Engine
+
+
+def check_finite(engine: Engine, store: Store, batch: Batch, metrics: Mapping[str, float]) -> None:
+    """All metrics of a step must be finite; else a report is written, and nothing more.
+
+    Args:
+        engine: with the weights before the step, and its gradients.
+        store: of the tiles.
+        batch: this process's share of the step.
+        metrics: of the step, the same in all processes.
+
+    Raises:
+        RunError: they are not.
+    """
+    if all(map(math.isfinite, metrics.values())):
+        return
+    ranks, run = engine.ranks, engine.config.output_dir
+    with ranks.together():
+        share = describe_tiles(engine, store, batch)
+    shares = ranks.gather(share)
+    with ranks.together():
+        if ranks.leads:
+            report = {
+                "step": batch.step + 1,
+                "metrics": metrics,
+                "learning_rate": engine.config.optimizer.lr,
+                "gradient_norms": gradient_norms(engine.model),
+                "tiles": [tile for share in shares for tile in share],
+            }
+            path = write_report(run, report)
+            raise RunError(
+                f"step {report['step']}: {summary(report)}; stopped before the update, nothing was saved; report: "
+                f"{path}; the same step would come again: go on in a new output_dir with training.init_from: {run}, "
+                "and a lower optimizer.lr or a store without that scene"
+            )
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
@@ -60,12 +96,22 @@ def describe_tiles(engine: Engine, store: Store, batch: Batch) -> list[dict[str,
     return described
 
 
-def write_report(run: Path, step: int, report: Mapping[str, Any]) -> Path:
+def summary(report: Mapping[str, Any]) -> str:
+    """A report in a line: what is not finite, and the tiles whose own loss is not."""
+    numbers = ", ".join(f"{key} {value}" for key, value in report["metrics"].items() if not math.isfinite(value))
+    guilty = [tile for tile in report["tiles"] if not math.isfinite(tile["loss"])]
+    if not guilty:
+        return f"{numbers}: not finite, while the loss of each tile alone is"
+    named = ", ".join(f"{tile['scene']} at ({tile['y']}, {tile['x']})" for tile in guilty[:4])
+    return f"{numbers}: not finite, with the tiles {named}{f' and {len(guilty) - 4} more' if len(guilty) > 4 else ''}"
+
+
+def write_report(run: Path, report: Mapping[str, Any]) -> Path:
     """Write failures/step=NNNNNN.json; numbers that are not finite are strings, as JSON has none."""
     folder = run / "failures"
     folder.mkdir(exist_ok=True)
-    path = folder / f"step={step:06d}.json"
-    write_atomic(path, json.dumps(_in_json({"step": step, **report}), indent=2) + "\n")
+    path = folder / f"step={report['step']:06d}.json"
+    write_atomic(path, json.dumps(_in_json(report), indent=2) + "\n")
     return path
 
 

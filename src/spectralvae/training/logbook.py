@@ -105,7 +105,7 @@ class Lines:
         Raises:
             OSError: it cannot be written; names the file.
         """
-        line = (json.dumps(row) + "\n").encode()
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
         with _naming(self.path):
             while line:
                 line = line[self._file.write(line) :]
@@ -169,7 +169,7 @@ class Logbook:
         self._start = 1 + (self._replay_timing(step) if self._timing.path.is_file() else 0)
         self._tensorboard = run / "tensorboard"
         with _naming(self._tensorboard):
-            self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else 0)
         for file in self._files:
             file.open()
         self._started = time.monotonic()

@@ -58,3 +58,20 @@ def describe_device(device: torch.device) -> str:
 def hash_of(config: Mapping[str, Any]) -> str:
     """SHA-256 of a config, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def rounding_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two starts that lets results round otherwise, in words.
+
+    Args:
+        before, now: of run.json: versions, n_processes, devices.
+    """
+
+    def decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
+        devices = sorted(device.partition(": ")[2] for device in facts["devices"])  # on whatever machine
+        return {"torch": facts["versions"]["torch"], "processes": facts["n_processes"], "devices": devices}
+
+    if not before.keys() >= {"versions", "n_processes", "devices"}:  # killed before it was noted
+        return []
+    old, new = decisive(before), decisive(now)
+    return [f"{key}: {old[key]} before, {new[key]} now" for key in old if old[key] != new[key]]

@@ -31,7 +31,7 @@ from spectralvae.training.checkpoint import (
 )
 from spectralvae.training.device import check_batch_fits, choose_device, peak_memory, report_first_step
 from spectralvae.training.distributed import Ranks
-from spectralvae.training.engine import Engine, check_shares, metrics_of
+from spectralvae.training.engine import Engine, check_shares, metrics_of, out_of_memory
 from spectralvae.training.network import check_forward, network_settings, start_from
 from spectralvae.training.terminal import summarize, terminal
 from spectralvae.training.validation import Validation
@@ -68,21 +68,28 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
                 run.refuse_inside("training.init_from", initial)
         if initial is not None and not goes_on:
             console.print(f"initial weights: {start_from(trainer.model, trainer.settings, initial)}")
-    devices = ranks.gather(record.describe_device(trainer.device))
-    with ExitStack() as stack:
-        if run:
-            stack.enter_context(run)
-            run.note(
-                versions=record.versions(),
-                git_revision=record.git_revision(),
-                config_hash=record.hash_of(run.config),
-                store_hash=store.hash,
-                n_parameters=trainer.n_parameters,
-                seed=config.seed,
-                n_processes=ranks.world_size,
-                devices=devices,
-            )
-        trainer.fit(run)
+    here = {
+        "versions": record.versions(),
+        "git_revision": record.git_revision(),
+        "n_processes": ranks.world_size,
+        "devices": ranks.gather(record.describe_device(trainer.device)),
+    }
+    with stop_signal() as signals, ExitStack() as stack:
+        with ranks.together():
+            if run:
+                stack.enter_context(run)
+                changes = record.rounding_changes(run.record, here) if run.resuming else []
+                if changes:
+                    warn(console, f"results will round otherwise than before ({'; '.join(changes)})")
+                run.note(
+                    **here,
+                    config_hash=record.hash_of(run.config),
+                    store_hash=store.hash,
+                    n_parameters=trainer.n_parameters,
+                    seed=config.seed,
+                )
+                run.note_start(**here)
+        trainer.fit(run, signals)
 
 
 def admit(config: TrainConfig, ranks: Ranks, console: Console) -> Trainer:
@@ -147,53 +154,69 @@ class Trainer:
             noise_shape=self.noise_shape,
         )
         self.step = 0
+        self.watch: Watch | None = None  # of the first process
 
     # --- the run --------------------------------------------------------------------------------
 
-    def fit(self, run: RunDir | None) -> None:
+    def fit(self, run: RunDir | None, signals: StopSignal) -> None:
         """Run to the last step, or to a signal.
 
         Args:
             run: the directory, entered; None in all processes but the first.
+            signals: that came to this process.
         """
         self.run = run
-        self._set_up()
         try:
-            with stop_signal() as signals, terminal(self.step, self.config.training.n_steps, self.console) as shown:
-                if self.step == 0:
-                    self._begin()
-                elif self.step == self.config.training.n_steps:
-                    self._end_again()
-                first_step, batches = self.step, iter(self._stream(self.config.data.num_workers))
-                while self.step < self.config.training.n_steps:
-                    with self.ranks.together():
-                        batch = next(batches)
-                    metrics, exit_code = self._advance(batch, signals)
-                    if self.step == first_step + 1:
-                        report_first_step(self.device, self.console)
-                    self._follow_up(metrics, exit_code is not None)
-                    if self.watch:
-                        shown.show(self.step, metrics, self.watch.steps_per_second)
-                    if exit_code is not None and self.step < self.config.training.n_steps:
-                        self.console.print(f"stopped by a signal, saved at step {self.step}; start it again to go on")
-                        raise Stopped(exit_code)
-            if self.watch:
-                summarize(self.watch, self.step, self.console)
+            self._set_up()
+            self._run(signals)
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                error = out_of_memory(self.config, self.device)
             if self.watch:
                 self.watch.failed(self.step, error)
-            raise
+            raise error
         finally:
             if self.run and self.watch:
                 self.watch.log.close()
                 self.run.record["starts"][-1]["to_step"] = self.step  # written when the directory is left
+
+    def _run(self, signals: StopSignal) -> None:
+        n_steps = self.config.training.n_steps
+        if self.step == 0:
+            self._begin()
+        first_step, batches = self.step, iter(self._stream(self.config.data.num_workers))
+        with self.ranks.together():
+            if self.run and self.watch:
+                # a kill after the newest checkpoint may have cost what was to follow
+                self._tidy_up(self.run, self.watch)
+                self.watch.draw(self.step, "running" if self.step < n_steps else "finished")
+        with terminal(self.step, n_steps, self.console) as shown:
+            while self.step < n_steps:
+                with self.ranks.together():
+                    batch = next(batches)
+                if self.step == first_step:
+                    self.engine.settle(batch)
+                metrics, exit_code = self._advance(batch, signals)
+                if self.step == first_step + 1:
+                    report_first_step(self.device, self.console)
+                self._follow_up(metrics, exit_code is not None)
+                if self.watch:
+                    shown.show(self.step, metrics, self.watch.steps_per_second)
+                if exit_code is not None and self.step < n_steps:
+                    self.console.print(f"stopped by a signal, saved at step {self.step}; start it again to go on")
+                    raise Stopped(exit_code)
+        if self.watch:
+            summarize(self.watch, self.step, self.console)
 
     def _set_up(self) -> None:
         """Device, optimizer, and the newest checkpoint if there is one."""
         training = self.config.training
         newest = self.ranks.share(self.ranks.lead(newest_valid, self.path, self.console))
         if newest is None and self.ranks.share(bool(self.run and list_checkpoints(self.path))):
-            raise RunError(f"{self.path / 'checkpoints'}: all checkpoints are damaged; start afresh with --overwrite")
+            raise RunError(
+                f"{self.path / 'checkpoints'}: all checkpoints are damaged: put a good one back, or start afresh with "
+                "--overwrite"
+            )
         self.engine = Engine(self.model, self.config, self.device, self.ranks)
         state: dict[str, Any] = {}
         with self.ranks.together():
@@ -201,7 +224,6 @@ class Trainer:
                 state = restore(newest, self.model, self.engine.optimizer)
                 self.step = state["step"]
                 self.console.print(f"going on from {newest}")
-            self.watch = None
             if self.run:
                 self.run.note_start(from_step=self.step)
                 self.watch = Watch(
@@ -210,7 +232,7 @@ class Trainer:
                     n_steps=training.n_steps,
                     batch_size=self.config.data.batch_size,
                     facts=self._facts(),
-                    spikes=state.get("spikes", {}),
+                    spikes=state["spikes"] if state else {},
                 )
         self.console.print(f"parameters: {self.n_parameters:,}")
         self.console.print(f"output directory: {self.path.resolve()}")
@@ -229,8 +251,13 @@ class Trainer:
                 self.watch.referred(self.validation.reference_errors())
             elif self.watch:
                 self.console.print("no validation scenes: no validation, and no comparison with PCA")
-        row = metrics_of(self.ranks.sum(self.engine.measure(batch)))
-        self._log({**row, **self._validate()})
+            sums = self.engine.measure(batch)
+        row = metrics_of(self.ranks.sum(sums))
+        failure.check_finite(self.engine, self.store, batch, row)
+        row |= self._validate()
+        with self.ranks.together():
+            if self.watch:
+                self._log(self.watch, row)
 
     def _stream(self, num_workers: int) -> TileStream:
         data = self.config.data
@@ -263,36 +290,11 @@ class Trainer:
         metrics = metrics_of(sums[: len(local)])
         norm = self.engine.gradient_norm()
         metrics["grad_norm"] = float(norm)
-        if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
-            self._report_not_finite(batch, metrics)
+        failure.check_finite(self.engine, self.store, batch, metrics)
         self.engine.update(norm)
         self.step += 1
         wanted = [code for code, n in zip(codes, sums[len(local) :], strict=True) if n]
         return metrics, max(wanted, default=None)
-
-    def _report_not_finite(self, batch: Batch, metrics: dict[str, float]) -> None:
-        step = self.step + 1
-        tiles = [
-            tile
-            for share in self.ranks.gather(failure.describe_tiles(self.engine, self.store, batch))
-            for tile in share
-        ]
-        with self.ranks.together():
-            if self.watch:
-                report = {
-                    "metrics": metrics,
-                    "learning_rate": self.config.optimizer.lr,
-                    "gradient_norms": failure.gradient_norms(self.model),
-                    "tiles": tiles,
-                }
-                path = failure.write_report(self.path, step, report)
-                guilty = [t for t in tiles if not np.isfinite(t["loss"])] or tiles
-                named = ", ".join(f"{t['scene']} at ({t['y']}, {t['x']})" for t in guilty[:4])
-                raise RunError(
-                    f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite; stopped "
-                    f"before the update, nothing was saved; tiles: {named}{', ...' if len(guilty) > 4 else ''}; "
-                    f"report: {path}; the same step comes again: lower optimizer.lr, or leave the scene out"
-                )
 
     # --- what is left behind --------------------------------------------------------------------
 
@@ -304,38 +306,29 @@ class Trainer:
         logged = bool(validated) or last or self.step % training.log_every == 0
         saved = last or stopping or self.step % training.save_every == 0
         drawn = saved or self.step % training.plot_every == 0
-        if self.watch:
-            for event in self.watch.take(self.step, metrics):
-                warn(self.console, f"step {event.step}: spike: {event.text}")
-        if logged:
-            self._log({**metrics, **validated})
-        if saved or drawn:
-            with self.ranks.together():
-                if saved and self.run and self.watch:
+        with self.ranks.together():
+            if self.run and self.watch:
+                for event in self.watch.take(self.step, metrics):
+                    warn(self.console, f"step {event.step}: spike: {event.text}")
+                if logged:
+                    self._log(self.watch, {**metrics, **validated})
+                if saved:
                     self._save(self.run, self.watch)
-                if self.watch:
+                if drawn:
                     self.watch.draw(self.step, "finished" if last else "stopped" if stopping else "running")
 
-    def _log(self, row: dict[str, float]) -> None:
-        with self.ranks.together():
-            if self.watch:
-                self.watch.log.log({"step": self.step, **row}, peak_memory(self.device) / 1e9)
+    def _log(self, watch: Watch, row: dict[str, float]) -> None:
+        watch.log.log({"step": self.step, **row}, peak_memory(self.device) / 1e9)
 
     def _validate(self) -> dict[str, float]:
         """The metrics of the validation tiles, named val_*; nothing if there are none."""
         if not self.validation.crops:
             return {}
         metrics, description = self.validation.run(self.engine)
-        if self.watch:
-            self.watch.validated(self.step, description)
-        return metrics
-
-    def _end_again(self) -> None:
-        """After a kill between the last checkpoint and the end: what was to follow may be missing."""
         with self.ranks.together():
-            if self.run and self.watch:
-                self._tidy_up(self.run, self.watch)
-                self.watch.draw(self.step, "finished")
+            if self.watch:
+                self.watch.validated(self.step, description)
+        return metrics
 
     def _save(self, run: RunDir, watch: Watch) -> None:
         state = {

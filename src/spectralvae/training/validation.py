@@ -66,8 +66,8 @@ class Validation:
     def _read(self, crops: list[Crop]) -> Tensor:
         return read_crops(self.store, crops, self.tile_size)
 
-    def _batches(self, engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
-        """(tiles (B, y, x, C), noise (B, E, h, w)): this process's share."""
+    def _batches(self, engine: Engine) -> Iterator[tuple[list[Crop], Tensor, Tensor]]:
+        """(crops, tiles (B, y, x, C), noise (B, E, h, w)): this process's share."""
         starts = range(0, len(self.crops), self.batch_size)
         for start in starts[engine.ranks.rank :: engine.ranks.world_size]:
             crops = self.crops[start : start + self.batch_size]
@@ -75,7 +75,7 @@ class Validation:
                 sampling.noise(self.sampler.seed, sampling.VALIDATION_NOISE, start + j, self.noise_shape)
                 for j in range(len(crops))
             ]
-            yield self._read(crops), torch.from_numpy(np.stack(noise))
+            yield crops, self._read(crops), torch.from_numpy(np.stack(noise))
 
     @torch.no_grad()
     def run(self, engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
@@ -88,10 +88,20 @@ class Validation:
         Raises:
             RunError: a metric is not finite.
         """
+        with engine.ranks.together():
+            sums = self._sums(engine)
+        ends = np.cumsum([total.size for total in sums])[:-1]
+        parts = np.split(engine.ranks.sum(np.concatenate([total.ravel() for total in sums])), ends)
+        totals, channels, latents = (part.reshape(total.shape) for part, total in zip(parts, sums, strict=True))
+        totals[: len(METRICS) - 1] /= len(self.crops)
+        return {f"val_{key}": value for key, value in metrics_of(totals).items()}, self._describe(channels, latents)
+
+    def _sums(self, engine: Engine) -> list[NDArray[np.float64]]:
+        """Of this process's share: of metrics, by channel and by latent channel."""
         model = engine.model.eval()
         n_channels, (n_latents, _, _) = self.store.normalization.n_channels, self.noise_shape
         sums = [np.zeros(len(METRICS) + 1), np.zeros((3, n_channels)), np.zeros((5, n_latents))]
-        for tiles, noise in self._batches(engine):
+        for crops, tiles, noise in self._batches(engine):
             x, mask, noise = engine.to_device(tiles, noise)
             x = x.masked_fill(~mask, 0.0)
             with engine.autocast():
@@ -101,15 +111,11 @@ class Validation:
             found = (metric_sums(metrics, len(tiles)), _channel_sums(x, x_hat, mask), _latent_sums(posterior))
             for total, part in zip(sums, found, strict=True):
                 total += part.cpu().numpy()
+            if not np.isfinite(sums[0]).all():
+                places = ", ".join(f"{self.store.scenes[c.scene].id} at ({c.y}, {c.x})" for c in crops)
+                raise RunError(f"validation: {metrics_of(sums[0])}: not finite, with the tiles {places}")
         model.train()
-        ends = np.cumsum([total.size for total in sums])[:-1]
-        parts = np.split(engine.ranks.sum(np.concatenate([total.ravel() for total in sums])), ends)
-        totals, channels, latents = (part.reshape(total.shape) for part, total in zip(parts, sums, strict=True))
-        totals[: len(METRICS) - 1] /= len(self.crops)
-        result = {f"val_{key}": value for key, value in metrics_of(totals).items()}
-        if not np.isfinite(list(result.values())).all():
-            raise RunError(f"validation: {', '.join(f'{key} {value}' for key, value in result.items())}: not finite")
-        return result, self._describe(channels, latents)
+        return sums
 
     def _describe(self, channels: NDArray[np.float64], latents: NDArray[np.float64]) -> dict[str, Any]:
         """From sums to JSON values.

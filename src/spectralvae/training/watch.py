@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from spectralvae.errors import RunError
 from spectralvae.html import Dashboard, write_dashboard
-from spectralvae.rundir import State, write_atomic
+from spectralvae.rundir import State, state_after, write_atomic
 from spectralvae.training import plots
 from spectralvae.training.checkpoint import list_checkpoints, step_of
 from spectralvae.training.logbook import Event, Logbook
@@ -123,12 +123,15 @@ class Watch:
         """Show on the page that the run failed, and why."""
         self.log.events.append(Event(step, "failed", str(error)))
         with suppress(RunError, OSError):  # on a full disk: the first error is the one to hear of
-            self._write_page(step, "failed")
+            self._write_page(step, state_after(error))
 
     def _write_page(self, step: int, state: State) -> None:
         figures = sorted((self.path / "figures").glob("reconstructions_step=*.png"), key=step_of)
         figures = [figure for figure in figures if step_of(figure) <= step]  # a kill may have undone the others
-        speed = self.steps_per_second
+        validation = json.loads(self._validation.read_text()) if self._validation.is_file() else None
+        if validation and validation["step"] > step:
+            validation = None
+        speed = self.log.timing["steps_per_second"].newest_smooth
         page = Dashboard(
             title="/".join(self.path.resolve().parts[-2:]),  # the last one is often just "train"
             state=state,
@@ -136,12 +139,12 @@ class Watch:
             n_steps=self.n_steps,
             updated=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds_left=(self.n_steps - step) / speed if speed and state == "running" else None,
-            tiles_per_second=speed * self.batch_size or None,
+            tiles_per_second=speed * self.batch_size if speed else None,
             curves={key: curve.points() for key, curve in (self.log.curves | self.log.timing).items()},
             references=self.references,
             events=list(self.log.events),
             n_events=self.log.n_events,
-            validation=json.loads(self._validation.read_text()) if self._validation.is_file() else None,
+            validation=validation,
             picture=figures[-1].read_bytes() if figures else None,
             picture_step=step_of(figures[-1]) if figures else None,
             facts=self.facts,
