@@ -150,7 +150,7 @@ def test_what_is_wrong_is_found_together(config_path, tmp_path, monkeypatch, cap
     quick = [examination for examination in doctor.EXAMINATIONS if examination[0] != "hours"]
     monkeypatch.setattr(doctor, "EXAMINATIONS", quick)
     monkeypatch.setattr(Engine, "update", lambda self, norm: None)
-    monkeypatch.setattr(trials, "OVERFIT_STEPS", 50)
+    monkeypatch.setattr(proofs, "OVERFIT_STEPS", 50)
     monkeypatch.setattr(trials, "available_memory", lambda device: 0)
     monkeypatch.setattr(trials, "_resident_bytes", lambda: 0)
     rehearsal = driver(
@@ -181,7 +181,7 @@ def test_what_is_wrong_is_found_together(config_path, tmp_path, monkeypatch, cap
 
 
 def test_overfit_passes(patient):
-    assert trials.overfit(patient).ok
+    assert proofs.overfit(patient).ok
 
 
 def no_gradient(patch):
@@ -213,7 +213,7 @@ def wrong_scale(patch):
 
 
 def no_learning_rate(patch):
-    patch.setattr(trials, "OVERFIT_LR", 1e-12)
+    patch.setattr(proofs, "OVERFIT_LR", 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def no_learning_rate(patch):
     ],
 )
 def test_overfit_fails_where_training_is_broken(patient, monkeypatch, breaks, words):
-    monkeypatch.setattr(trials, "OVERFIT_STEPS", 50)
+    monkeypatch.setattr(proofs, "OVERFIT_STEPS", 50)
     breaks(monkeypatch)
-    check = trials.overfit(patient)
+    check = proofs.overfit(patient)
     assert check.ok is False
     assert words in check.text
 

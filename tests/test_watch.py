@@ -216,3 +216,65 @@ def test_git_revision(monkeypatch, tmp_path):
 def test_config_hash_is_of_the_values():
     assert record.hash_of({"a": 1, "b": {"c": 2}}) == record.hash_of({"b": {"c": 2}, "a": 1})
     assert record.hash_of({"a": 1}) != record.hash_of({"a": 2})
+
+
+def test_page_is_there_from_the_first_validation_on(train, monkeypatch):
+    """And says "running" as soon as a stopped run goes on."""
+    from spectralvae.training.watch import Watch
+
+    drawn = []
+    monkeypatch.setattr(Watch, "draw", lambda self, step, state: drawn.append((step, state)))
+    train(n_steps=3, plot_every=100, save_every=100)
+    train(n_steps=6, plot_every=100, save_every=100)
+    assert drawn == [(0, "running"), (3, "finished"), (3, "running"), (6, "finished")]
+
+
+def test_first_batch_that_is_not_finite(store, train, monkeypatch, capsys):
+    """Nothing of it is written: NaN is no JSON."""
+    original = TileStream._fill
+
+    def fill(self, batch, j):
+        crop = original(self, batch, j)
+        if j == 1:
+            batch.tiles[j] = math.inf
+        return crop
+
+    monkeypatch.setattr(TileStream, "_fill", fill)
+    code, run = train()
+    assert code == 1
+    assert (run / "metrics.jsonl").read_text() == ""
+    assert json.loads((run / "failures/step=000001.json").read_text())["tiles"][1]["loss"] == "nan"
+    assert "not finite, with the tiles" in capsys.readouterr().err
+
+
+def test_validation_that_is_not_finite_names_the_tiles(train, monkeypatch, capsys):
+    from spectralvae.model import AutoencoderKL
+
+    original = AutoencoderKL.loss_of
+
+    def loss_of(self, x, x_hat, posterior, mask=None):
+        loss, metrics = original(self, x, x_hat, posterior, mask)
+        if not (self.training or x.is_meta) and len(x) == 2:  # the second batch of validation: 5 tiles, 3 at a time
+            metrics["loss"] = metrics["loss"] * math.nan
+        return loss, metrics
+
+    monkeypatch.setattr(AutoencoderKL, "loss_of", loss_of)
+    code, run = train()
+    assert code == 1
+    error = capsys.readouterr().err
+    assert "validation" in error
+    assert error.count("v at (") == 2
+    assert (run / "metrics.jsonl").read_text() == ""
+
+
+def test_a_start_elsewhere_is_warned_of(train, monkeypatch, capsys):
+    """Another number of threads rounds otherwise; run.json keeps what each start ran on."""
+    train(n_steps=3)
+    train(n_steps=6)
+    assert "round otherwise" not in capsys.readouterr().out
+    monkeypatch.setattr(record, "describe_device", lambda _: "there: x86_64 CPU, 77 threads")
+    _, run = train(n_steps=9)
+    assert "round otherwise" in capsys.readouterr().out
+    starts = json.loads((run / "run.json").read_text())["starts"]
+    assert [start["devices"] == ["there: x86_64 CPU, 77 threads"] for start in starts] == [False, False, True]
+    assert all(start["versions"]["torch"] == torch.__version__ for start in starts)

@@ -237,7 +237,7 @@ EXAMINATIONS: list[Examination] = [  # name, what to call, what must be well bef
     ("steps", trials.measure_steps, ()),
     ("memory", trials.forecast_memory, ("steps",)),
     ("hours", trials.forecast_hours, ("steps",)),
-    ("overfit", trials.overfit, ()),
+    ("overfit", proofs.overfit, ()),
     ("processes", proofs.compare_processes, ()),
     ("resume", proofs.prove_resume, ()),
 ]

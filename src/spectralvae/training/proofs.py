@@ -1,4 +1,5 @@
-"""What takes other processes to prove: that two compute what one does, and that a killed run goes on exactly."""
+"""What can be proved in minutes: that the network learns, that two processes compute what one does, and that a killed
+run goes on exactly."""
 
 from __future__ import annotations
 
@@ -17,26 +18,97 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from spectralvae.config import TrainConfig
 from spectralvae.configfile import dump_config, to_yaml
+from spectralvae.data.loader import TileStream, make_sampler
 from spectralvae.errors import RunError
 from spectralvae.training.checkpoint import checkpoint_path
+from spectralvae.training.engine import metrics_of
 from spectralvae.training.trials import Check, Patient, changed, in_bytes
 
 TRAIN = (sys.executable, "-m", "spectralvae", "train")
 REHEARSAL = (sys.executable, "-m", "spectralvae.training.rehearsal")
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "GROUP_RANK", "TORCHELASTIC_", "SLURM_")  # who is who
 
+OVERFIT_TILES = 2
+OVERFIT_LR = 1e-3  # at 3e-3 the loss of the full network first rises
+OVERFIT_STEPS = 150  # where tiles of pure noise took 40, real scenes 15 to 25
+OVERFIT_SHARE = 0.5  # of the error to beat
+
 GRADIENT_LIMIT = 1e-3  # float32 sums in another order differ by 1e-6 to 1e-4; a factor left out by 0.1 and more
 LOSS_LIMIT = 1e-5
 
 STEPS, SAVE_EVERY, KILL_AT = 4, 2, 3
+PATIENCE = 3600.0  # seconds for a handful of steps: more, and a process hangs
 TRIES = 3  # to kill a run before it ends
 CHECKPOINTS_AT_ONCE = 4  # two runs', of which the older one goes when the newer one is there
 FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json")
 CUDA_LIMIT = 0.05  # of the optimizer's moments, where rounding may differ from start to start
+
+
+# --- does it learn ----------------------------------------------------------------------------------
+
+
+def overfit(p: Patient) -> Check:
+    """Train the fresh network on one small batch, without dropout, until it beats the best constant spectrum by far.
+
+    Its output begins as 0, so the first error must be the data's own; and the samples that count must be those that
+    the store's table calls valid.
+
+    Raises:
+        RunError: memory ran out.
+    """
+    size, scenes = p.piece_size, p.sampler.scenes
+    config = changed(
+        p.config,
+        data={"batch_size": OVERFIT_TILES, "tile_size": size},
+        optimizer={"lr": OVERFIT_LR},
+        training={"gradient_accumulation": 1, "compile": False},
+    )
+    invalid = p.config.data.max_invalid_fraction
+    sampler = make_sampler(p.store, scenes, seed=config.seed, tile_size=size, max_invalid_fraction=invalid)
+    noise_shape = p.noise_shape(size)
+    batch = next(iter(TileStream(p.store, sampler, batch_size=OVERFIT_TILES, tile_size=size, noise_shape=noise_shape)))
+    zero, mean = _constant_errors(batch.tiles.double().numpy())
+    n_valid = batch.tiles.numel() - sum(p.store.count_invalid(c.scene, c.y, c.x, size) for c in batch.crops)
+    limit = OVERFIT_SHARE * min(zero, mean)
+    engine = p.fresh_engine(config, {**p.settings, "dropout_prob": 0.0})
+    errors: list[float] = []
+    with p.progress("overfitting one batch", OVERFIT_STEPS) as advance:
+        while True:
+            sums = engine.gradients(batch)
+            errors.append(metrics_of(sums)["pixel_mse"])
+            if errors[-1] < limit or len(errors) > OVERFIT_STEPS or not np.isfinite(errors[-1]):
+                break
+            engine.update(engine.gradient_norm())
+            advance()
+    figures = {"first": errors[0], "last": errors[-1], "steps": len(errors) - 1, "limit": limit}
+    text = (
+        f"pixel MSE of {OVERFIT_TILES} tiles of {size} x {size} pixels: {errors[0]:.4g} -> {errors[-1]:.4g} in "
+        f"{len(errors) - 1} steps"
+    )
+    if int(sums[-1]) != n_valid:
+        wrong = f"{int(sums[-1])} samples count, but {n_valid} are valid"
+    elif not np.isclose(errors[0], zero, rtol=1e-3):
+        wrong = f"an untrained network must begin with the data's mean square, {zero:.4g}"
+    elif not errors[-1] < limit:
+        wrong = f"must fall below {limit:.4g} within {OVERFIT_STEPS} steps, half the error of a constant spectrum"
+    else:
+        return Check("overfit", True, f"{text} (limit {limit:.4g}: half the error of a constant spectrum)", figures)
+    return Check("overfit", False, f"{text}: {wrong}", figures)
+
+
+def _constant_errors(z: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean squared errors of predicting 0, and of each tile's mean spectrum: (B, y, x, channel), NaN = invalid."""
+    valid = ~np.isnan(z)
+    z = np.where(valid, z, 0.0)
+    count = np.maximum(valid.sum((1, 2), keepdims=True), 1)
+    from_mean = np.where(valid, z - z.sum((1, 2), keepdims=True) / count, 0.0)
+    n = max(int(valid.sum()), 1)
+    return float((z**2).sum() / n), float((from_mean**2).sum() / n)
 
 
 # --- processes --------------------------------------------------------------------------------------
@@ -84,9 +156,12 @@ def _wait(children: Sequence[_Child], until: Callable[[], bool] = lambda: False)
     """Until all have ended, or ``until`` says so.
 
     Raises:
-        RunError: one failed.
+        RunError: one failed, or hangs.
     """
+    started = time.monotonic()
     while not until():
+        if time.monotonic() - started > PATIENCE:
+            raise RunError(f"a process has not ended after {PATIENCE:g} s: {children[0].process.args!r}")
         codes = [child.process.poll() for child in children]
         for child, code in zip(children, codes, strict=True):
             if code:

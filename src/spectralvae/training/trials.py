@@ -1,4 +1,4 @@
-"""What only trying tells: how fast a run will be, how much memory and time it takes, and whether it learns at all."""
+"""What only trying tells: how fast a run will be, and how much memory and time it takes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from spectralvae.config import TrainConfig
 from spectralvae.console import new_progress
-from spectralvae.data.loader import BATCHES_AHEAD, TileStream, make_sampler
+from spectralvae.data.loader import BATCHES_AHEAD, TileStream
 from spectralvae.data.sampling import CropSampler
 from spectralvae.data.store import Store
 from spectralvae.settings import build_model
 from spectralvae.training.checkpoint import checkpoint_path, save_checkpoint
 from spectralvae.training.device import available_memory, peak_memory
 from spectralvae.training.distributed import Ranks
-from spectralvae.training.engine import METRICS, Engine, check_shares, metrics_of
+from spectralvae.training.engine import METRICS, Engine, check_shares
 from spectralvae.training.validation import Validation
 from spectralvae.training.watch import Watch
 
@@ -32,11 +32,6 @@ WARM_UP, TIMED = 2, 5  # steps
 CPU_SECONDS = 40.0  # for measuring steps on a CPU: fewer tiles at a time are taken where all would take longer
 CPU_VALIDATION_SECONDS = 10.0
 ROWS = 600  # of metrics, for the cost of drawing them: curves are thinned from 500 on
-
-OVERFIT_TILES = 2
-OVERFIT_LR = 1e-3  # at 3e-3 the loss of the full network first rises
-OVERFIT_STEPS = 150  # where tiles of pure noise took 40, real scenes 15 to 25
-OVERFIT_SHARE = 0.5  # of the error to beat
 
 
 @dataclass(frozen=True)
@@ -341,65 +336,3 @@ def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-# --- does it learn ----------------------------------------------------------------------------------
-
-
-def overfit(p: Patient) -> Check:
-    """Train the fresh network on one small batch, without dropout, until it beats the best constant spectrum by far.
-
-    Its output begins as 0, so the first error must be the data's own; and the samples that count must be those that
-    the store's table calls valid.
-
-    Raises:
-        RunError: memory ran out.
-    """
-    size, scenes = p.piece_size, p.sampler.scenes
-    config = changed(
-        p.config,
-        data={"batch_size": OVERFIT_TILES, "tile_size": size},
-        optimizer={"lr": OVERFIT_LR},
-        training={"gradient_accumulation": 1, "compile": False},
-    )
-    invalid = p.config.data.max_invalid_fraction
-    sampler = make_sampler(p.store, scenes, seed=config.seed, tile_size=size, max_invalid_fraction=invalid)
-    noise_shape = p.noise_shape(size)
-    batch = next(iter(TileStream(p.store, sampler, batch_size=OVERFIT_TILES, tile_size=size, noise_shape=noise_shape)))
-    zero, mean = _constant_errors(batch.tiles.double().numpy())
-    n_valid = batch.tiles.numel() - sum(p.store.count_invalid(c.scene, c.y, c.x, size) for c in batch.crops)
-    limit = OVERFIT_SHARE * min(zero, mean)
-    engine = p.fresh_engine(config, {**p.settings, "dropout_prob": 0.0})
-    errors: list[float] = []
-    with p.progress("overfitting one batch", OVERFIT_STEPS) as advance:
-        while True:
-            sums = engine.gradients(batch)
-            errors.append(metrics_of(sums)["pixel_mse"])
-            if errors[-1] < limit or len(errors) > OVERFIT_STEPS or not np.isfinite(errors[-1]):
-                break
-            engine.update(engine.gradient_norm())
-            advance()
-    figures = {"first": errors[0], "last": errors[-1], "steps": len(errors) - 1, "limit": limit}
-    text = (
-        f"pixel MSE of {OVERFIT_TILES} tiles of {size} x {size} pixels: {errors[0]:.4g} -> {errors[-1]:.4g} in "
-        f"{len(errors) - 1} steps"
-    )
-    if int(sums[-1]) != n_valid:
-        wrong = f"{int(sums[-1])} samples count, but {n_valid} are valid"
-    elif not np.isclose(errors[0], zero, rtol=1e-3):
-        wrong = f"an untrained network must begin with the data's mean square, {zero:.4g}"
-    elif not errors[-1] < limit:
-        wrong = f"must fall below {limit:.4g} within {OVERFIT_STEPS} steps, half the error of a constant spectrum"
-    else:
-        return Check("overfit", True, f"{text} (limit {limit:.4g}: half the error of a constant spectrum)", figures)
-    return Check("overfit", False, f"{text}: {wrong}", figures)
-
-
-def _constant_errors(z: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean squared errors of predicting 0, and of each tile's mean spectrum: (B, y, x, channel), NaN = invalid."""
-    valid = ~np.isnan(z)
-    z = np.where(valid, z, 0.0)
-    count = np.maximum(valid.sum((1, 2), keepdims=True), 1)
-    from_mean = np.where(valid, z - z.sum((1, 2), keepdims=True) / count, 0.0)
-    n = max(int(valid.sum()), 1)
-    return float((z**2).sum() / n), float((from_mean**2).sum() / n)
