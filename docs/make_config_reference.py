@@ -67,10 +67,10 @@ only once the config was checked and every input could be opened; an input that 
 config, `download`, `prepare` and `train` go on where it ended; the other commands ask for `--overwrite`. If that run is
 finished, the command says so and exits with 0. Anything else in the folder is refused, and nothing is changed. When a
 training run goes on, these keys may differ, and `run.json` records it: a larger `training.n_steps` (with it, a finished
-run goes on, too), every `training.*_every` and `training.keep_*`, `training.device`, `data.num_workers`, and
-`data.store` if the store was moved but not changed. When a preparation goes on, `cluster` and `n_workers` may. Any
-other difference is listed and refused. Two commands never write into one folder at the same time: the second is
-refused.
+run goes on, too), every `training.*_every` and `training.keep_*`, `training.device`, `training.peer_timeout`,
+`data.num_workers`, and `data.store` if the store was moved but not changed. When a
+preparation goes on, `cluster` and `n_workers` may. Any other difference is listed and refused. Two commands never
+write into one folder at the same time: the second is refused.
 
 **Exit codes.**
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from spectralvae.cli import run as cli
 from spectralvae.config import TrainConfig
 from spectralvae.configfile import load_config
-from spectralvae.errors import RunError
+from spectralvae.errors import ConfigError, RunError
 from spectralvae.model import AutoencoderKL
 from spectralvae.rundir import Stopped
 from spectralvae.training import doctor, proofs, trainer, trials
@@ -235,14 +235,14 @@ def test_overfit_fails_where_training_is_broken(patient, monkeypatch, breaks, wo
 
 
 def test_too_little_disk(patient):
-    """What n_steps / save_every checkpoints need, and four for the proof."""
+    """What n_steps / save_every checkpoints need, and four for the proofs."""
     free = shutil.disk_usage(patient.scratch).free
     assert doctor._check_disk(replace(patient, checkpoint_bytes=free // 3)).ok
     check = doctor._check_disk(replace(patient, checkpoint_bytes=free))
     assert check.ok is False
     assert "too little" in check.text
-    with pytest.raises(RunError, match="set TMPDIR"):
-        proofs.prove_resume(replace(patient, checkpoint_bytes=free // 3))
+    with pytest.raises(ConfigError, match="set TMPDIR"):
+        proofs.check_room(replace(patient, checkpoint_bytes=free // 3))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_too_little_disk(patient):
         (101, {}, 11),
         (100, {"keep_last": 3}, 5),  # and the best, and the one being written
         (100, {"keep_last": 3, "keep_every": 50}, 7),
-        (20, {"keep_last": 9}, 3),
+        (20, {"keep_last": 9}, 2),
     ],
 )
 def test_room_for_checkpoints(patient, n_steps, kept, expected):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -409,3 +410,56 @@ def test_debug_mode_is_a_short_run_with_everything(store, tmp_path, monkeypatch)
     training = seen["config"].training
     assert (training.n_steps, training.plot_every, training.save_every, training.val_every) == (200, 20, 50, 25)
     assert seen["config"].data.max_scenes == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_closed_pipe_and_closed_terminal_cost_nothing(train, tmp_path, store, number):
+    """The reader of stdout dies (tee, a terminal); the run goes on, and SIGHUP stops it as SIGTERM does."""
+    _, whole = train("whole", n_steps=400, log_every=100, val_every=100, save_every=400)
+    config = yaml.safe_load((tmp_path / "whole.yaml").read_text()) | {"output_dir": str(tmp_path / "cut")}
+    (tmp_path / "cut.yaml").write_text(yaml.safe_dump(config))
+    script = (
+        "import sys, time\n"
+        "from spectralvae.training import terminal\n"
+        "terminal.LOG_LINE_SECONDS = 0.0\n"  # a line a step
+        "from spectralvae.training.watch import Watch\n"
+        "from spectralvae.cli import main\n"
+        "Watch.draw = lambda *_: None\n"
+        "main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "train", str(tmp_path / "cut.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    for line in process.stdout:
+        if line.startswith(b"step 20/"):
+            break
+    process.stdout.close()
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(number)
+    error = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), error) == (75, b"")
+    record = json.loads((tmp_path / "cut/run.json").read_text())
+    assert (record["state"], record["starts"][0]["to_step"] > 20) == ("stopped", True)
+    assert train("cut", n_steps=400, log_every=100, val_every=100, save_every=400)[0] == 0
+    assert final_bytes(tmp_path / "cut", 400) == final_bytes(whole, 400)
+
+
+def test_lost_history_is_not_begun_anew(train, capsys):
+    """No checkpoint though there were some; fewer rows than were written: refused, and nothing is touched."""
+    _, run = train(n_steps=10)
+    rows_before = (run / "metrics.jsonl").read_bytes()
+    (run / "checkpoints").rename(run / "aside")
+    assert train(n_steps=12)[0] == 1
+    assert "no checkpoint is left" in capsys.readouterr().err
+    (run / "aside").rename(run / "checkpoints")
+    lines = rows_before.splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:2] + lines[3:]))
+    assert train(n_steps=12)[0] == 1
+    assert f"has {len(lines) - 1} rows until step 10, {len(lines)} were written" in capsys.readouterr().err
+    (run / "metrics.jsonl").write_bytes(rows_before)
+    assert train(n_steps=12)[0] == 0

@@ -213,8 +213,7 @@ def verify(folder: Path) -> dict[str, bytes]:
         content = _read_bytes(folder / name)
         if _sha256(content) != entry["sha256"]:
             raise DamagedError(
-                f"{folder / name}: is damaged: its {len(content)} bytes are not the "
-                f"{entry['bytes']} bytes that were written (SHA-256 differs)"
+                f"{folder / name}: is damaged: {len(content)} bytes, {entry['bytes']} were written; SHA-256 differs"
             )
         contents[name] = content
     return contents

@@ -286,6 +286,18 @@ class RunDir:
             ) from error
         return lock
 
+    def in_use(self) -> bool:
+        """Whether another process has the directory; nothing is made or changed."""
+        path = self.path / ".lock"
+        if not path.is_file():
+            return False
+        with path.open("r+") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     def _delete_all(self) -> None:
         # cut off in the middle, it must still be known as ours (run.json goes last), and never as finished
         assert self._found is not None

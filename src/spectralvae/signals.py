@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from types import FrameType
 
 from spectralvae.rundir import Stopped
 
-# TERM and USR1 come from schedulers: "start it again" is 75; Ctrl-C is 130 by convention.
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+# TERM and USR1 come from schedulers, HUP from a terminal that was closed: "start it again" is 75; Ctrl-C is 130 by
+# convention.
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -27,6 +29,8 @@ class StopSignal:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.exit_code = EXIT_CODES[signal.Signals(number)]
+        if os.isatty(2):  # a step may take long; the console's own locks may be held just now
+            os.write(2, b"\nfinishing the step, then saving\n")
 
 
 @contextmanager
@@ -41,9 +45,10 @@ def _handlers(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
 
 @contextmanager
 def stop_signal() -> Iterator[StopSignal]:
-    """Catch TERM, USR1 and INT while the block runs."""
+    """Catch TERM, USR1, HUP and INT while the block runs, but for HUP under nohup."""
     stop = StopSignal()
-    with _handlers(dict.fromkeys(EXIT_CODES, stop)):
+    caught = [number for number in EXIT_CODES if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    with _handlers(dict.fromkeys(caught, stop)):
         yield stop
 
 

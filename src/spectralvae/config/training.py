@@ -103,8 +103,8 @@ class TrainingConfig(Section):
     n_steps: PositiveInt = Field(200_000, description="updates of the weights; a finished run goes on if this grows")
     save_every: PositiveInt = Field(
         5000,
-        description="steps between checkpoints, each with a reconstruction figure; best a multiple of val_every, as the "
-        "best one is chosen among those that were validated",
+        description="steps between checkpoints, each with a reconstruction figure; best a multiple of val_every, "
+        "as the best one is chosen among those that were validated",
     )
     val_every: PositiveInt = Field(50, description="steps between validations")
     log_every: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")

@@ -11,8 +11,9 @@ function showAge() {
   if (data.state === "running" && seconds > STALE && !document.getElementById("stale")) {
     const warning = document.createElement("li");
     warning.id = "stale";
-    warning.textContent = `No news for ${age}: if the run writes more often than that, it was killed, or it hangs.`;
+    warning.textContent = `No news for ${age}: the run was killed, or hangs, or its steps are very slow.`;
     document.getElementById("warnings").append(warning);
+    document.querySelector(".state").textContent = "no news";
   }
 }
 

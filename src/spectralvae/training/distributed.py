@@ -90,8 +90,7 @@ class Ranks:
                 raise
             raise LostPeerError(
                 f"process {self.rank} of {self.world_size}: another process is gone, or has not answered for "
-                f"{self._timeout:g} s (training.peer_timeout); its own output may tell more "
-                f"({str(error).splitlines()[0][:160]})"
+                f"{self._timeout:g} s (training.peer_timeout); its own output may tell why; start the run again"
             ) from error
 
     def sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:

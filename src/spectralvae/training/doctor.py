@@ -24,7 +24,7 @@ from spectralvae.rundir import RunDir
 from spectralvae.settings import construct
 from spectralvae.signals import stop_at_once
 from spectralvae.training import proofs, record, trials
-from spectralvae.training.checkpoint import list_checkpoints
+from spectralvae.training.checkpoint import list_checkpoints, step_of
 from spectralvae.training.distributed import find_ranks
 from spectralvae.training.engine import idle_parameters, out_of_memory
 from spectralvae.training.network import start_from
@@ -50,6 +50,7 @@ def doctor(config: TrainConfig, *, as_json: bool, console: Console) -> None:
     """
     with stop_at_once(), TemporaryDirectory(prefix="spectralvae-doctor-") as scratch, _compiled_in(Path(scratch)):
         patient = _admit(config, Path(scratch))
+        proofs.check_room(patient)
         machine = record.describe_device(patient.device)
         if not as_json:
             console.print(f"{machine}; torch {record.versions()['torch']}")
@@ -192,6 +193,8 @@ def _check_output_dir(p: Patient) -> Check:
     """
     path = p.config.output_dir
     run = RunDir("train", p.config, overwrite=False, resumable=True, may_differ=may_change_on_resume)
+    if run.in_use():
+        raise ConfigError(f"{path} is in use by a running `train`")
     if run.record.get("store_hash", p.store.hash) != p.store.hash:
         raise ConfigError(f"output_dir: {path} holds a run on another store than {p.store.path} (its hash differs)")
     checkpoints = list_checkpoints(path)
@@ -210,11 +213,14 @@ def _check_output_dir(p: Patient) -> Check:
 
 def _check_disk(p: Patient) -> Check:
     training, path = p.config.training, p.config.output_dir
-    n = -(-training.n_steps // training.save_every)
+    checkpoints = list_checkpoints(path)
+    done = step_of(checkpoints[-1]) if checkpoints else 0
+    n = -(-training.n_steps // training.save_every) - done // training.save_every
     if training.keep_last is not None:
         kept = training.n_steps // training.keep_every if training.keep_every else 0
-        n = min(n, training.keep_last + kept + 1) + 1  # the best one stays, too; the old one goes after the new one
-    n = max(n - len(list_checkpoints(path)), 1)
+        stay = training.keep_last + kept + 1 - len(checkpoints)  # the best one, too
+        n = min(n, max(stay, 0) + 1)  # an old one goes after the new one
+    n = max(n, 1)
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     needed, free = n * p.checkpoint_bytes, shutil.disk_usage(nearest).free
     text = (

@@ -49,8 +49,8 @@ def check_shares(config: TrainConfig, ranks: Ranks) -> int:
     parts = ranks.world_size * config.training.gradient_accumulation
     if config.data.batch_size % parts:
         raise ConfigError(
-            f"data.batch_size: {config.data.batch_size} must be a multiple of {parts}: {ranks.world_size} processes "
-            f"times training.gradient_accumulation of {config.training.gradient_accumulation}"
+            f"data.batch_size: {config.data.batch_size} must be a multiple of {parts}: number of processes "
+            f"({ranks.world_size}) times training.gradient_accumulation ({config.training.gradient_accumulation})"
         )
     return config.data.batch_size // parts
 

@@ -102,6 +102,10 @@ def summary(report: Mapping[str, Any]) -> str:
     guilty = [tile for tile in report["tiles"] if not math.isfinite(tile["loss"])]
     if not guilty:
         return f"{numbers}: not finite, while the loss of each tile alone is"
+    if len(guilty) == len(report["tiles"]) > 1:
+        return (
+            f"{numbers}: not finite, with every tile: the weights have blown up, most often by too high a learning rate"
+        )
     named = ", ".join(f"{tile['scene']} at ({tile['y']}, {tile['x']})" for tile in guilty[:4])
     return f"{numbers}: not finite, with the tiles {named}{f' and {len(guilty) - 4} more' if len(guilty) > 4 else ''}"
 

@@ -143,6 +143,7 @@ class Logbook:
         timing: ``steps_per_second`` and ``memory_gb``; of a step that was done twice, the later time.
         events: the newest N_EVENTS.
         n_events: how many there are in all.
+        n_rows: how many rows of metrics there are.
         last_row: the newest row of metrics; empty before there is one.
         val_losses: of the checkpoints, by step, where validated.
 
@@ -154,7 +155,7 @@ class Logbook:
         self.curves: dict[str, Curve] = {}
         self.timing = {"steps_per_second": Curve(), "memory_gb": Curve()}
         self.events: deque[Event] = deque(maxlen=N_EVENTS)
-        self.n_events = 0
+        self.n_events = self.n_rows = 0
         self.last_row: dict[str, Any] = {}
         self.val_losses: dict[int, float] = {}
         self._metrics = Lines(run / "metrics.jsonl", {"step"})
@@ -214,6 +215,7 @@ class Logbook:
             if key != "step":
                 self.curves.setdefault(key, Curve()).add(row["step"], value)
         self.last_row = row
+        self.n_rows += 1
 
     def _take_event(self, event: Event) -> None:
         self.events.append(event)

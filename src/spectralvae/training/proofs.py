@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from spectralvae.config import TrainConfig
 from spectralvae.configfile import dump_config, to_yaml
 from spectralvae.data.loader import TileStream, make_sampler
-from spectralvae.errors import RunError
+from spectralvae.errors import ConfigError, RunError
 from spectralvae.training.checkpoint import checkpoint_path
 from spectralvae.training.engine import metrics_of
 from spectralvae.training.trials import Check, Patient, changed, in_bytes
@@ -44,6 +44,7 @@ LOSS_LIMIT = 1e-5
 STEPS, SAVE_EVERY, KILL_AT = 4, 2, 3
 PATIENCE = 3600.0  # seconds for a handful of steps: more, and a process hangs
 TRIES = 3  # to kill a run before it ends
+BESIDE = 50_000_000  # bytes of pictures, tables and what torch.compile keeps
 CHECKPOINTS_AT_ONCE = 4  # two runs', of which the older one goes when the newer one is there
 FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json")
 CUDA_LIMIT = 0.05  # of the optimizer's moments, where rounding may differ from start to start
@@ -88,7 +89,7 @@ def overfit(p: Patient) -> Check:
     figures = {"first": errors[0], "last": errors[-1], "steps": len(errors) - 1, "limit": limit}
     text = (
         f"pixel MSE of {OVERFIT_TILES} tiles of {size} x {size} pixels: {errors[0]:.4g} -> {errors[-1]:.4g} in "
-        f"{len(errors) - 1} steps"
+        f"{len(errors) - 1} steps with lr {OVERFIT_LR:g}"
     )
     if int(sums[-1]) != n_valid:
         wrong = f"{int(sums[-1])} samples count, but {n_valid} are valid"
@@ -220,20 +221,28 @@ def compare_processes(p: Patient) -> Check:
 # --- resume -----------------------------------------------------------------------------------------
 
 
+def check_room(p: Patient) -> None:
+    """Refuse to begin where the temporary folder is too small.
+
+    Raises:
+        ConfigError: it is.
+    """
+    needed, free = CHECKPOINTS_AT_ONCE * p.checkpoint_bytes + BESIDE, shutil.disk_usage(p.scratch).free
+    if free < needed:
+        raise ConfigError(
+            f"{p.scratch.parent}: {in_bytes(free)} are free, temporary files need {in_bytes(needed)}: "
+            "set TMPDIR to a larger disk"
+        )
+
+
 def prove_resume(p: Patient) -> Check:
     """A run that is killed after a checkpoint and started again, against one that was never interrupted.
 
     All is as the config says, but for a small batch and few steps.
 
     Raises:
-        RunError: a run failed, or there is no room for them.
+        RunError: a run failed.
     """
-    needed, free = CHECKPOINTS_AT_ONCE * p.checkpoint_bytes, shutil.disk_usage(p.scratch).free
-    if free < needed:
-        raise RunError(
-            f"{p.scratch.parent}: {in_bytes(free)} are free, checkpoints for this proof need {in_bytes(needed)}: "
-            "set TMPDIR to a larger disk"
-        )
     whole, killed = p.scratch / "whole", p.scratch / "killed"
     with p.progress("killing a run and going on", 3) as advance:
         with _started(p, [((*TRAIN, _write_config(p.scratch / "whole.yaml", _short(p, whole))), {})]) as children:

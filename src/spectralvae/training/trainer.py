@@ -218,6 +218,11 @@ class Trainer:
                 "--overwrite"
             )
         self.engine = Engine(self.model, self.config, self.device, self.ranks)
+        if newest is None and self.ranks.share(self.run.record.get("newest_checkpoint") if self.run else None):
+            raise RunError(
+                f"{self.path / 'checkpoints'}: no checkpoint is left, but there were some: put one back, or start "
+                "afresh with --overwrite"
+            )
         state: dict[str, Any] = {}
         with self.ranks.together():
             if newest is not None:
@@ -234,6 +239,11 @@ class Trainer:
                     facts=self._facts(),
                     spikes=state["spikes"] if state else {},
                 )
+                if state and state["rows"] != self.watch.log.n_rows:
+                    raise RunError(
+                        f"{self.path / 'metrics.jsonl'}: has {self.watch.log.n_rows} rows until step {self.step}, "
+                        f"{state['rows']} were written: put it back, or start afresh with --overwrite"
+                    )
         self.console.print(f"parameters: {self.n_parameters:,}")
         self.console.print(f"output directory: {self.path.resolve()}")
 
@@ -335,6 +345,7 @@ class Trainer:
             "spectralvae": __version__,
             "seed": self.config.seed,
             "store_hash": self.store.hash,
+            "rows": watch.log.n_rows,
             "spikes": watch.spike_state,
         }
         # the picture first: a run that dies in between draws it again
@@ -342,6 +353,7 @@ class Trainer:
         watch.log.sync()
         normalization, optimizer = self.store.normalization, self.engine.optimizer
         save_checkpoint(self.path, self.step, self.model, self.settings, normalization, optimizer, state)
+        run.note(newest_checkpoint=self.step)
         watch.log.saved(self.step)
         self._tidy_up(run, watch)
 

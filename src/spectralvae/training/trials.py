@@ -21,14 +21,15 @@ from spectralvae.data.loader import BATCHES_AHEAD, TileStream
 from spectralvae.data.sampling import CropSampler
 from spectralvae.data.store import Store
 from spectralvae.settings import build_model
-from spectralvae.training.checkpoint import checkpoint_path, save_checkpoint
+from spectralvae.training.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, step_of
 from spectralvae.training.device import available_memory, peak_memory
 from spectralvae.training.distributed import Ranks
-from spectralvae.training.engine import METRICS, Engine, check_shares
+from spectralvae.training.engine import METRICS, Engine, check_shares, metrics_of
 from spectralvae.training.validation import Validation
 from spectralvae.training.watch import Watch
 
 WARM_UP, TIMED = 2, 5  # steps
+BLOWN_UP = 10.0  # times the first error
 CPU_SECONDS = 40.0  # for measuring steps on a CPU: fewer tiles at a time are taken where all would take longer
 CPU_VALIDATION_SECONDS = 10.0
 ROWS = 600  # of metrics, for the cost of drawing them: curves are thinned from 500 on
@@ -86,6 +87,11 @@ class Patient:
     measured: Measured | None = None
 
     @property
+    def done(self) -> int:
+        """Steps that the run has behind it."""
+        return max(map(step_of, list_checkpoints(self.config.output_dir)), default=0)
+
+    @property
     def piece_size(self) -> int:
         """Pixels along y and x of tiles that are as small as the network takes them."""
         scale: int = 2 ** (len(self.config.model.chs) - 1)
@@ -138,6 +144,7 @@ class _Times(NamedTuple):
     waiting: NDArray[np.float64]
     gradients: NDArray[np.float64]
     update: NDArray[np.float64]
+    errors: list[float]  # pixel MSE, that of the warm-up first
 
 
 def _timed_steps(p: Patient, engine: Engine, n_tiles: int, n_steps: int, advance: Callable[[], None]) -> _Times:
@@ -152,13 +159,13 @@ def _timed_steps(p: Patient, engine: Engine, n_tiles: int, n_steps: int, advance
         num_workers=data.num_workers,
         pin_memory=p.device.type == "cuda",
     )
-    times = np.zeros((n_steps, 3))
+    times, errors = np.zeros((n_steps, 3)), list[float]()
     batches = iter(stream)
     for i in range(-WARM_UP, n_steps):
         clock = [time.perf_counter()]
         batch = next(batches)
         clock.append(time.perf_counter())
-        engine.gradients(batch)
+        errors.append(metrics_of(engine.gradients(batch))["pixel_mse"])
         norm = engine.gradient_norm()
         float(norm)  # waits for the device
         clock.append(time.perf_counter())
@@ -169,7 +176,8 @@ def _timed_steps(p: Patient, engine: Engine, n_tiles: int, n_steps: int, advance
         if i >= 0:
             times[i] = np.diff(clock)
         advance()
-    return _Times(*times.T)
+    waiting, gradients, update = times.T
+    return _Times(waiting, gradients, update, errors)
 
 
 def _fewer(config: TrainConfig, n_tiles: int) -> TrainConfig:
@@ -236,6 +244,10 @@ def measure_steps(p: Patient) -> Check:
         "measured_tiles": n,
         "tiles": batch_size,
     }
+    first, last = times.errors[0], times.errors[-1]
+    if not last < BLOWN_UP * first:  # NaN is not, either
+        text += f"\npixel MSE went from {first:.4g} to {last:.4g} in {len(times.errors)} steps: lower optimizer.lr"
+        return Check("steps", False, text, figures)
     return Check("steps", True, text, figures)
 
 
@@ -262,32 +274,34 @@ def _resident_bytes() -> int:
 
 
 def forecast_hours(p: Patient) -> Check:
-    """Do once what a run does beside its steps, and forecast how long it will take.
+    """Do once what a run does beside its steps, and forecast how long it will take from where it is.
 
     The network that took the steps is let go.
     """
     assert p.measured is not None
     training, (engine, seconds, _), p.measured = p.config.training, p.measured, None
-    n_steps = training.n_steps
+    n_steps, done = training.n_steps, p.done
 
     def due(*every: int) -> int:
         """How often something is due at multiples of these, and at the end."""
-        return len({n_steps}.union(*(range(each, n_steps, each) for each in every)))
+        return len({n_steps}.union(*(range(done - done % each + each, n_steps, each) for each in every)))
 
     costs = _costs(p, engine)
     times = {
-        "validation": 1 + due(training.val_every) if p.validation.crops else 0,  # one before the first step
+        "validation": (done == 0) + due(training.val_every) if p.validation.crops else 0,
         "figure": due(training.save_every),
         "plot": due(training.save_every, training.plot_every),
         "checkpoint": due(training.save_every),
     }
-    hours = {"steps": n_steps * seconds / 3600} | {name: times[name] * costs[name] / 3600 for name in costs}
+    hours = {"steps": (n_steps - done) * seconds / 3600} | {name: times[name] * costs[name] / 3600 for name in costs}
     total = sum(hours.values())
     parts = ", ".join(f"{name} {hours[name] / total:.0%}" for name in hours)
     once = ", ".join(f"a {name} {in_time(seconds)}" for name, seconds in costs.items() if times[name])
     size = sum(file.stat().st_size for file in checkpoint_path(p.scratch / "run", ROWS).iterdir())
     shutil.rmtree(p.scratch / "run")  # the disk may be small
-    text = f"{in_time(3600 * total)} for {n_steps:,} steps in one process: {parts}\n({once} for {in_bytes(size)})"
+    text = (
+        f"{in_time(3600 * total)} for {n_steps - done:,} steps in one process: {parts}\n({once} for {in_bytes(size)})"
+    )
     figures = {"hours": total, "hours_of": hours, "seconds_of": costs, "times": times, "checkpoint_bytes": size}
     return Check("hours", True, text, figures)
 
