@@ -478,6 +478,7 @@ def test_stopped_by_a_signal_it_goes_on(
     name = file_name("NO2", KEYS[0])
     calls = []
     handler = signal.getsignal(number)
+    others = set(threading.enumerate())  # of other tests: some never end
 
     def hang(fetching: str) -> None:
         if fetching == name:
@@ -495,7 +496,7 @@ def test_stopped_by_a_signal_it_goes_on(
     assert {path: data for path, data in below.items() if not path.startswith(".partial")} == expected(
         KEYS[:1], ["RAD"]
     )
-    hung = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and thread.daemon]
+    hung = [thread for thread in threading.enumerate() if thread not in others]
     release.set()
     for thread in hung:
         thread.join(60)

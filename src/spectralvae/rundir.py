@@ -328,7 +328,7 @@ class RunDir:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:  # of a file that was not written by write_atomic
             no_room = _no_room(error, Path(error.filename) if isinstance(error.filename, str) else self.path, None)
             error = no_room
-        if isinstance(error, Exception):
+        if error is not None and not isinstance(error, (Stopped, KeyboardInterrupt)):
             self.record["error"] = f"{type(error).__name__}: {error}"
         self.record["starts"][-1]["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
         try:
