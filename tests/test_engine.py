@@ -123,7 +123,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
 
 def test_shares_must_be_even():
     assert check_shares(make_config(12, gradient_accumulation=3), Ranks(1, 2)) == 2
-    with pytest.raises(ConfigError, match=r"data.batch_size: 12 must be a multiple of 8: 2 processes times .* of 4"):
+    words = r"data.batch_size: 12 must be a multiple of 8: number of processes \(2\) times .*accumulation \(4\)"
+    with pytest.raises(ConfigError, match=words):
         check_shares(make_config(12, gradient_accumulation=4), Ranks(1, 2))
 
 
