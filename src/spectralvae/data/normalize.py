@@ -50,6 +50,7 @@ class Normalization:
         band: the TEMPO band, where there is one.
         wavelength: (channel) float64, nm; None for foreign statistics that came without.
         units: of radiance, as the source files have it.
+        valid_range, flag_bits, max_solar_zenith: which other samples are invalid; as in the config of `prepare`.
     """
 
     transform: str
@@ -60,6 +61,9 @@ class Normalization:
     band: str | None
     wavelength: Float64 | None
     units: str | None = None
+    valid_range: tuple[float, float] | None = None
+    flag_bits: tuple[int, ...] | None = None
+    max_solar_zenith: float | None = None
 
     def __post_init__(self) -> None:
         assert self.transform in ("log_zscore", "zscore")
@@ -97,6 +101,9 @@ class Normalization:
             "min_radiance": self.min_radiance,
             "band": self.band,
             "units": self.units,
+            "valid_range": self.valid_range,
+            "flag_bits": self.flag_bits,
+            "max_solar_zenith": self.max_solar_zenith,
         }
 
     def arrays(self) -> dict[str, Float64]:
@@ -107,5 +114,6 @@ class Normalization:
     @classmethod
     def from_parts(cls, settings: Mapping[str, Any], arrays: Mapping[str, Float64]) -> Normalization:
         """The inverse of ``settings`` and ``arrays``."""
+        lists = {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}  # JSON has no tuples
         wavelength = arrays.get("wavelength")
-        return cls(**settings, mean=arrays["mean"], std=arrays["std"], wavelength=wavelength)
+        return cls(**{**settings, **lists}, mean=arrays["mean"], std=arrays["std"], wavelength=wavelength)

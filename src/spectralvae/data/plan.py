@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from spectralvae.config import InputSpec, PrepareConfig
 from spectralvae.console import new_progress
 from spectralvae.data.normalize import Float64
 from spectralvae.data.splits import PlannedScene, split_scenes
+from spectralvae.data.wavelengths import channel_means, span, wavelength_gap
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import Scene, open_reader
-from spectralvae.readers import arguments as given
 from spectralvae.readers.arguments import Window
 from spectralvae.readers.containers import is_zarr
 from spectralvae.readers.pairing import ProductFolder, granule_key
@@ -34,7 +33,7 @@ def plan_scenes(config: PrepareConfig, console: Console) -> tuple[list[PlannedSc
     Raises:
         ConfigError, InputError: as `prepare`.
     """
-    files = [(path, spec) for spec in config.inputs for path in _expand(spec.path)]
+    files = [(path, spec) for spec in config.inputs for path in expand(spec.path)]
     with new_progress() as progress:
         task = progress.add_task("opening the inputs", total=2 * len(files))
         advance = partial(progress.advance, task)
@@ -55,8 +54,12 @@ def plan_scenes(config: PrepareConfig, console: Console) -> tuple[list[PlannedSc
     return planned, wavelength
 
 
-def _expand(pattern: str) -> list[Path]:
-    """The files that a path, a glob or a folder means."""
+def expand(pattern: str) -> list[Path]:
+    """The files that a path, a glob or a folder means.
+
+    Raises:
+        InputError: none.
+    """
     if "://" in pattern:
         raise InputError(f"inputs: {pattern} is a URL; only local files are read: download it first")
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 (pathlib's raises over an unknown user)
@@ -82,6 +85,23 @@ def _scenes_of(folder: Path) -> list[Path]:
 
 
 def _open(path: Path, spec: InputSpec, config: PrepareConfig, region: Sequence[int] | None) -> Scene:
+    return open_input(path, spec, region, band=config.band, flag_bits=config.validity.flag_bits)
+
+
+def open_input(
+    path: Path, spec: InputSpec, region: Sequence[int] | None, *, band: str | None, flag_bits: Sequence[int] | None
+) -> Scene:
+    """Open a file as the config says.
+
+    Args:
+        path: One of those that `spec` names.
+        spec: How to read it.
+        region: Of it; None for all.
+        band, flag_bits: TEMPO: as of `open_reader`.
+
+    Raises:
+        InputError, ConfigError: As `open_reader`.
+    """
     wavelength = spec.wavelength
     return open_reader(
         path.absolute(),  # for workers that were started in another folder
@@ -89,10 +109,10 @@ def _open(path: Path, spec: InputSpec, config: PrepareConfig, region: Sequence[i
         size=spec.size,
         wavelength=wavelength if wavelength is None or isinstance(wavelength, list) else wavelength.model_dump(),
         region=region,
-        band=config.band,
+        band=band,
         dims=spec.dims,
         units=spec.units,
-        flag_bits=config.validity.flag_bits,
+        flag_bits=flag_bits,
     )
 
 
@@ -224,29 +244,13 @@ def check_wavelengths(planned: Sequence[PlannedScene], reference: PlannedScene, 
         worst, limit = wavelength_gap(found, expected)
         if worst > limit:
             raise ConfigError(
-                f"inputs: wavelengths of {p.scene.path} ({_span(found)}) differ by up to {worst:.3f} nm from those of "
-                f"{reference.scene.path} ({_span(expected)}); at most one channel ({limit:.3f} nm) is allowed"
+                f"inputs: wavelengths of {p.scene.path} ({span(found)}) differ by up to {worst:.3f} nm from those of "
+                f"{reference.scene.path} ({span(expected)}); at most one channel ({limit:.3f} nm) is allowed"
             )
         advance()
     return expected
 
 
-def wavelength_gap(found: Float64, expected: Float64) -> tuple[float, float]:
-    """How far (channel) wavelengths lie from those expected at most, and how far they may: one channel spacing; nm."""
-    limit = float(np.median(np.diff(expected))) if len(expected) > 1 else np.inf
-    return float(np.abs(found - expected).max()), limit
-
-
-def _span(wavelength: Float64) -> str:
-    return f"{wavelength.min():.2f}-{wavelength.max():.2f} nm"
-
-
 def _channel_means(scene: Scene) -> Float64:
     with scene:
-        wavelength = scene.wavelength.reshape(-1, scene.shape[2])
-    known = np.isfinite(wavelength)
-    if not known.any(axis=0).all():
-        missing = int(np.argmin(known.any(axis=0)))
-        raise InputError(f"{scene.path}: channel {missing} has no wavelength anywhere")
-    means = np.asarray(np.nanmean(wavelength, axis=0), np.float64)
-    return given.check_wavelengths(f"{scene.path}: wavelength", means, len(means))
+        return channel_means(str(scene.path), scene.wavelength)

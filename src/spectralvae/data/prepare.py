@@ -137,6 +137,7 @@ class Stages:
 
 
 def _normalization(config: PrepareConfig, scene: Scene, statistics: Statistics, wavelength: Float64) -> Normalization:
+    validity, flag_bits = Validity.of(config), config.validity.flag_bits
     return Normalization(
         config.normalization.transform,
         statistics.mean,
@@ -146,6 +147,9 @@ def _normalization(config: PrepareConfig, scene: Scene, statistics: Statistics, 
         band=scene.band,
         wavelength=wavelength,
         units=scene.units,
+        valid_range=validity.valid_range,
+        flag_bits=None if flag_bits is None else tuple(flag_bits),
+        max_solar_zenith=validity.max_solar_zenith,
     )
 
 

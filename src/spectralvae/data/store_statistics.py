@@ -14,12 +14,12 @@ from rich.console import Console
 from spectralvae.config import NormalizationConfig, PrepareConfig
 from spectralvae.console import warn
 from spectralvae.data.normalize import Float64
-from spectralvae.data.plan import wavelength_gap
 from spectralvae.data.scenes import BELOW_MINIMUM, Bench, load_measured
 from spectralvae.data.splits import PlannedScene
 from spectralvae.data.statistics import Moments, RatioHistogram
 from spectralvae.data.store import Store
 from spectralvae.data.validity import Validity
+from spectralvae.data.wavelengths import wavelength_gap
 from spectralvae.errors import ConfigError
 from spectralvae.readers import Scene
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.config import PrepareConfig
-from spectralvae.data.normalize import reject_small
+from spectralvae.data.normalize import Normalization, reject_small
 
 # In this order, after the reader's own rules: a sample is counted under the first rule that rejects it.
 CONFIGURED_RULES = ("solar_zenith", "out_of_range", "below_min_radiance")
@@ -41,6 +41,12 @@ class Validity:
             (low_high[0], low_high[1]) if low_high else None,
             config.validity.max_solar_zenith,
         )
+
+    @classmethod
+    def of_model(cls, normalization: Normalization) -> Validity:
+        """As they were in the training of a model; the reader knows about the quality flag."""
+        n = normalization
+        return cls(n.transform, n.min_radiance, n.valid_range, n.max_solar_zenith)
 
     def reject(self, radiance: NDArray[np.float32], solar_zenith: NDArray[Any] | None) -> dict[str, int]:
         """Make invalid samples NaN, in place.

@@ -14,6 +14,8 @@ from spectralvae.errors import ConfigError, InputError
 from spectralvae.model import AutoencoderKL
 from spectralvae.training.checkpoint import list_checkpoints
 
+_ARTIFACT = "_spectralvae_artifact"
+
 
 def load_model(path: str | PathLike[str], model: Mapping[str, Any] | None = None) -> AutoencoderKL:
     """Load a trained network.
@@ -34,7 +36,20 @@ def load_model(path: str | PathLike[str], model: Mapping[str, Any] | None = None
     artifact = load_artifact(path, model)
     if artifact.left_out:
         warnings.warn(f"{path}: left out, not part of the network: {', '.join(artifact.left_out)}", stacklevel=2)
+    object.__setattr__(artifact.model, _ARTIFACT, artifact)  # a plain attribute, no part of the network
     return artifact.model
+
+
+def artifact_of(model: AutoencoderKL) -> Artifact:
+    """What a network was loaded with: normalisation, settings.
+
+    Raises:
+        ConfigError: it is not from `load_model`.
+    """
+    artifact = getattr(model, _ARTIFACT, None)
+    if not isinstance(artifact, Artifact):
+        raise ConfigError("model: is not from load_model, so nothing tells its normalisation; load it from a folder")
+    return artifact
 
 
 def load_artifact(path: str | PathLike[str], model: Mapping[str, Any] | None = None) -> Artifact:

@@ -17,17 +17,23 @@ from spectralvae.training.distributed import Ranks
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def choose_device(name: str, ranks: Ranks, console: Console) -> torch.device:
+def choose_device(name: str, ranks: Ranks, console: Console, *, key: str = "training.device") -> torch.device:
     """The device called ``name``; auto takes the CUDA device with the most free memory, else the CPU.
 
     Of several processes on a machine, each takes the CUDA device of its own number.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        ranks: the processes.
+        console: where to print.
+        key: of the config, for messages.
 
     Raises:
         ConfigError: a named device is absent, or processes would have to share one.
     """
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if ranks.world_size > 1 and name != "cpu" and (n > 0 or name != "auto"):
-        return _own_device(name, n, ranks, console)
+        return _own_device(name, n, ranks, console, key)
     if name == "auto":
         if n == 0:
             console.print("device: cpu (auto: no CUDA device)")
@@ -41,19 +47,19 @@ def choose_device(name: str, ranks: Ranks, console: Console) -> torch.device:
         return torch.device("cuda", best)
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= n:
-        raise ConfigError(f"training.device: {name} is absent: this machine has {n} CUDA devices; use auto or cpu")
+        raise ConfigError(f"{key}: {name} is absent: this machine has {n} CUDA devices; use auto or cpu")
     console.print(f"device: {name} (named in the config)")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def _own_device(name: str, n: int, ranks: Ranks, console: Console) -> torch.device:
+def _own_device(name: str, n: int, ranks: Ranks, console: Console, key: str) -> torch.device:
     if name not in ("auto", "cuda"):
-        raise ConfigError(f"training.device: {name} cannot be shared by {ranks.world_size} processes; use auto or cuda")
+        raise ConfigError(f"{key}: {name} cannot be shared by {ranks.world_size} processes; use auto or cuda")
     # a launcher may show each process its own device only
     index = 0 if n == 1 and ranks.local_rank is not None else ranks.local_rank
     if index is None or index >= n:
         raise ConfigError(
-            f"training.device: process {ranks.rank} is number {ranks.local_rank} on a machine with {n} CUDA devices; "
+            f"{key}: process {ranks.rank} is number {ranks.local_rank} on a machine with {n} CUDA devices; "
             "start one process a GPU"
         )
     torch.cuda.set_device(index)

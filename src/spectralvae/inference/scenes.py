@@ -1,0 +1,219 @@
+"""Scenes to latents and back, in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from spectralvae.errors import ConfigError, InputError
+from spectralvae.inference.coder import Coder, Float32
+from spectralvae.inference.latents import (
+    COORDINATES,
+    check_latents,
+    check_scene,
+    contents,
+    stream_latents,
+    stream_radiance,
+)
+from spectralvae.inference.loading import artifact_of
+from spectralvae.model import AutoencoderKL
+from spectralvae.readers.base import COORDINATES as OF_SCENES
+from spectralvae.readers.base import Coordinate
+
+DIMS = ("y", "x", "channel")
+
+
+def encode_scene(
+    model: AutoencoderKL,
+    scene: xr.Dataset | NDArray[Any],
+    *,
+    log_variance: bool = False,
+    overlap: int | None = None,
+    batch_size: int = 4,
+) -> xr.Dataset:
+    """Encode a scene of any size, tile by tile, on the device the model is on.
+
+    >>> model = load_model("exports/tempo")
+    >>> latents = encode_scene(model, open_scene("TEMPO_RAD_L1_V03_20240601T210934Z_S012G01.nc"))
+    >>> latents.latent.sel(latent_channel=0).plot()
+
+    Args:
+        model: from `load_model`, which brings the normalisation and the size of the tiles.
+        scene: as `open_scene` gives it: `radiance` (y, x, channel), NaN = invalid, with `wavelength`. Or radiance
+            alone, an array (y, x, channel), whose wavelengths are then taken to be the model's. It is read in strips
+            of a tile's height.
+        log_variance: give the log variance of the latents' posterior, too.
+        overlap: pixels that neighbouring tiles share; None for the default, a quarter of a tile.
+        batch_size: tiles that go through the network at a time.
+
+    Returns:
+        `latent` (latent_channel, y, x): the posterior's mean; `log_variance` if asked for; `valid_fraction` (y, x);
+        `valid` (row, column, channel) bool; latitude, longitude, time of the latent cells where the scene has them;
+        wavelength; mean and std of the normalisation. A cell has s x s pixels, s = model.scale; the grid has
+        ceil(ny / s) x ceil(nx / s). What a cell without any valid pixel holds means nothing.
+
+    Raises:
+        InputError: the scene is not one the model is for, or the model cannot be used on scenes.
+        ConfigError: the model is not from `load_model`, or the overlap does not fit.
+    """
+    coder = _coder(model, overlap, batch_size)
+    source = _Scene(scene, coder)
+    check_scene(source.name, source, coder.normalization)
+    will_be = contents(source, coder, log_variance, {"source": source.name})
+    values = {
+        **will_be.small,
+        **{name: np.empty(will_be.shape(name), will_be.layout(name)[1]) for name in will_be.streamed},
+    }
+
+    def write(name: str, part: tuple[slice, ...], piece: NDArray[Any]) -> None:
+        values[name][part] = piece
+
+    stream_latents(source, coder, log_variance, write, lambda n_pixels: None)
+    found = {}
+    for name, array in values.items():
+        dims, _, attributes = will_be.layout(name)
+        kept = {key: value for key, value in attributes.items() if key not in ("dtype", "coordinates")}
+        if name == "time":
+            found[name] = xr.Variable(dims, array, attributes)
+        else:
+            found[name] = xr.Variable(dims, array.view(np.bool_) if name == "valid" else array, kept)
+    dataset = xr.Dataset(found, attrs=will_be.attributes)
+    return xr.decode_cf(dataset).set_coords([name for name in COORDINATES if name in found])
+
+
+def decode_scene(
+    model: AutoencoderKL,
+    latents: xr.Dataset | NDArray[Any],
+    *,
+    overlap: int | None = None,
+    batch_size: int = 4,
+) -> xr.Dataset:
+    """Decode latents to a scene.
+
+    >>> scene = decode_scene(model, latents)
+    >>> scene.radiance.isel(y=60, x=10).plot(x="wavelength")
+
+    Args:
+        model: the one that made the latents, from `load_model`.
+        latents: from `encode_scene`, or from a file of `spectralvae encode` (`xarray.open_dataset`). Or latents alone,
+            an array (latent_channel, y, x).
+        overlap, batch_size: as of `encode_scene`.
+
+    Returns:
+        `radiance` (y, x, channel) float32 with `wavelength`: of the shape that was encoded, NaN where that was invalid.
+        From an array of latents all samples, at the wavelengths of the model's training.
+
+    Raises:
+        InputError: the latents are of another model, or are none.
+        ConfigError: as `encode_scene`.
+    """
+    coder = _coder(model, overlap, batch_size)
+    given = latents if isinstance(latents, xr.Dataset) else _dataset_of(latents, coder)
+    missing = {"latent", "valid", "wavelength"} - set(given.variables)
+    if missing or given.latent.dims != ("latent_channel", "y", "x"):
+        lacks = f"lack {', '.join(sorted(missing))}" if missing else f"have dimensions {given.latent.dims}"
+        raise InputError(f"latents: {lacks}; give what encode_scene returns, or an array (latent_channel, y, x)")
+    check_latents("latents", given.attrs, given.sizes["latent_channel"], coder)
+    ny, nx, nc = given.valid.shape
+    s = coder.scale
+    if given.latent.shape[1:] != (-(-ny // s), -(-nx // s)) or nc != coder.normalization.n_channels:
+        raise InputError(
+            f"latents: a grid of {' x '.join(map(str, given.latent.shape[1:]))} cells does not fit a scene of "
+            f"{ny} x {nx} pixels and {nc} channels; the model has {s} x {s} pixels a cell and "
+            f"{coder.normalization.n_channels} channels"
+        )
+
+    def read(rows: slice, columns: slice) -> Float32:
+        return np.moveaxis(given.latent[:, rows, columns].values.astype(np.float32), 0, -1)
+
+    def valid(rows: slice, columns: slice) -> NDArray[np.bool_]:
+        return np.asarray(given.valid[rows, columns].values, np.bool_)
+
+    radiance = np.empty((ny, nx, nc), np.float32)
+    for rows, columns, values, _ in stream_radiance(read, valid, (ny, nx), coder):
+        radiance[rows, columns] = values
+    units = coder.normalization.units
+    wavelength = given.wavelength.rename({"column": "x"}) if "column" in given.wavelength.dims else given.wavelength
+    return xr.Dataset(
+        {"radiance": (DIMS, radiance, {"long_name": "radiance", **({"units": units} if units else {})})},
+        {"wavelength": wavelength.variable},
+        {"source": given.attrs.get("source", "latents"), "model_sha256": given.attrs.get("model_sha256", "")},
+    )
+
+
+def _coder(model: AutoencoderKL, overlap: int | None, batch_size: int) -> Coder:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: {batch_size} must be at least 1")
+    device = next(model.parameters()).device
+    return Coder(artifact_of(model), device, overlap=overlap, batch_size=batch_size)
+
+
+class _Scene:
+    """A scene in memory, or opened lazily, as `spectralvae.inference.latents.Source`."""
+
+    def __init__(self, scene: xr.Dataset | NDArray[Any], coder: Coder) -> None:
+        self.name = "scene"
+        assert coder.normalization.wavelength is not None
+        if not isinstance(scene, xr.Dataset):
+            if np.ndim(scene) != 3:
+                raise InputError(f"scene: has shape {np.shape(scene)}; needed: (y, x, channel)")
+            scene = xr.Dataset({"radiance": (DIMS, np.asarray(scene))})
+            if scene.sizes["channel"] == coder.normalization.n_channels:
+                scene = scene.assign_coords(wavelength=("channel", coder.normalization.wavelength))
+        elif "source" in scene.attrs:
+            self.name = str(scene.attrs["source"])
+        if "radiance" not in scene or set(scene.radiance.dims) != set(DIMS):
+            has = f"has radiance {scene.radiance.dims}" if "radiance" in scene else "has no radiance"
+            raise InputError(f"{self.name}: {has}; needed: radiance (y, x, channel), as of open_scene")
+        self._radiance = scene.radiance.transpose(*DIMS)
+        self._scene = scene
+        self.shape: tuple[int, int, int] = self._radiance.shape
+        if 0 in self.shape:
+            raise InputError(f"{self.name}: (y, x, channel) = {self.shape}: is empty")
+
+    @property
+    def wavelength(self) -> NDArray[np.float64]:
+        """(channel) or (x, channel), nm."""
+        if "wavelength" not in self._scene:
+            found, n = self.shape[2], "the model's number of them"
+            raise InputError(f"{self.name}: has {found} channels and no wavelength; needed: wavelength in nm, or {n}")
+        wavelength = self._scene.wavelength
+        return np.asarray(wavelength.transpose(*DIMS[-wavelength.ndim :]).values, np.float64)
+
+    def coordinates(self) -> dict[str, Coordinate]:
+        """As of `spectralvae.readers.Scene`."""
+        found: dict[str, Coordinate] = {}
+        for name in OF_SCENES:
+            dims = ("y",) if name == "time" else ("y", "x")
+            if name in self._scene and set(self._scene[name].dims) == set(dims):
+                values = self._scene[name].transpose(*dims).values
+                if name == "time" and values.dtype.kind == "M":
+                    seconds = values.astype("datetime64[ns]").astype(np.int64) / 1e9
+                    values = np.where(np.isnat(values), np.nan, seconds)
+                found[name] = dims, values
+        return found
+
+    def read(self, rows: slice, columns: slice) -> tuple[Float32, dict[str, int]]:
+        """As of `spectralvae.readers.Scene`; whatever is not finite is invalid."""
+        values = np.array(self._radiance[rows, columns].values, np.float32, order="C")
+        bad = ~np.isfinite(values)
+        values[bad] = np.nan
+        return values, {"nan": int(np.count_nonzero(bad))}
+
+
+def _dataset_of(latents: NDArray[Any], coder: Coder) -> xr.Dataset:
+    """Latents alone, with what else is needed to decode them."""
+    if np.ndim(latents) != 3 or 0 in np.shape(latents):
+        raise InputError(f"latents: have shape {np.shape(latents)}; needed: (latent_channel, y, x)")
+    _, height, width = np.shape(latents)
+    shape = (height * coder.scale, width * coder.scale, coder.normalization.n_channels)
+    return xr.Dataset(
+        {
+            "latent": (("latent_channel", "y", "x"), np.asarray(latents)),
+            "valid": (("row", "column", "channel"), np.broadcast_to(np.True_, shape)),
+        },
+        {"wavelength": ("channel", coder.normalization.wavelength)},
+    )
