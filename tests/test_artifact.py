@@ -11,10 +11,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import N_CHANNELS, SETTINGS, VOLUME, equal_weights, flip, tiny_model, tiny_normalization, write_tiny
+from tiny import (
+    N_CHANNELS,
+    SETTINGS,
+    VOLUME,
+    equal_weights,
+    flip,
+    tiny_latents,
+    tiny_model,
+    tiny_normalization,
+    tiny_provenance,
+    write_tiny,
+)
 
-from spectralvae import artifact
-from spectralvae.artifact import pack_model, read_artifact, verify, write_files, write_folder
+from spectralvae import artifact, load_model
+from spectralvae.artifact import pack_model, read_artifact, verify, weights_sha256, write_files, write_folder
 from spectralvae.errors import DamagedError, InputError, NoRoomError
 from spectralvae.model import AutoencoderKL
 
@@ -113,6 +124,52 @@ def test_without_normalization_and_wavelength(tmp_path):
     assert (found.normalization, found.step) == (None, None)
     write_tiny(tmp_path / "b", normalization=tiny_normalization(wavelength=None))
     assert read_artifact(tmp_path / "b")[0].normalization.wavelength is None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_weights_are_known_by_the_digest_of_their_file(whole, layout):
+    model = load_model(whole).to(memory_format=layout).train()
+    digest = hashlib.sha256((whole / "model.safetensors").read_bytes()).hexdigest()
+    assert weights_sha256(model) == digest
+    with torch.no_grad():
+        model.logvar += 1e-6
+    assert weights_sha256(model) != digest
+
+
+def test_statistics_of_latents_and_provenance(tmp_path):
+    """Every bit of a float64 comes back."""
+    found = read_artifact(write_tiny(tmp_path / "a", latents=tiny_latents(), provenance=tiny_provenance()))[0]
+    assert found.provenance == tiny_provenance()
+    for name in ("mean", "std"):
+        np.testing.assert_array_equal(getattr(found.latents, name), getattr(tiny_latents(), name))
+        assert getattr(found.latents, name).dtype == np.float64
+    assert (found.latents.n_tiles, found.latents.n_positions) == (5, 79)
+    unvalidated = tiny_provenance(metrics=None, baselines=None, initial_weights="unknown")
+    found = read_artifact(write_tiny(tmp_path / "b", provenance=unvalidated))[0]
+    assert (found.latents, found.provenance) == (None, unvalidated)
+
+
+def test_folders_of_before_there_were_statistics(copy):
+    rewritten(copy, lambda config: [config.pop(key) for key in ("latents", "provenance")])
+    found = read_artifact(copy)[0]
+    assert (found.latents, found.provenance) == (None, None)
+    assert equal_weights(found.model.state_dict(), tiny_model(0).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config: config["latents"]["std"].append(1.0), ("std of the latents has shape (4,), not (3,)",)),
+        (lambda config: config["latents"].pop("mean"), ("KeyError", "mean")),
+        (lambda config: config["latents"].pop("n_tiles"), ("n_tiles",)),
+        (lambda config: config["provenance"].pop("training"), ("KeyError", "training")),
+        (lambda config: config["provenance"].update(place="moon"), ("place",)),
+    ],
+)
+def test_statistics_of_another_shape_are_refused(tmp_path, change, words):
+    folder = write_tiny(tmp_path / "a", latents=tiny_latents(), provenance=tiny_provenance())
+    rewritten(folder, change)
+    refused(folder, str(folder), *words)
 
 
 # -- damage ------------------------------------------------------------------------------------------------------

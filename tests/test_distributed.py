@@ -23,6 +23,7 @@ from running import (
 )
 from safetensors.numpy import load_file
 
+from spectralvae.artifact import read_artifact
 from spectralvae.errors import ConfigError
 from spectralvae.training.distributed import SLURM_PORTS, Ranks, find_ranks
 
@@ -90,6 +91,11 @@ def test_two_processes_learn_what_one_does(starter, config, tmp_path, parts):
     assert len(rows(one_run)) == 21
     for mine, expected in zip(rows(two_run), rows(one_run), strict=True):
         assert mine == pytest.approx(expected, rel=1e-5)
+    one, two = (read_artifact(newest_checkpoint(run))[0] for run in (one_run, two_run))
+    assert (two.latents.n_tiles, two.latents.n_positions) == (one.latents.n_tiles, one.latents.n_positions) == (5, 80)
+    np.testing.assert_allclose(two.latents.mean, one.latents.mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(two.latents.std, one.latents.std, rtol=1e-6)
+    assert two.provenance.metrics == pytest.approx(one.provenance.metrics, rel=1e-5)
 
 
 # --- signals ----------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_figures_are_those_of_the_data(healthy):
     assert figures["store"]["positions"] == 2 * 13 * 17
     assert figures["store"]["invalid_share"] == pytest.approx(1 / 7, abs=0.01)
     assert figures["batch"]["processes"] == [1, 2]
-    assert figures["hours"]["times"] == {"validation": 2, "figure": 2, "plot": 2, "checkpoint": 2}
+    assert figures["hours"]["times"] == {"validation": 3, "figure": 2, "plot": 2, "checkpoint": 2}
     assert figures["disk"]["checkpoint_bytes"] == pytest.approx(figures["hours"]["checkpoint_bytes"], rel=0.3)
     assert figures["resume"] == {"from_step": 2, "differing": [], "moments": 0.0}
 

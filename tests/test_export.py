@@ -1,17 +1,31 @@
 """`spectralvae convert`: foreign models in, ours out, and nothing half-written where it cannot be done."""
 
+import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 import yaml
-from tiny import N_CHANNELS, SETTINGS, equal_weights, flip, tiny_model, tiny_normalization, write_tiny
+from tiny import (
+    N_CHANNELS,
+    SETTINGS,
+    equal_weights,
+    flip,
+    tiny_latents,
+    tiny_model,
+    tiny_normalization,
+    tiny_provenance,
+    write_tiny,
+)
 
+import spectralvae
 from spectralvae import load_model
-from spectralvae.artifact import read_artifact
+from spectralvae.artifact import read_artifact, weights_sha256
 from spectralvae.cli import run
 
 FOREIGN = {key: value for key, value in SETTINGS.items() if key not in ("shape", "logvar_init")}
@@ -42,6 +56,12 @@ def is_model(model, seed):
     return equal_weights(model.state_dict(), tiny_model(seed).state_dict())
 
 
+def sections(card):
+    """The text of each section of a model card, by title."""
+    parts = re.split(r"^## (.*)\n\n", card, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
 def refused(capsys, folder, *words, **config):
     """Refused with one line on stderr, and without an output directory."""
     assert convert(**config) == 2
@@ -70,13 +90,8 @@ def test_from_mltools_with_its_statistics(folder, capsys, dtype):
     np.testing.assert_array_equal(normalization.std, std.double().reshape(-1).numpy())
     assert normalization.mean.dtype == normalization.std.dtype == np.float64
     np.testing.assert_allclose(normalization.wavelength, [540, 580, 620, 660, 700, 740], rtol=1e-14)
-    assert normalization.settings() == {
-        "transform": "log_zscore",
-        "clip": 8.0,
-        "min_radiance": 0.5,
-        "band": "band_540_740_nm",
-        "units": None,
-    }
+    given = {"transform": "log_zscore", "clip": 8.0, "min_radiance": 0.5, "band": "band_540_740_nm", "units": None}
+    assert normalization.settings().items() >= given.items()
     assert found.settings == {**FOREIGN, "shape": [N_CHANNELS, None, None]}
     assert found.step is None
     shown, card = capsys.readouterr().out, (folder / "out" / "README.md").read_text()
@@ -85,6 +100,13 @@ def test_from_mltools_with_its_statistics(folder, capsys, dtype):
     n_weights = sum(parameter.numel() for parameter in tiny_model().parameters())
     for words in (f"{n_weights:,} parameters", "6 channels to 3 latent channels", "540.00-740.00 nm", "model.ckpt"):
         assert words in card
+    assert (found.latents, found.provenance) == (None, None)
+    for title in ("Training data", "Validation", "Latents and how to scale them"):
+        assert sections(card)[title].startswith("Unknown")
+    assert "units of radiance: unknown" in card
+    assert "a training tile" not in card  # whose size mltools' files do not tell
+    assert "no loss counted it" not in card  # nor what happened to missing samples
+    assert "WARNING" not in shown
     assert json.loads((folder / "out" / "run.json").read_text())["state"] == "finished"
     assert (folder / "out" / "config.yaml").is_file()
 
@@ -219,7 +241,8 @@ def test_from_ours(folder, trained, source, seed, step):
         np.testing.assert_array_equal(found.normalization.arrays()[name], values)
     card = (folder / "out" / "README.md").read_text()
     assert f"from step={step:06d}, step {step}" in card
-    assert "clipped to ±9.5, 300.00-301.67 nm, band_290_490_nm" in card
+    for words in ("clipped to ±9.5", "300.00-301.67 nm", "TEMPO band: band_290_490_nm", "radiance below 1.5"):
+        assert words in sections(card)["Normalisation"]
 
     assert convert(source=source, output_dir="foreign", format="mltools") == 0
     assert equal_weights(loaded("foreign/model.pt"), tiny_model(seed).state_dict())
@@ -231,6 +254,130 @@ def test_an_export_needs_nothing_of_the_run(folder, trained):
     assert convert(source="run") == 0
     shutil.rmtree(trained)
     assert is_model(load_model("out"), 2)
+
+
+# -- what is known of the weights ---------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder, step, **known):
+    return write_tiny(folder / "run" / "checkpoints" / f"step={step:06d}", seed=step, step=step, **known)
+
+
+KNOWN = {"latents": tiny_latents(), "provenance": tiny_provenance()}
+UNVALIDATED = {"provenance": tiny_provenance(metrics=None)}
+
+
+def test_what_a_checkpoint_knows_its_export_knows(folder, capsys):
+    """And the export of the export; nothing is lost on the way."""
+    write_checkpoint(folder, 10, **KNOWN)
+    assert convert(source="run") == 0
+    assert convert(source="out", output_dir="again") == 0
+    assert "WARNING" not in capsys.readouterr().out
+    for name in ("out", "again"):
+        found = read_artifact(folder / name)[0]
+        assert found.provenance == tiny_provenance()
+        for key in ("mean", "std"):
+            np.testing.assert_array_equal(getattr(found.latents, key), getattr(tiny_latents(), key))
+        assert weights_sha256(found.model) == weights_sha256(tiny_model(10))
+    cards = [(folder / name / "README.md").read_text() for name in ("out", "again")]
+    assert cards[1] == cards[0].replace("from step=000010", "from out")
+
+
+def test_card_for_model_hubs(folder, capsys):
+    """Markdown with a header in YAML; every number in it against what was written to the checkpoint."""
+    write_checkpoint(folder, 10, **KNOWN)
+    assert convert(source="run") == 0
+    card = (folder / "out" / "README.md").read_text()
+    assert card.startswith("---\n")
+    header, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(header) == {
+        "library_name": "spectralvae",
+        "tags": ["hyperspectral", "variational-autoencoder", "tempo"],
+    }
+    digest = hashlib.sha256((folder / "out" / "model.safetensors").read_bytes()).hexdigest()
+    for words in (digest, spectralvae.__version__, "step 10", "tile of 8 x 8 pixels has latents of shape (3, 4, 4)"):
+        assert words in body
+    found = sections(card)
+    for words in ("`small_store`, hash `abc123`", "3 scenes from 2 files, 2024-06-01", "to 2024-06-03", "version V03"):
+        assert words in found["Training data"]
+    for words in ("validation: 1 scene from 1 file", "10 steps of 4 tiles of 8 x 8", "seed 7", "l1 of z", "random"):
+        assert words in found["Training data"]
+    table = dict(re.findall(r"^\| (.*) \| ([\d.]+) \|$", found["Validation"], flags=re.MULTILINE))
+    assert [float(value) for value in table.values()] == [0.0123, 1.01, 0.5, 0.25]
+    assert list(table)[1:] == ["predicting the mean", "PCA, 1 component", "PCA, 2 components"]
+    assert "On 5 tiles" in found["Validation"]
+    latents = re.findall(r"^\| (\d+) \| (\S+) \| (\S+) \|$", found["Latents and how to scale them"], flags=re.MULTILINE)
+    np.testing.assert_allclose([float(mean) for _, mean, _ in latents], tiny_latents().mean, rtol=1e-3)
+    np.testing.assert_allclose([float(std) for _, _, std in latents], tiny_latents().std, rtol=1e-3)
+    assert found["Licence"].startswith("Not stated yet")
+
+
+def test_code_of_the_card_works(folder, capsys):
+    """Each piece as it stands there, on this export and a scene; scaled latents are what they are said to be."""
+    write_checkpoint(folder, 10, **KNOWN)
+    assert convert(source="run") == 0
+    pieces = re.findall(r"```python\n(.*?)```", (folder / "out" / "README.md").read_text(), flags=re.DOTALL)
+    assert len(pieces) == 2
+    radiance = np.random.default_rng(0).uniform(2, 9, size=(8, 12, N_CHANNELS)).astype(np.float32)
+    scene = xr.Dataset(
+        {"radiance": (("y", "x", "channel"), radiance)},
+        coords={"wavelength": ("channel", tiny_normalization().wavelength)},
+    )
+    names = {}
+    for piece in pieces:
+        piece = piece.replace("path/to/this/folder", "out").replace('open_scene("scene.nc")', "opened")
+        exec(piece, names | {"opened": scene}, names)
+    assert names["scene"].radiance.shape == radiance.shape
+    latents = names["latents"].latent.values
+    assert latents.shape == (3, 4, 6)
+    for k in range(3):
+        np.testing.assert_allclose(names["scaled"][k], (latents[k] - k / 3) / (1 + k / 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("began", "words"),
+    [(None, "weights: random"), ("unknown", "of another model, which is unknown"), ("beef", "SHA-256 `beef`")],
+)
+def test_card_tells_of_initial_weights(folder, began, words):
+    write_checkpoint(folder, 10, latents=tiny_latents(), provenance=tiny_provenance(initial_weights=began))
+    assert convert(source="run") == 0
+    assert words in sections((folder / "out" / "README.md").read_text())["Training data"]
+
+
+def test_checkpoint_without_validation_is_warned_of(folder, capsys):
+    """Naming the newest good one before it that has it; 15 is damaged, 12 was not validated either."""
+    write_checkpoint(folder, 5, **KNOWN)
+    write_checkpoint(folder, 10, **KNOWN)
+    write_checkpoint(folder, 12, **UNVALIDATED)
+    flip(write_checkpoint(folder, 15, **KNOWN) / "config.json", 0.5)
+    write_checkpoint(folder, 17, **UNVALIDATED)
+    assert convert(source="run") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"WARNING: run/checkpoints/step=000017 holds neither .*: it was saved at a signal", shown)
+    assert f"convert {folder}/run/checkpoints/step=000010, which was validated, or let its run go on" in shown
+    card = sections((folder / "out" / "README.md").read_text())
+    assert "step 17 was saved without it" in card["Validation"]
+    assert card["Latents and how to scale them"].startswith("Unknown")
+    assert "small_store" in card["Training data"]
+    found = read_artifact(folder / "out")[0]
+    assert (found.latents, found.provenance) == (None, UNVALIDATED["provenance"])
+    assert convert(source="run/checkpoints/step=000005", output_dir="older") == 0
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_other_reasons_for_no_validation(folder, capsys):
+    nothing_kept = tiny_provenance(metrics=None, baselines=None, n_val_tiles=0)
+    write_checkpoint(folder, 5, provenance=nothing_kept)
+    assert convert(source="run") == 0
+    assert "its store keeps no scene for validation; prepare one with split.val_fraction" in capsys.readouterr().out
+    assert "the store keeps no scene for it" in sections((folder / "out" / "README.md").read_text())["Validation"]
+    write_checkpoint(folder, 10)
+    assert convert(source="run", output_dir="old") == 0
+    shown = capsys.readouterr().out
+    assert "it was written by an older version; let its run go on to its next checkpoint" in shown
+    assert "training.n_steps" in shown
+    assert convert(source="old", output_dir="again") == 0  # there is no run that could go on
+    assert "WARNING" not in capsys.readouterr().out
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------

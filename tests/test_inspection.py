@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from spectralvae.data.store import Store, scene_folder, shard_file
 from spectralvae.data.verify import verify_store
 from spectralvae.errors import InputError
 from tests.preparing import name, radiance, run_prepare
-from tests.tiny import flip, write_tiny
+from tests.tiny import flip, tiny_latents, tiny_provenance, write_tiny
 
 WriteGranule = Callable[..., Path]
 
@@ -159,9 +160,25 @@ def test_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_tiny(tmp_path / "model")
     found = facts(capsys, folder, "--verify")
     assert (found["kind"], found["problems"]) == ("model", [])
+    assert (found["latents"], found["provenance"]) == (None, None)
     flip(folder / "model.safetensors", 0.5)
     assert run(["inspect", str(folder), "--verify"]) == 2
     assert str(folder) in capsys.readouterr().err
+
+
+def test_what_a_model_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_tiny(tmp_path / "model", latents=tiny_latents(), provenance=tiny_provenance())
+    found = facts(capsys, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("latents", "provenance"):
+        assert found[key] == config[key]
+    assert found["latents"]["std"] == tiny_latents().std.tolist()
+    assert found["provenance"]["metrics"]["val_pixel_mse"] == 0.0123
+    assert found["weights_sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert run(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    for words in (found["weights_sha256"], "store: small_store", "abc123", "val_pixel_mse 0.0123", "pca_2 0.25", "1.33333"):
+        assert words in shown
 
 
 def test_what_is_none_of_these(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,14 +17,18 @@ import zarr
 from safetensors.torch import load_file
 
 from spectralvae import load_model
+from spectralvae.artifact import read_artifact, verify, weights_sha256, write_folder
 from spectralvae.cli import run as cli
+from spectralvae.config import TrainConfig
 from spectralvae.data import sampling
 from spectralvae.data.loader import make_sampler, read_crops
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.model import AutoencoderKL
-from spectralvae.training import trainer
+from spectralvae.provenance import Scenes
+from spectralvae.training import record, trainer
 from spectralvae.training.trainer import Trainer
+from spectralvae.training.validation import Validation
 
 N_STEPS = 14  # of `train`
 
@@ -71,9 +76,9 @@ def test_run_leaves_what_the_contract_says(train, capsys):
     code, run = train()
     assert code == 0
     metrics = rows(run)
-    assert [row["step"] for row in metrics] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert [row["step"] for row in metrics] == [0, 2, 4, 5, 6, 8, 10, 12, 14]
     validated = [row["step"] for row in metrics if "val_loss" in row]
-    assert validated == [0, 4, 8, 12, 14]
+    assert validated == [0, 4, 5, 8, 10, 12, 14]  # with every checkpoint, too
     keys = {"step", "loss", "nll_loss", "kl_loss", "pixel_mse"}
     for row in metrics:
         expected = keys | ({f"val_{key}" for key in keys - {"step"}} if row["step"] in validated else set())
@@ -120,6 +125,120 @@ def test_stopped_run_goes_on_exactly(train, monkeypatch, number, code):
     assert (run / "checkpoints/step=000007").is_dir()
     assert train("stopped", model={"dropout_prob": 0.2})[0] == 0
     assert final_bytes(run) == final_bytes(whole)
+
+
+@pytest.mark.parametrize("step", [5, 8, 10])
+def test_stopped_where_it_would_have_validated(train, monkeypatch, step):
+    """At a checkpoint of its own (5, 10) or at a validation (8) a signal changes nothing: rows and files are those of
+    a run that was not stopped, at once."""
+    _, whole = train("whole")
+    at_step(monkeypatch, step, lambda: signal.raise_signal(signal.SIGTERM))
+    assert train("stopped")[0] == 75
+    run = whole.with_name("stopped")
+    assert rows(run)[-1]["step"] == step
+    assert "val_loss" in rows(run)[-1]
+    stopped = read_artifact(run / f"checkpoints/step={step:06d}")[0]
+    assert stopped.latents is not None
+    if step != 8:
+        names = [path.name for path in (whole / f"checkpoints/step={step:06d}").iterdir()]
+        for name in names:
+            pair = [(folder / f"checkpoints/step={step:06d}" / name).read_bytes() for folder in (run, whole)]
+            assert pair[0] == pair[1], name
+    assert train("stopped")[0] == 0
+    assert final_bytes(run) == final_bytes(whole)
+
+
+def test_a_signal_does_not_wait_for_a_validation(train, monkeypatch):
+    """Its checkpoint says that it has none; the next one has."""
+    validated = []
+    original = Validation.run
+    monkeypatch.setattr(Validation, "run", lambda self, engine: validated.append(0) or original(self, engine))
+    at_step(monkeypatch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+    code, run = train()
+    assert code == 75
+    assert len(validated) == 3  # 0, 4, 5
+    assert "val_loss" not in rows(run)[-1]
+    stopped = read_artifact(run / "checkpoints/step=000007")[0]
+    assert (stopped.latents, stopped.provenance.metrics, stopped.provenance.n_val_tiles) == (None, None, 5)
+    assert json.loads((run / "run.json").read_text())["best"]["step"] == 5
+    assert train()[0] == 0
+    assert read_artifact(run / "checkpoints/step=000010")[0].latents.n_tiles == 5
+
+
+def test_checkpoint_says_where_it_comes_from(train, store):
+    """Against the granules' names, the store's table and the run's own files."""
+    _, run = train(data={"max_scenes": 1, "n_val_tiles": 3})
+    found = read_artifact(run / "checkpoints/step=000010")[0]
+    provenance, opened = found.provenance, Store(store)
+    assert (provenance.store, provenance.store_hash) == ("store", opened.hash)
+    scans = {
+        split: [record.source.split("_")[4] for record in opened.scenes if record.split == split]
+        for split in ("train", "val")
+    }
+    assert (len(scans["train"]), len(scans["val"])) == (2, 1)
+    for scenes, (scan,) in ((provenance.training, scans["train"][:1]), (provenance.validation, scans["val"])):
+        day, time = scan.rstrip("Z").split("T")
+        assert (scenes.n_scenes, scenes.n_sources, scenes.versions) == (1, 1, ["V03"])
+        assert scenes.first == scenes.last
+        assert scenes.first[:19].replace("-", "").replace(":", "") == f"{day}T{time}"
+    row = next(row for row in rows(run) if row["step"] == 10)
+    assert provenance.metrics == {key: value for key, value in row.items() if key.startswith("val_")}
+    assert provenance.baselines == json.loads((run / "baselines.json").read_text())
+    assert (provenance.tile_size, provenance.batch_size, provenance.seed, provenance.n_val_tiles) == (8, 3, 0, 3)
+    assert (provenance.initial_weights, found.latents.n_tiles) == (None, 3)
+
+
+def test_times_and_sources_of_many_scenes(make_store, tmp_path):
+    """Two regions of one file are two scenes of one source; scenes without a time don't count for the range."""
+    z = np.zeros((8, 8, 3)) + np.arange(3)
+    store = make_store(tmp_path / "store", {name: z for name in "abcde"}, val=("e",))
+    times = ["2024-06-03T18:00:00+00:00", "2024-06-01T18:00:00+00:00", None, "2024-06-02T18:00:00+00:00", None]
+    sources = ["one.nc", "two.nc", "two.nc", "two.nc", "three.nc"]
+    digests = ["1", "2", "2", "3", "4"]  # two files may have one name
+    facts = zip(times, sources, digests, ["V03", None, "V04", "V03", None], strict=True)
+    store.scenes = [
+        replace(record, time=time, source=source, sha256=digest, version=version)
+        for record, (time, source, digest, version) in zip(store.scenes, facts, strict=True)
+    ]
+    config = TrainConfig.model_validate({"output_dir": "out", "data": {"store": str(store.path)}})
+    found = record.provenance(
+        config,
+        store,
+        store.indices("train"),
+        initial_weights=None,
+        n_val_tiles=0,
+        metrics=None,
+        baselines=None,
+    )
+    assert found.training == Scenes(4, 3, times[1], times[0], ["V03", "V04"])
+    assert found.validation == Scenes(1, 1, None, None, [])
+
+
+def test_old_checkpoint_goes_on(train):
+    """Of a version that wrote nothing of latents and provenance, with init_from: what it began with is unknown."""
+    _, source = train("source", n_steps=3)
+    changes = {"init_from": str(source), "n_steps": 8}
+    _, whole = train("whole", **changes)
+    _, run = train("old", **(changes | {"n_steps": 5}))
+    assert {row["step"]: row.get("val_loss") for row in rows(run)} == {
+        row["step"]: row.get("val_loss") for row in rows(whole) if row["step"] <= 5
+    }
+    folder = run / "checkpoints/step=000005"
+    files = dict(verify(folder))
+    config = json.loads(files["config.json"])
+    del config["latents"], config["provenance"]
+    shutil.rmtree(folder)
+    write_folder(folder, {**files, "config.json": json.dumps(config).encode()})
+    run_json = json.loads((run / "run.json").read_text())
+    began = run_json.pop("initial_weights")
+    assert began == weights_sha256(load_model(source))
+    (run / "run.json").write_text(json.dumps(run_json))
+    assert train("old", **changes)[0] == 0
+    found, expected = (read_artifact(folder / "checkpoints/step=000008")[0] for folder in (run, whole))
+    assert weights_sha256(found.model) == weights_sha256(expected.model)
+    assert expected.provenance.initial_weights == began
+    assert found.provenance == replace(expected.provenance, initial_weights="unknown")
+    np.testing.assert_array_equal(found.latents.std, expected.latents.std)
 
 
 def test_killed_run_goes_on_exactly(train, store, tmp_path):
@@ -387,6 +506,9 @@ def test_without_validation_scenes(train, store, tmp_path, capsys):
     code, run = train(data={"store": str(tmp_path / "all")})
     assert code == 0
     assert not any(key.startswith("val_") for row in rows(run) for key in row)
+    found = read_artifact(run / "checkpoints/step=000014")[0]
+    assert (found.latents, found.provenance.metrics, found.provenance.baselines) == (None, None, None)
+    assert (found.provenance.n_val_tiles, found.provenance.validation.n_scenes) == (0, 0)
     assert "no validation scenes" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import torch
 
 from spectralvae.artifact import pack_model, write_folder
 from spectralvae.data.normalize import Normalization
+from spectralvae.provenance import LatentStatistics, Provenance, Scenes
 from spectralvae.settings import build_model
 
 N_CHANNELS = 6
@@ -58,9 +59,35 @@ def tiny_normalization(**changes):
     )
 
 
-def write_tiny(folder, seed=0, step=None, normalization=None):
+def tiny_latents():
+    """Statistics of the latents; thirds, since these have no end in any notation."""
+    return LatentStatistics(np.arange(3) / 3, 1 + np.arange(3) / 3, n_tiles=5, n_positions=79)
+
+
+def tiny_provenance(**changes):
+    """Of weights that were validated."""
+    return Provenance(
+        **{
+            "store": "small_store",
+            "store_hash": "abc123",
+            "training": Scenes(3, 2, "2024-06-01T18:00:00+00:00", "2024-06-03T18:00:00+00:00", ["V03"]),
+            "validation": Scenes(1, 1, "2024-06-04T18:00:00+00:00", "2024-06-04T18:00:00+00:00", ["V03"]),
+            "tile_size": 8,
+            "batch_size": 4,
+            "seed": 7,
+            "initial_weights": None,
+            "n_val_tiles": 5,
+            "metrics": {"val_loss": 1 / 3, "val_nll_loss": 0.25, "val_kl_loss": 1 / 12, "val_pixel_mse": 0.0123},
+            "baselines": {"mean": 1.01, "pca_1": 0.5, "pca_2": 0.25},
+            **changes,
+        }
+    )
+
+
+def write_tiny(folder, seed=0, step=None, normalization=None, latents=None, provenance=None):
     """An artifact of the model of ``seed``; returns the folder."""
-    write_folder(folder, pack_model(tiny_model(seed), SETTINGS, normalization or tiny_normalization(), step))
+    normalization = normalization or tiny_normalization()
+    write_folder(folder, pack_model(tiny_model(seed), SETTINGS, normalization, step, latents, provenance))
     return folder
 
 

@@ -3,7 +3,8 @@
 Checkpoints and export folders have these files; a checkpoint has the optimizer's and trainer's state beside them::
 
     model.safetensors           weights, with mltools' names
-    config.json                 settings of the network and of the normalisation
+    config.json                 settings of the network and of the normalisation; where known, statistics of the latents
+                                and what the weights were trained on
     normalization.safetensors   mean, std (channel), wavelength where known; absent without normalisation
     manifest.json               size and SHA-256 of every file, and a digest of these
 """
@@ -32,6 +33,7 @@ from spectralvae import __version__
 from spectralvae.data.normalize import Normalization
 from spectralvae.errors import ConfigError, DamagedError, InputError
 from spectralvae.model import AutoencoderKL
+from spectralvae.provenance import LatentStatistics, Provenance
 from spectralvae.rundir import room_for, write_atomic
 from spectralvae.settings import build_model
 
@@ -54,6 +56,8 @@ class Artifact:
         step: of the training run, where known.
         path: where it came from.
         left_out: keys of an mltools file that are no part of the network.
+        latents: statistics of its latents; None if they were not measured.
+        provenance: what it was trained on, and its metrics; None if the source does not say.
     """
 
     model: AutoencoderKL
@@ -62,6 +66,8 @@ class Artifact:
     step: int | None
     path: Path
     left_out: tuple[str, ...] = ()
+    latents: LatentStatistics | None = None
+    provenance: Provenance | None = None
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -69,8 +75,25 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     return bytes(save_tensors({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}))
 
 
+def weights_sha256(model: AutoencoderKL) -> str:
+    """What a network is known by: SHA-256 of its ``model.safetensors``, in hexadecimal.
+
+    A checkpoint, its export and the network loaded from either agree, on whatever device and in whatever memory layout.
+    """
+    return _sha256(_pack_weights(model))
+
+
+def _pack_weights(model: AutoencoderKL) -> bytes:
+    return pack_tensors(model.state_dict())
+
+
 def pack_model(
-    model: AutoencoderKL, settings: Mapping[str, Any], normalization: Normalization | None, step: int | None
+    model: AutoencoderKL,
+    settings: Mapping[str, Any],
+    normalization: Normalization | None,
+    step: int | None,
+    latents: LatentStatistics | None = None,
+    provenance: Provenance | None = None,
 ) -> dict[str, bytes]:
     """The files of an artifact, less the manifest.
 
@@ -79,6 +102,7 @@ def pack_model(
         settings: the complete `model:` section.
         normalization: what its input must go through, where known.
         step: of the training run, where known.
+        latents, provenance: as of an `Artifact`.
 
     Returns:
         name -> content.
@@ -89,9 +113,11 @@ def pack_model(
         "step": step,
         "model": dict(settings),
         "normalization": normalization.settings() if normalization else None,
+        "latents": latents.values() if latents else None,
+        "provenance": provenance.values() if provenance else None,
     }
     files = {
-        "model.safetensors": pack_tensors(model.state_dict()),
+        "model.safetensors": _pack_weights(model),
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
     }
     if normalization:
@@ -272,7 +298,16 @@ def read_artifact(folder: Path) -> tuple[Artifact, dict[str, bytes]]:
         if config["normalization"] is not None:
             arrays = load_arrays(contents["normalization.safetensors"])
             normalization = _unpack_normalization(config["normalization"], arrays, model.encoder.shape[0])
-        return Artifact(model.eval(), config["model"], normalization, config["step"], folder), contents
+        latents, provenance = config.get("latents"), config.get("provenance")  # older versions have none
+        return Artifact(
+            model.eval(),
+            config["model"],
+            normalization,
+            config["step"],
+            folder,
+            latents=None if latents is None else LatentStatistics.from_values(latents, model.embed_dim),
+            provenance=None if provenance is None else Provenance.from_values(provenance),
+        ), contents
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{folder}: does not hold a model of this version ({type(error).__name__}: {error})"

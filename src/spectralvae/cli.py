@@ -6,6 +6,7 @@ Those modules are imported when their command runs: torch and xarray take second
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +16,10 @@ from spectralvae import __version__
 from spectralvae.config import (
     CommandConfig,
     ConvertConfig,
+    DecodeConfig,
     DownloadConfig,
+    EncodeConfig,
+    InferenceConfig,
     PrepareConfig,
     SimulateConfig,
     TrainConfig,
@@ -160,6 +164,39 @@ def doctor(
     from spectralvae.training.doctor import doctor as work
 
     work(cfg, as_json=json, console=console)
+
+
+@app.command()
+def encode(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
+    """Turn scenes into latents, one file each; started again, it goes on with the files that are left."""
+    cfg = _read(EncodeConfig, config, set_, print_config)
+    from spectralvae.inference.encode import encode as work
+
+    _share_files("encode", cfg, overwrite, work)
+
+
+@app.command()
+def decode(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
+    """Turn latents into radiance, in files laid out like their sources; it goes on as encode does."""
+    cfg = _read(DecodeConfig, config, set_, print_config)
+    from spectralvae.inference.decode import decode as work
+
+    _share_files("decode", cfg, overwrite, work)
+
+
+def _share_files(command: str, config: InferenceConfig, overwrite: bool, work: Callable[..., None]) -> None:
+    """Run a command of which each process does some of the files."""
+    from spectralvae.inference.files import LONGEST_WAIT, may_change_on_resume
+    from spectralvae.training.distributed import find_ranks
+
+    ranks = find_ranks()
+    console.quiet = not ranks.leads
+    with ranks.joined(LONGEST_WAIT):
+        run = ranks.lead(RunDir, command, config, overwrite=overwrite, resumable=True, may_differ=may_change_on_resume)
+        if ranks.share(run is not None and run.finished):
+            _say_finished(config)
+            return
+        work(config, run, ranks, console)
 
 
 @app.command()

@@ -9,20 +9,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from spectralvae import __version__, mltools
-from spectralvae.artifact import Artifact, pack_model, write_files
+from spectralvae import mltools
+from spectralvae.artifact import Artifact, pack_model, read_artifact, write_files
 from spectralvae.config import ConvertConfig, SpectraConfig, Wavelengths
 from spectralvae.console import warn
 from spectralvae.data.normalize import Float64, Normalization
-from spectralvae.errors import ConfigError
+from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference import load_artifact
+from spectralvae.modelcard import NO_NORMALIZATION, model_card
 from spectralvae.rundir import RunDir, write_atomic
 from spectralvae.torchfile import save_torch_file
-
-NO_NORMALIZATION = (
-    "This export holds no normalisation: it cannot encode scenes. Convert it again with "
-    "`normalization: {mean: mean_spectrum.pt, std: std_spectrum.pt}`."
-)
+from spectralvae.training.checkpoint import list_checkpoints
 
 
 def convert(config: ConvertConfig, run: RunDir, console: Console) -> None:
@@ -57,6 +54,8 @@ def convert(config: ConvertConfig, run: RunDir, console: Console) -> None:
             console.print(f"{run.path}: export folder; load it with spectralvae.load_model('{run.path}')")
             if artifact.normalization is None:
                 warn(console, NO_NORMALIZATION)
+            if missing := lacking_statistics(artifact):
+                warn(console, missing)
 
 
 def foreign_normalization(config: SpectraConfig, n_channels: int) -> Normalization:
@@ -102,44 +101,49 @@ def _wavelengths(given: list[float] | Wavelengths | None, n_channels: int) -> Fl
 
 
 def write_export(folder: Path, artifact: Artifact) -> None:
-    """Write an export folder: weights, settings, normalisation, manifest, model card."""
+    """Write an export folder: weights, settings, normalisation, what is known of them, manifest, model card.
+
+    The card is not in the manifest: its licence is for the owner to add.
+    """
     write_atomic(folder / "README.md", model_card(artifact))
-    write_files(folder, pack_model(artifact.model, artifact.settings, artifact.normalization, artifact.step))
+    files = pack_model(
+        artifact.model,
+        artifact.settings,
+        artifact.normalization,
+        artifact.step,
+        artifact.latents,
+        artifact.provenance,
+    )
+    write_files(folder, files)
 
 
-def model_card(artifact: Artifact) -> str:
-    """What a user of the export should know, as Markdown."""
-    n_parameters = sum(p.numel() for p in artifact.model.parameters())
-    encoder = artifact.model.encoder
-    normalization = artifact.normalization
-    lines = [
-        "# spectralvae model",
-        "",
-        "A KL-regularised autoencoder for hyperspectral scenes, in the architecture of mltools' `AutoencoderKL`.",
-        "",
-        f"- {n_parameters:,} parameters; {encoder.shape[0]} channels to {artifact.model.embed_dim} latent channels "
-        f"on a grid {artifact.model.scale} times smaller along each axis",
-        f"- from {artifact.path.name}" + (f", step {artifact.step}" if artifact.step is not None else ""),
-        f"- written by spectralvae {__version__}",
-        "",
-    ]
-    if normalization is None:
-        lines += [NO_NORMALIZATION, ""]
-    else:
-        span = "wavelengths unknown"
-        if normalization.wavelength is not None:
-            span = f"{normalization.wavelength[0]:.2f}-{normalization.wavelength[-1]:.2f} nm"
-        band = f", {normalization.band}" if normalization.band else ""
-        lines += [f"Input: {normalization.transform}, clipped to ±{normalization.clip:g}, {span}{band}.", ""]
-    lines += [
-        "```python",
-        "from spectralvae import load_model",
-        "",
-        'model = load_model("path/to/this/folder")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+def lacking_statistics(artifact: Artifact) -> str | None:
+    """Why a run's checkpoint has no statistics of its latents, and the remedy; None if it has, or is no checkpoint."""
+    path = artifact.path.absolute()
+    checkpoints = list_checkpoints(path.parent.parent)
+    if artifact.latents is not None or path not in checkpoints:
+        return None
+    missing = f"{artifact.path} holds neither statistics of the latents nor validation metrics"
+    if artifact.provenance is not None and artifact.provenance.n_val_tiles == 0:
+        return f"{missing}: its store keeps no scene for validation; prepare one with split.val_fraction above 0"
+    why = "it was saved at a signal, which does not wait for a validation"
+    if artifact.provenance is None:
+        why = "it was written by an older version"
+    older = _validated(checkpoints[: checkpoints.index(path)])
+    instead = f"convert {older}, which was validated, or " if older else ""
+    go_on = "let its run go on to its next checkpoint (a finished one with a larger training.n_steps)"
+    return f"{missing}: {why}; {instead}{go_on}"
+
+
+def _validated(checkpoints: list[Path]) -> Path | None:
+    """The newest that is whole and has statistics of its latents."""
+    for checkpoint in reversed(checkpoints):
+        try:
+            if read_artifact(checkpoint)[0].latents is not None:
+                return checkpoint
+        except InputError:  # no remedy, then
+            continue
+    return None
 
 
 def write_mltools(folder: Path, artifact: Artifact, console: Console) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from spectralvae.artifact import is_artifact
+from spectralvae.artifact import is_artifact, weights_sha256
 from spectralvae.console import new_progress
 from spectralvae.data.scenes import BLOCK_SAMPLES
 from spectralvae.data.store import Store
@@ -152,9 +152,12 @@ def _artifact(path: Path, verify: bool) -> tuple[Facts, list[str]]:
         "kind": "model",
         "path": path,
         "step": artifact.step,
+        "weights_sha256": weights_sha256(artifact.model),
         "parameters": sum(p.numel() for p in artifact.model.parameters()),
         "settings": artifact.settings,
         "normalization": normalization.settings() if normalization else None,
+        "latents": artifact.latents.values() if artifact.latents else None,
+        "provenance": artifact.provenance.values() if artifact.provenance else None,
     }
     if normalization is not None and normalization.wavelength is not None:
         facts["wavelength_nm"] = [float(normalization.wavelength[0]), float(normalization.wavelength[-1])]

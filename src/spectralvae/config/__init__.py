@@ -16,6 +16,7 @@ from spectralvae.config.data import (
     SplitConfig,
     prepare_may_change_on_resume,
 )
+from spectralvae.config.inference import DecodeConfig, EncodeConfig, InferenceConfig
 from spectralvae.config.training import (
     DEBUG_OVERRIDES,
     ConvertConfig,
@@ -30,7 +31,10 @@ __all__ = [
     "PLANTED_KINDS",
     "CommandConfig",
     "ConvertConfig",
+    "DecodeConfig",
     "DownloadConfig",
+    "EncodeConfig",
+    "InferenceConfig",
     "InputSpec",
     "NormalizationConfig",
     "PlantConfig",

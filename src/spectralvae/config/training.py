@@ -103,10 +103,9 @@ class TrainingConfig(Section):
     n_steps: PositiveInt = Field(200_000, description="updates of the weights; a finished run goes on if this grows")
     save_every: PositiveInt = Field(
         5000,
-        description="steps between checkpoints, each with a reconstruction figure; best a multiple of val_every, "
-        "as the best one is chosen among those that were validated",
+        description="steps between checkpoints, each with a validation and a reconstruction figure",
     )
-    val_every: PositiveInt = Field(50, description="steps between validations")
+    val_every: PositiveInt = Field(50, description="steps between validations; checkpoints are validated in any case")
     log_every: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
     plot_every: PositiveInt = Field(50, description="steps between updates of the plots in summary/")
     grad_clip: float = Field(1.0, gt=0, description="longer gradients (norm over all weights) are scaled down to this")

@@ -178,8 +178,7 @@ class _Scene:
     def wavelength(self) -> NDArray[np.float64]:
         """(channel) or (x, channel), nm."""
         if "wavelength" not in self._scene:
-            found, n = self.shape[2], "the model's number of them"
-            raise InputError(f"{self.name}: has {found} channels and no wavelength; needed: wavelength in nm, or {n}")
+            raise InputError(f"{self.name}: has no wavelength; needed: a coordinate wavelength (channel), in nm")
         wavelength = self._scene.wavelength
         return np.asarray(wavelength.transpose(*DIMS[-wavelength.ndim :]).values, np.float64)
 

@@ -13,6 +13,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -46,6 +47,19 @@ _DAMAGE: tuple[type[Exception], ...] = (
 )
 
 Coordinate = tuple[tuple[str, ...], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file keeps something of a scene.
+
+    Attributes:
+        name: The variable, "name" or "group/name".
+        axes: Which of "y", "x" and "channel" its axes are, in the order of the file.
+    """
+
+    name: str
+    axes: tuple[str, ...]
 
 
 class Scene(ABC):
@@ -128,6 +142,15 @@ class Scene(ABC):
         inside = self.path if self.path.is_dir() else None
         lines = [f"{file_sha256(file)}  {file.relative_to(inside) if inside else ''}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Where "radiance", "wavelength" and each of `COORDINATES` that the file has are read from.
+
+        Empty where the format has no named variables, or the radiance's dimensions no names. Wavelengths that were
+        given are read from nowhere.
+        """
+        return {}
 
     @property
     @abstractmethod

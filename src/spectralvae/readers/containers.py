@@ -7,13 +7,11 @@ of an HDF5 array from dimensions that it finds by name, whatever the array's own
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
-import re
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,24 +22,23 @@ import zarr
 from numpy.typing import NDArray
 
 from spectralvae.errors import InputError
-from spectralvae.readers import hdf5
+from spectralvae.readers import hdf5, zarrs
 from spectralvae.readers.base import damage_named
 from spectralvae.readers.hdf5 import MAX_CHUNK_BYTES
-from spectralvae.readers.packing import NUMERIC_ATTRIBUTES
+from spectralvae.readers.packing import NUMERIC_ATTRIBUTES, text
 
 _ATTRIBUTES = (*NUMERIC_ATTRIBUTES, "units", "_Unsigned")
 
-# Codecs that compress or reorder numbers. Others may run code of the file's author: pickle does.
-_CODECS = {
-    *("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd"),
-    *("bitround", "delta", "fixedscaleoffset", "quantize", "shuffle"),
-    *("adler32", "crc32", "crc32c", "fletcher32"),
-    *("bytes", "sharding_indexed", "transpose", "vlen-bytes", "vlen-utf8"),
+# What libraries keep of dimensions and of themselves.
+_BOOKKEEPING = {
+    *("CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "DIMENSION_LABELS"),
+    *("_Netcdf4Dimid", "_Netcdf4Coordinates", "_nc3_strict", "_NCProperties", "_ARRAY_DIMENSIONS"),
 }
+_NO_VARIABLE = "This is a netCDF dimension but not a netCDF variable"
+_NAMED_AS_DIMENSION = "_nc4_non_coord_"  # before the name of a variable that isn't along the dimension of its name
+
 # What zarr raises over chunks of size 0, and blosc over damaged headers.
 _ZARR_DAMAGE = (ArithmeticError, SystemError)
-
-_PLAIN_DTYPE = re.compile(r"[<>|=]?[biufcSUmM]\d*(\[\d*\w+\])?")
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,8 @@ class Variable:
         name: "name" or "group/name".
         dims: A name for each axis; "?" where it has none.
         attrs: Those that tell fills, packing and units.
+        homes: The places of the dimensions, "name" or "group/name". Zarr has no dimensions but their names: arrays
+            share one if all of that name have one size, else only those of one group do.
         chunks: Sizes that are stored together, None where the array isn't chunked.
     """
 
@@ -60,6 +59,7 @@ class Variable:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     attrs: Mapping[str, Any]
+    homes: tuple[str, ...]
     chunks: tuple[int, ...] | None = None
 
     @property
@@ -77,10 +77,16 @@ class Variable:
 class Container(Protocol):
     """An open file of arrays.
 
-    `check` is asked once, when a file is tried out, whether all of an array is there and sound.
+    `attributes` are those of a variable or of a group, "" being the root, without what libraries keep for themselves.
+    `check` is asked once, when a file is tried out, whether all of an array is there and sound. `read` gives texts as
+    arrays of `str`.
     """
 
+    path: Path
+
     def variables(self) -> list[Variable]: ...
+    def groups(self) -> list[str]: ...
+    def attributes(self, name: str) -> dict[str, Any]: ...
     def check(self, name: str) -> None: ...
     def read(self, name: str, key: tuple[slice, ...]) -> NDArray[Any]: ...
     def close(self) -> None: ...
@@ -107,36 +113,72 @@ def is_zarr(path: Path) -> bool:
 
 class _Hdf5:
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._file = h5py.File(path, "r")
 
-    def variables(self) -> list[Variable]:
-        found: list[Variable] = []
+    def _items(self, kind: type) -> dict[str, Any]:
+        found: dict[str, Any] = {}
 
         # Visits no links, which may lead to other files or in circles.
         def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset) and item.shape is not None:
-                attributes = {key: item.attrs[key] for key in _ATTRIBUTES if key in item.attrs}
-                found.append(Variable(name, self._dims(name, item), item.shape, item.dtype, attributes, item.chunks))
+            if isinstance(item, kind):
+                found[name] = item
 
         self._file.visititems(visit)
         return found
 
+    def variables(self) -> list[Variable]:
+        items = {name: item for name, item in self._items(h5py.Dataset).items() if item.shape is not None}
+        numbered = {
+            int(np.ravel(item.attrs["_Netcdf4Dimid"])[0]): name
+            for name, item in items.items()
+            if item.is_scale and "_Netcdf4Dimid" in item.attrs
+        }
+        found = []
+        for name, item in items.items():
+            if text(item.attrs.get("NAME", "")).startswith(_NO_VARIABLE):
+                continue
+            attributes = {key: item.attrs[key] for key in _ATTRIBUTES if key in item.attrs}
+            homes = self._homes(name, item, numbered)
+            dims = tuple(home.rpartition("/")[2] for home in homes)
+            place = name.replace(_NAMED_AS_DIMENSION, "")
+            found.append(Variable(place, dims, item.shape, item.dtype, attributes, homes, item.chunks))
+        return found
+
     @staticmethod
-    def _dims(name: str, item: Any) -> tuple[str, ...]:
-        """Dimensions are scales attached to the axes; a scale is its own dimension."""
-        if item.ndim == 1 and item.is_scale:
-            return (name.rpartition("/")[2],)
+    def _homes(name: str, item: Any, numbered: Mapping[int, str]) -> tuple[str, ...]:
+        """Dimensions are scales attached to the axes; a scale is its own first dimension, and may number the others."""
+        if item.is_scale and item.ndim == 1:
+            return (name,)
+        if item.is_scale and "_Netcdf4Coordinates" in item.attrs:
+            return tuple(numbered.get(int(number), "?") for number in item.attrs["_Netcdf4Coordinates"])
         scales = [axis[len(axis) - 1].name if len(axis) else None for axis in item.dims]
-        return tuple("?" if scale is None else str(scale).rpartition("/")[2] for scale in scales)
+        return tuple("?" if scale is None else str(scale).strip("/") for scale in scales)
+
+    def groups(self) -> list[str]:
+        return list(self._items(h5py.Group))
+
+    def _item(self, name: str) -> Any:
+        group, slash, base = name.rpartition("/")
+        hidden = f"{group}{slash}{_NAMED_AS_DIMENSION}{base}"
+        return self._file[hidden if hidden in self._file else name or "/"]
+
+    def attributes(self, name: str) -> dict[str, Any]:
+        attributes = self._item(name).attrs
+        return {key: value for key in attributes if _is_plain(value := attributes[key]) and key not in _BOOKKEEPING}
 
     def check(self, name: str) -> None:
-        with damage_named(self._path):
-            hdf5.check_variables(self._path, {name: self._file[name]})
-            hdf5.check_written(self._path, name, self._file[name])
+        with damage_named(self.path):
+            item = self._item(name)
+            if item.dtype.kind in "SO":
+                self.read(name, (slice(None),) * item.ndim)
+            else:
+                hdf5.check_variables(self.path, {name: item})
+                hdf5.check_written(self.path, name, item)
 
     def read(self, name: str, key: tuple[slice, ...]) -> NDArray[Any]:
-        return hdf5.read(self._file[name], *key)
+        item = self._item(name)
+        return _texts(np.asarray(item[key])) if item.dtype.kind in "SO" else hdf5.read(item, *key)
 
     def close(self) -> None:
         self._file.close()
@@ -152,6 +194,7 @@ class _Classic:
             raise InputError(
                 f'{path}: netCDF-3 files need scipy; install it: pip install "spectralvae[formats]"'
             ) from error
+        self.path = path
         with path.open("rb") as file:
             version = file.read(4)[3:]
         if version not in (b"\1", b"\2"):
@@ -160,9 +203,15 @@ class _Classic:
 
     def variables(self) -> list[Variable]:
         return [
-            Variable(name, tuple(v.dimensions), tuple(v.shape), v.data.dtype, dict(v._attributes))
+            Variable(name, dims := tuple(v.dimensions), tuple(v.shape), v.data.dtype, dict(v._attributes), dims)
             for name, v in self._file.variables.items()
         ]
+
+    def groups(self) -> list[str]:
+        return []
+
+    def attributes(self, name: str) -> dict[str, Any]:
+        return dict((self._file.variables[name] if name else self._file)._attributes)
 
     def check(self, name: str) -> None:
         """scipy has compared all sizes with the file's when it opened it."""
@@ -178,21 +227,26 @@ class _Zarr:
     """Versions 2 and 3."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        _check_folder(path)
+        self.path = path
+        zarrs.check_folder(path)
+        self._arrays: dict[str, Any] = {}
+        self._groups: dict[str, Any] = {}
         with damage_named(path, *_ZARR_DAMAGE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a file beside the arrays is none
             # Consolidated metadata could name codecs that were not checked.
-            if _is_array(path):
-                self._arrays: dict[str, Any] = {path.stem: zarr.open_array(path, mode="r")}
-            else:
-                members = zarr.open_group(path, mode="r", use_consolidated=False).members(max_depth=None)
-                # Zarr lists them in any order.
-                self._arrays = {name: item for name, item in sorted(members) if isinstance(item, zarr.Array)}
+            if zarrs.is_array(path):
+                self._arrays[path.stem] = zarr.open_array(path, mode="r")
+                return
+            self._groups[""] = root = zarr.open_group(path, mode="r", use_consolidated=False)
+            # Zarr lists them in any order.
+            for name, item in sorted(root.members(max_depth=None)):
+                (self._arrays if isinstance(item, zarr.Array) else self._groups)[name] = item
 
     def variables(self) -> list[Variable]:
+        dims = {name: self._dims(array) for name, array in self._arrays.items()}
+        homes = _shared_homes({name: (dims[name], array.shape) for name, array in self._arrays.items()})
         return [
-            Variable(name, self._dims(a), a.shape, np.dtype(a.dtype), self._attributes(a), a.chunks)
+            Variable(name, dims[name], a.shape, np.dtype(a.dtype), self._packing(name), homes[name], a.chunks)
             for name, a in self._arrays.items()
         ]
 
@@ -203,10 +257,16 @@ class _Zarr:
             return ("?",) * len(array.shape)
         return tuple("?" if name is None else str(name) for name in named)
 
-    @staticmethod
-    def _attributes(array: Any) -> dict[str, Any]:
-        """Attributes as in netCDF. Where they hold the dimensions in version 2, `fill_value` is the _FillValue."""
-        attributes = {key: array.attrs[key] for key in _ATTRIBUTES if key in array.attrs}
+    def groups(self) -> list[str]:
+        return [name for name in self._groups if name]
+
+    def attributes(self, name: str) -> dict[str, Any]:
+        """As in netCDF. Where they hold the dimensions in version 2, `fill_value` is the _FillValue."""
+        array = self._arrays.get(name)
+        item = self._groups.get(name) if array is None else array
+        attributes = {key: value for key, value in dict(item.attrs if item else {}).items() if key not in _BOOKKEEPING}
+        if array is None:
+            return attributes
         if array.metadata.zarr_format == 2 and "_ARRAY_DIMENSIONS" in array.attrs and array.fill_value is not None:
             attributes.setdefault("_FillValue", array.fill_value)
         fill = attributes.get("_FillValue")
@@ -214,34 +274,74 @@ class _Zarr:
             attributes["_FillValue"] = _float(fill)
         return attributes
 
+    def _packing(self, name: str) -> dict[str, Any]:
+        return {key: value for key, value in self.attributes(name).items() if key in _ATTRIBUTES}
+
     def check(self, name: str) -> None:
         """Zarr reads a chunk that is not there as its fill value, lost or never written."""
         array = self._arrays[name]
         if getattr(array, "shards", None) is not None:
             raise InputError(
-                f"{self._path}: {name} is sharded, and zarr doesn't tell which chunks of a shard are there; write it"
+                f"{self.path}: {name} is sharded, and zarr doesn't tell which chunks of a shard are there; write it"
                 " without shards"
             )
         chunk_bytes = math.prod(array.chunks) * np.dtype(array.dtype).itemsize
         if chunk_bytes > MAX_CHUNK_BYTES:
             raise InputError(
-                f"{self._path}: a chunk of {name} has {chunk_bytes} bytes; at most {MAX_CHUNK_BYTES} are read: write"
+                f"{self.path}: a chunk of {name} has {chunk_bytes} bytes; at most {MAX_CHUNK_BYTES} are read: write"
                 " smaller chunks"
             )
-        with damage_named(self._path, *_ZARR_DAMAGE):
+        with damage_named(self.path, *_ZARR_DAMAGE):
             missing = array.nchunks - array.nchunks_initialized
         if missing:
             raise InputError(
-                f"{self._path}: {missing} of {array.nchunks} chunks of {name} are not there, lost or never written;"
+                f"{self.path}: {missing} of {array.nchunks} chunks of {name} are not there, lost or never written;"
                 " fetch it again, or write all of them (zarr: write_empty_chunks=True)"
             )
 
     def read(self, name: str, key: tuple[slice, ...]) -> NDArray[Any]:
-        with damage_named(self._path, *_ZARR_DAMAGE):
-            return np.asarray(self._arrays[name][key])
+        with damage_named(self.path, *_ZARR_DAMAGE):
+            return _texts(np.asarray(self._arrays[name][key]))
 
     def close(self) -> None:
         pass
+
+
+def _shared_homes(arrays: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]) -> dict[str, tuple[str, ...]]:
+    """Where the dimensions of arrays are at home, of which only names and sizes are known."""
+    sizes: dict[str, set[int]] = {}
+    groups: dict[str, list[str]] = {}
+    for place, (dims, shape) in arrays.items():
+        for dim, size in zip(dims, shape, strict=True):
+            sizes.setdefault(dim, set()).add(size)
+            groups.setdefault(dim, []).append("/" + place.rpartition("/")[0])
+
+    def home(place: str, dim: str) -> str:
+        if dim == "?":
+            return dim
+        own = place.rpartition("/")[0]
+        return f"{own if len(sizes[dim]) > 1 else os.path.commonpath(groups[dim])}/{dim}".strip("/")
+
+    return {place: tuple(home(place, dim) for dim in dims) for place, (dims, _) in arrays.items()}
+
+
+def _is_plain(attribute: Any) -> bool:
+    """Is an attribute of HDF5 text or numbers? References and compounds mean nothing in another file."""
+    if isinstance(attribute, str | h5py.Empty):
+        return True
+    array = np.asarray(attribute)
+    texts = array.dtype.kind == "O" and all(isinstance(item, str) for item in array.ravel())
+    return texts or array.dtype.kind in "iufbS"
+
+
+def _texts(values: NDArray[Any]) -> NDArray[Any]:
+    """Texts of any library as an array of `str`; numbers and single characters as they are."""
+    if values.dtype.kind not in "SUTO" or values.dtype == "S1":
+        return values
+    texts = np.empty(values.shape, dtype=object)
+    for index, value in np.ndenumerate(values):
+        texts[index] = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+    return texts
 
 
 def _float(fill: str) -> Any:
@@ -250,72 +350,3 @@ def _float(fill: str) -> Any:
         return struct.unpack("<d", base64.b64decode(fill, validate=True))[0]
     except (ValueError, struct.error):
         return float("nan") if fill == "NaN" else fill
-
-
-def _is_array(path: Path) -> bool:
-    if (path / ".zarray").is_file():
-        return True
-    mark = path / "zarr.json"
-    return mark.is_file() and _metadata(mark).get("node_type") == "array"
-
-
-def _check_folder(path: Path) -> None:
-    """Refuse a Zarr folder that could run code or lead elsewhere, before zarr opens it.
-
-    Raises:
-        InputError: It holds links or special files, or metadata with codecs or dtypes that aren't read.
-    """
-    for entry in _entries(path):
-        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            raise InputError(
-                f"{path}: {entry.path} is a link or no regular file, which no Zarr folder holds; remove it"
-            )
-        if entry.name in ("zarr.json", ".zarray"):
-            with damage_named(path):
-                problem = next(_problems(_metadata(Path(entry.path))), None)
-            if problem:
-                raise InputError(
-                    f"{path}: {entry.path} has {problem}, which is not read; write it with zarr's defaults"
-                )
-
-
-def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    with damage_named(Path(folder)), os.scandir(folder) as entries:
-        listed = list(entries)
-    for entry in listed:
-        yield entry
-        if entry.is_dir(follow_symlinks=False):
-            yield from _entries(entry.path)
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    with damage_named(path):
-        content = json.loads(path.read_bytes())
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged: no metadata of Zarr; fetch it again")
-    return content
-
-
-def _problems(metadata: dict[str, Any]) -> Iterator[str]:
-    """What in an array's metadata isn't read: codecs out of the list, and dtypes of Python objects."""
-    for codec in _codecs(metadata):
-        name = codec.get("id", codec.get("name")) if isinstance(codec, dict) else codec
-        if name not in _CODECS:
-            yield f"the codec {name!r}"
-        for key in ("dtype", "astype"):
-            if isinstance(codec, dict) and key in codec and not _PLAIN_DTYPE.fullmatch(str(codec[key])):
-                yield f"a codec for {codec[key]!r}"
-    if metadata.get("zarr_format") == 2 and "dtype" in metadata and not _PLAIN_DTYPE.fullmatch(str(metadata["dtype"])):
-        texts = any(isinstance(f, dict) and f.get("id") == "vlen-utf8" for f in metadata.get("filters") or ())
-        if not (metadata["dtype"] == "|O" and texts):
-            yield f"the dtype {metadata['dtype']!r}"
-
-
-def _codecs(metadata: dict[str, Any]) -> Iterator[Any]:
-    """All codecs of an array, those inside of shards, too."""
-    yield from (codec for codec in (metadata.get("compressor"), *(metadata.get("filters") or ())) if codec)
-    for key in ("codecs", "index_codecs"):
-        for codec in metadata.get(key) or ():
-            yield codec
-            if isinstance(codec, dict) and isinstance(codec.get("configuration"), dict):
-                yield from _codecs(codec["configuration"])

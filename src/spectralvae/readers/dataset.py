@@ -17,7 +17,7 @@ from spectralvae.readers.base import Scene
 
 _BLOCK_SAMPLES = 2**24
 
-_ATTRIBUTES = {
+ATTRIBUTES = {
     "wavelength": {"units": "nm", "long_name": "wavelength"},
     "latitude": {"units": "degrees_north", "long_name": "latitude"},
     "longitude": {"units": "degrees_east", "long_name": "longitude"},
@@ -80,7 +80,7 @@ def open_scene(
     radiance = {"long_name": "radiance"} | ({"units": scene.units} if scene.units else {})
     dataset = xr.Dataset(
         {"radiance": (("y", "x", "channel"), indexing.LazilyIndexedArray(_LazyRadiance(scene)), radiance)},
-        {name: (*value, _ATTRIBUTES[name]) for name, value in coordinates.items()},
+        {name: (*value, ATTRIBUTES[name]) for name, value in coordinates.items()},
         {
             "source": scene.path.name,
             "format": scene.format,

@@ -106,10 +106,12 @@ def check_variables(path: Path, variables: Mapping[str, h5py.Dataset]) -> None:
 def check_written(path: Path, place: str, variable: h5py.Dataset) -> None:
     """Check that a variable was ever written; otherwise it would be fill of whatever size it declares.
 
+    A single value need not be, for that of a grid mapping says nothing.
+
     Raises:
         InputError: It wasn't.
     """
-    if not variable.id.get_storage_size():
+    if variable.size > 1 and not variable.id.get_storage_size():
         raise InputError(
             f"{path}: {place} declares {variable.nbytes} bytes, but none is stored; fetch it again, or remove {place}"
         )
@@ -199,13 +201,30 @@ def _read_chunk(
 def _without_checksum(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Bytes without the Fletcher-32 checksum behind them; refuses what it doesn't fit."""
     content, stored = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
-    words = np.append(content, np.zeros(content.size % 2, dtype=np.uint8)).view(">u2").astype(np.uint64)
-    first = int(words.sum()) % 65535
-    second = int((words * (np.arange(words.size, 0, -1, dtype=np.uint64) % 65535)).sum()) % 65535
     number = int.from_bytes(stored.tobytes(), "little")
-    if stored.size != _CHECKSUM_BYTES or ((number & 0xFFFF) % 65535, (number >> 16) % 65535) != (first, second):
+    if stored.size != _CHECKSUM_BYTES or ((number & 0xFFFF) % 65535, (number >> 16) % 65535) != _fletcher32(content):
         raise ValueError("a Fletcher-32 checksum doesn't fit its chunk")
     return content
+
+
+def _fletcher32(content: NDArray[np.uint8]) -> tuple[int, int]:
+    """The two sums of the Fletcher-32 checksum of bytes, each below 65535."""
+    words = np.append(content, np.zeros(content.size % 2, dtype=np.uint8)).view(">u2").astype(np.uint64)
+    first = int(words.sum()) % 65535
+    return first, int((words * (np.arange(words.size, 0, -1, dtype=np.uint64) % 65535)).sum()) % 65535
+
+
+def pack_chunk(chunk: NDArray[Any], level: int) -> bytes:
+    """A whole chunk as the filters shuffle, deflate and Fletcher-32 make it, in this order; releases the GIL.
+
+    Args:
+        chunk: Numbers.
+        level: Of deflate.
+    """
+    planes = np.ascontiguousarray(chunk).view(np.uint8).reshape(-1, chunk.itemsize).T
+    content = zlib.compress(np.ascontiguousarray(planes), level)
+    first, second = _fletcher32(np.frombuffer(content, dtype=np.uint8))
+    return content + (second << 16 | first).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def _filters(variable: h5py.Dataset) -> list[tuple[int, tuple[int, ...]]]:

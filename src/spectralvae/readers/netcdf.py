@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers.arguments import Window, check_wavelengths, given_wavelengths
-from spectralvae.readers.base import COORDINATES, FLAG, WAVELENGTH_NAMES, Coordinate, Scene, damage_named
+from spectralvae.readers.base import COORDINATES, FLAG, WAVELENGTH_NAMES, Coordinate, Place, Scene, damage_named
 from spectralvae.readers.containers import Container, Variable, open_container
 from spectralvae.readers.packing import (
     EPOCH,
@@ -56,6 +56,9 @@ class _Axes:
     axis: dict[str, int]
     name: dict[str, str]
     size: dict[str, int]
+
+    def numbers(self, *roles: str) -> tuple[int, ...]:
+        return tuple(self.axis[role] for role in roles)
 
     def fit(self, variable: Variable, *roles: str) -> tuple[int, ...] | None:
         """The axes of another variable that are these, None if its dimensions are others.
@@ -160,6 +163,20 @@ class NetcdfScene(Scene):
             coordinates[name] = ("y", "x")[: len(axes)], values
         return coordinates
 
+    @property
+    def places(self) -> dict[str, Place]:
+        if "?" in self._variable.dims:
+            return {}
+        found = {"radiance": (self._variable, self._axes.numbers("y", "x", "channel")), **self._coordinates}
+        if not isinstance(self._wavelength, np.ndarray):
+            found["wavelength"] = self._wavelength
+        places = {}
+        for name, (variable, axes) in found.items():
+            # Trailing roles of a wavelength, leading ones of all others.
+            roles = ("x", "channel")[-len(axes) :] if name == "wavelength" else ("y", "x", "channel")[: len(axes)]
+            places[name] = Place(variable.name, tuple(roles[axes.index(i)] for i in range(len(axes))))
+        return places
+
     def probe(self) -> None:
         used = [self._variable, *(found for found, _ in self._coordinates.values())]
         if not isinstance(self._wavelength, np.ndarray):
@@ -175,10 +192,9 @@ class NetcdfScene(Scene):
     def _read_raw(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]:
         y0, y1, x0, x1 = window
         cut = slice(y0, y1), slice(x0, x1), slice(None)
-        axes = tuple(self._axes.axis[role] for role in ("y", "x", "channel"))
         container: Container = self._file
         with damage_named(self.path):
-            raw = _slab(container, self._variable, axes, cut)
+            raw = _slab(container, self._variable, self._axes.numbers("y", "x", "channel"), cut)
             return unpack(self._variable, raw), is_declared_fill(self._variable, raw), None
 
 

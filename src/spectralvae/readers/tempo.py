@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import hdf5
 from spectralvae.readers.arguments import Window
-from spectralvae.readers.base import COORDINATES, FLAG, READABLE, Coordinate, Scene, damage_named, is_undeclared_fill
+from spectralvae.readers.base import (
+    COORDINATES,
+    FLAG,
+    READABLE,
+    Coordinate,
+    Place,
+    Scene,
+    damage_named,
+    is_undeclared_fill,
+)
 from spectralvae.readers.packing import (
     EPOCH,
     check_packing,
@@ -113,6 +122,17 @@ class TempoScene(Scene):
                 else:
                     coordinates[name] = ("y", "x"), values
         return coordinates
+
+    @property
+    def places(self) -> dict[str, Place]:
+        roles = {Y: "y", X: "x", C: "channel"}
+        names = {"radiance": "radiance", "wavelength": "nominal_wavelength"} | {name: name for name in COORDINATES}
+        with damage_named(self.path):
+            return {
+                key: Place(_place(self.band, name), tuple(roles[dim] for dim in dims_of(self._variable(name))))
+                for key, name in names.items()
+                if name not in self.absent
+            }
 
     def probe(self) -> None:
         with damage_named(self.path):

@@ -17,6 +17,7 @@ from spectralvae.console import warn
 from spectralvae.data.normalize import Normalization
 from spectralvae.errors import DamagedError, InputError
 from spectralvae.model import AutoencoderKL
+from spectralvae.provenance import LatentStatistics, Provenance
 
 _NAME = re.compile(r"step=(\d{6,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,6 +47,8 @@ def save_checkpoint(
     normalization: Normalization,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
+    latents: LatentStatistics | None = None,
+    provenance: Provenance | None = None,
 ) -> Path:
     """Write the checkpoint of a step.
 
@@ -55,6 +58,7 @@ def save_checkpoint(
         model, settings, normalization: what `load_model` needs.
         optimizer: AdamW over ``model.parameters()``.
         state: whatever else the trainer wants back, as JSON values.
+        latents, provenance: as of an `Artifact`.
 
     Returns:
         Where it lies.
@@ -63,7 +67,7 @@ def save_checkpoint(
     moments = {
         f"{key}.{names[id(p)]}": value for p, entries in optimizer.state.items() for key, value in entries.items()
     }
-    files = pack_model(model, settings, normalization, step)
+    files = pack_model(model, settings, normalization, step, latents, provenance)
     files["optimizer.safetensors"] = pack_tensors(moments)
     files["trainer.json"] = (json.dumps({"step": step, **state}, indent=2) + "\n").encode()
     path = checkpoint_path(run, step)

@@ -1,4 +1,4 @@
-"""What run.json says of where a run came from."""
+"""What run.json, the page and a checkpoint say of where a run and its weights come from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import platform
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import numpy as np
 import torch
 
 from spectralvae import __version__
+from spectralvae.config import TrainConfig
+from spectralvae.data.store import Store
+from spectralvae.provenance import Provenance, Scenes
 
 
 def versions() -> dict[str, str]:
@@ -75,3 +78,74 @@ def rounding_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         return []
     old, new = decisive(before), decisive(now)
     return [f"{key}: {old[key]} before, {new[key]} now" for key in old if old[key] != new[key]]
+
+
+def facts(
+    config: TrainConfig, store: Store, run_record: Mapping[str, Any], n_parameters: int, from_step: int
+) -> dict[str, str]:
+    """What the page says of a run.
+
+    Args:
+        config, store: of the run.
+        run_record: its run.json.
+        n_parameters: of the network.
+        from_step: where this start goes on.
+    """
+    data, training = config.data, config.training
+    return {
+        "store": f"{store.path} ({len(store.indices('train'))} training scenes)",
+        "parameters": f"{n_parameters:,}",
+        "batch": f"{data.batch_size} tiles of {data.tile_size} x {data.tile_size} pixels",
+        "learning rate": f"{config.optimizer.lr:g}",
+        "precision": f"{training.precision}{', TF32' if training.tf32 else ''}",
+        "devices": "; ".join(run_record["devices"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in run_record["versions"].items()),
+        "git revision": str(run_record["git_revision"]),
+        "seed": str(config.seed),
+        "start": f"number {len(run_record['starts'])}, from step {from_step}",
+    }
+
+
+def provenance(
+    config: TrainConfig,
+    store: Store,
+    training_scenes: Sequence[int],
+    *,
+    initial_weights: str | None,
+    n_val_tiles: int,
+    metrics: dict[str, float] | None,
+    baselines: dict[str, float] | None,
+) -> Provenance:
+    """What a checkpoint says of its training.
+
+    Args:
+        config, store: of the run.
+        training_scenes: indices of those that are used.
+        initial_weights: what is known of the weights of `training.init_from`.
+        n_val_tiles, metrics, baselines: as of a `Provenance`.
+    """
+    return Provenance(
+        store=store.path.resolve().name,
+        store_hash=store.hash,
+        training=_scenes(store, training_scenes),
+        validation=_scenes(store, store.indices("val")),
+        tile_size=config.data.tile_size,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        initial_weights=(initial_weights or "unknown") if config.training.init_from else None,
+        n_val_tiles=n_val_tiles,
+        metrics=metrics,
+        baselines=baselines,
+    )
+
+
+def _scenes(store: Store, indices: Sequence[int]) -> Scenes:
+    records = [store.scenes[i] for i in indices]
+    times = [record.time for record in records if record.time]
+    return Scenes(
+        n_scenes=len(records),
+        n_sources=len({(record.source, record.sha256) for record in records}),
+        first=min(times, default=None),
+        last=max(times, default=None),
+        versions=sorted({record.version for record in records if record.version}),
+    )

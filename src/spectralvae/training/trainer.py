@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from spectralvae import __version__
+from spectralvae.artifact import weights_sha256
 from spectralvae.config import TrainConfig
 from spectralvae.console import warn
 from spectralvae.data.loader import Batch, TileStream, make_sampler
@@ -34,7 +35,7 @@ from spectralvae.training.distributed import Ranks
 from spectralvae.training.engine import Engine, check_shares, metrics_of, out_of_memory
 from spectralvae.training.network import check_forward, network_settings, start_from
 from spectralvae.training.terminal import summarize, terminal
-from spectralvae.training.validation import Validation
+from spectralvae.training.validation import Validated, Validation
 from spectralvae.training.watch import Watch
 
 
@@ -61,6 +62,7 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
             raise ConfigError(f"data.store: {store.path} is not the store of this run (its hash differs)")
     initial = config.training.init_from
     goes_on = ranks.share(bool(run and run.resuming and list_checkpoints(run.path)))
+    begun_with = {}
     with ranks.together():
         if run:
             run.refuse_inside("data.store", store.path)
@@ -68,6 +70,7 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
                 run.refuse_inside("training.init_from", initial)
         if initial is not None and not goes_on:
             console.print(f"initial weights: {start_from(trainer.model, trainer.settings, initial)}")
+            begun_with = {"initial_weights": weights_sha256(trainer.model)}
     here = {
         "versions": record.versions(),
         "git_revision": record.git_revision(),
@@ -83,6 +86,7 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
                     warn(console, f"results will round otherwise than before ({'; '.join(changes)})")
                 run.note(
                     **here,
+                    **begun_with,
                     config_hash=record.hash_of(run.config),
                     store_hash=store.hash,
                     n_parameters=trainer.n_parameters,
@@ -236,7 +240,7 @@ class Trainer:
                     self.step,
                     n_steps=training.n_steps,
                     batch_size=self.config.data.batch_size,
-                    facts=self._facts(),
+                    facts=record.facts(self.config, self.store, self.run.record, self.n_parameters, self.step),
                     spikes=state["spikes"] if state else {},
                 )
                 if state and state["rows"] != self.watch.log.n_rows:
@@ -264,7 +268,8 @@ class Trainer:
             sums = self.engine.measure(batch)
         row = metrics_of(self.ranks.sum(sums))
         failure.check_finite(self.engine, self.store, batch, row)
-        row |= self._validate()
+        if validated := self._validate():
+            row |= validated.metrics
         with self.ranks.together():
             if self.watch:
                 self._log(self.watch, row)
@@ -312,35 +317,36 @@ class Trainer:
         """All that is due after an update."""
         training = self.config.training
         last = self.step == training.n_steps
-        validated = self._validate() if last or self.step % training.val_every == 0 else {}
+        due = last or self.step % training.save_every == 0  # one for a signal must not wait for a validation
+        validated = self._validate() if due or self.step % training.val_every == 0 else None
         logged = bool(validated) or last or self.step % training.log_every == 0
-        saved = last or stopping or self.step % training.save_every == 0
+        saved = due or stopping
         drawn = saved or self.step % training.plot_every == 0
         with self.ranks.together():
             if self.run and self.watch:
                 for event in self.watch.take(self.step, metrics):
                     warn(self.console, f"step {event.step}: spike: {event.text}")
                 if logged:
-                    self._log(self.watch, {**metrics, **validated})
+                    self._log(self.watch, metrics | (validated.metrics if validated else {}))
                 if saved:
-                    self._save(self.run, self.watch)
+                    self._save(self.run, self.watch, validated)
                 if drawn:
                     self.watch.draw(self.step, "finished" if last else "stopped" if stopping else "running")
 
     def _log(self, watch: Watch, row: dict[str, float]) -> None:
         watch.log.log({"step": self.step, **row}, peak_memory(self.device) / 1e9)
 
-    def _validate(self) -> dict[str, float]:
-        """The metrics of the validation tiles, named val_*; nothing if there are none."""
+    def _validate(self) -> Validated | None:
+        """Judge the network on the validation tiles; None if there are none."""
         if not self.validation.crops:
-            return {}
-        metrics, description = self.validation.run(self.engine)
+            return None
+        validated = self.validation.run(self.engine)
         with self.ranks.together():
             if self.watch:
-                self.watch.validated(self.step, description)
-        return metrics
+                self.watch.validated(self.step, validated.description)
+        return validated
 
-    def _save(self, run: RunDir, watch: Watch) -> None:
+    def _save(self, run: RunDir, watch: Watch, validated: Validated | None) -> None:
         state = {
             "spectralvae": __version__,
             "seed": self.config.seed,
@@ -352,7 +358,19 @@ class Trainer:
         watch.reconstructions(self.validation.draw(self.engine, self.step), self.step)
         watch.log.sync()
         normalization, optimizer = self.store.normalization, self.engine.optimizer
-        save_checkpoint(self.path, self.step, self.model, self.settings, normalization, optimizer, state)
+        latents = validated.latents if validated else None
+        provenance = record.provenance(
+            self.config,
+            self.store,
+            self.sampler.scenes,
+            initial_weights=run.record.get("initial_weights"),
+            n_val_tiles=len(self.validation.crops),
+            metrics=validated.metrics if validated else None,
+            baselines=watch.baselines,
+        )
+        save_checkpoint(
+            self.path, self.step, self.model, self.settings, normalization, optimizer, state, latents, provenance
+        )
         run.note(newest_checkpoint=self.step)
         watch.log.saved(self.step)
         self._tidy_up(run, watch)
@@ -367,21 +385,3 @@ class Trainer:
         if best is not None:
             where = str(checkpoint_path(self.path, best).relative_to(self.path))
             run.note(best={"step": best, "val_loss": losses[best], "checkpoint": where})
-
-    def _facts(self) -> dict[str, str]:
-        """For the page."""
-        assert self.run is not None
-        data, training = self.config.data, self.config.training
-        versions = self.run.record["versions"]
-        return {
-            "store": f"{self.store.path} ({len(self.store.indices('train'))} training scenes)",
-            "parameters": f"{self.n_parameters:,}",
-            "batch": f"{data.batch_size} tiles of {data.tile_size} x {data.tile_size} pixels",
-            "learning rate": f"{self.config.optimizer.lr:g}",
-            "precision": f"{training.precision}{', TF32' if training.tf32 else ''}",
-            "devices": "; ".join(self.run.record["devices"]),
-            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-            "git revision": str(self.run.record["git_revision"]),
-            "seed": str(self.config.seed),
-            "start": f"number {len(self.run.record['starts'])}, from step {self.step}",
-        }

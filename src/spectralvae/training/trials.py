@@ -288,7 +288,7 @@ def forecast_hours(p: Patient) -> Check:
 
     costs = _costs(p, engine)
     times = {
-        "validation": (done == 0) + due(training.val_every) if p.validation.crops else 0,
+        "validation": (done == 0) + due(training.val_every, training.save_every) if p.validation.crops else 0,
         "figure": due(training.save_every),
         "plot": due(training.save_every, training.plot_every),
         "checkpoint": due(training.save_every),
@@ -338,7 +338,7 @@ def _validation_seconds(p: Patient, engine: Engine, watch: Watch) -> float:
     if not crops:
         return 0.0
     p.validation.crops = crops[:1]  # this one warms up
-    seconds = _seconds(lambda: watch.validated(1, p.validation.run(engine)[1]))
+    seconds = _seconds(lambda: watch.validated(1, p.validation.run(engine).description))
     affordable = CPU_VALIDATION_SECONDS / seconds if p.device.type == "cpu" else len(crops)
     p.validation.crops = crops[: max(1, int(affordable))]
     seconds = _seconds(lambda: p.validation.run(engine)) * len(crops) / len(p.validation.crops)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,27 @@ from spectralvae.data.sampling import Crop, CropSampler
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.model import DiagonalGaussianDistribution
+from spectralvae.provenance import LatentStatistics
 from spectralvae.training.engine import METRICS, Engine, metric_sums, metrics_of
 from spectralvae.training.figures import N_TILES, draw_reconstructions
 
 ACTIVE_VARIANCE = 0.01  # a latent channel whose posterior mean varies less says nothing (Burda et al. 2016)
 REFERENCE_TILES = 64  # that PCA is fitted on: enough pixels for 1028 channels, and a matter of seconds
 REFERENCE_LABELS = {"mean": "predicting the mean", "pca_1": "PCA, 1 component", "pca_2": "PCA, 2 components"}
+
+
+class Validated(NamedTuple):
+    """What a validation found.
+
+    Attributes:
+        metrics: `METRICS`, named val_*: pixel_mse per valid sample, the others per tile.
+        description: errors by channel, and what the latents are like, as JSON values (see ``_describe``).
+        latents: what to scale latents with.
+    """
+
+    metrics: dict[str, float]
+    description: dict[str, Any]
+    latents: LatentStatistics
 
 
 class Validation:
@@ -78,12 +93,8 @@ class Validation:
             yield crops, self._read(crops), torch.from_numpy(np.stack(noise))
 
     @torch.no_grad()
-    def run(self, engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
+    def run(self, engine: Engine) -> Validated:
         """Judge the network on all tiles; all processes share the work, and each gets the result.
-
-        Returns:
-            `METRICS`, named val_*: pixel_mse per valid sample, the others per tile; and what summary/validation.json
-            holds: errors by channel, and what the latents are like (see ``_describe``).
 
         Raises:
             RunError: a metric is not finite.
@@ -94,13 +105,14 @@ class Validation:
         parts = np.split(engine.ranks.sum(np.concatenate([total.ravel() for total in sums])), ends)
         totals, channels, latents = (part.reshape(total.shape) for part, total in zip(parts, sums, strict=True))
         totals[: len(METRICS) - 1] /= len(self.crops)
-        return {f"val_{key}": value for key, value in metrics_of(totals).items()}, self._describe(channels, latents)
+        metrics = {f"val_{key}": value for key, value in metrics_of(totals).items()}
+        return Validated(metrics, self._describe(channels, latents), _statistics(latents, len(self.crops)))
 
     def _sums(self, engine: Engine) -> list[NDArray[np.float64]]:
         """Of this process's share: of metrics, by channel and by latent channel."""
         model = engine.model.eval()
         n_channels, (n_latents, _, _) = self.store.normalization.n_channels, self.noise_shape
-        sums = [np.zeros(len(METRICS) + 1), np.zeros((3, n_channels)), np.zeros((5, n_latents))]
+        sums = [np.zeros(len(METRICS) + 1), np.zeros((3, n_channels)), np.zeros((6, n_latents))]
         for crops, tiles, noise in self._batches(engine):
             x, mask, noise = engine.to_device(tiles, noise)
             x = x.masked_fill(~mask, 0.0)
@@ -108,7 +120,7 @@ class Validation:
                 posterior = model.encode(x)
                 x_hat = model.decode(posterior.sample(noise))
                 _, metrics = model.loss_of(x, x_hat, posterior, mask)
-            found = (metric_sums(metrics, len(tiles)), _channel_sums(x, x_hat, mask), _latent_sums(posterior))
+            found = (metric_sums(metrics, len(tiles)), _channel_sums(x, x_hat, mask), _latent_sums(posterior, mask))
             for total, part in zip(sums, found, strict=True):
                 total += part.cpu().numpy()
             if not np.isfinite(sums[0]).all():
@@ -121,16 +133,16 @@ class Validation:
         """From sums to JSON values.
 
         By channel: ``mse`` of the reconstruction and ``variance`` (the error of predicting 0, which is the mean of the
-        training data); None where nothing is valid. By latent channel, over tiles and positions: mean and std of the
-        posterior mean, mean of the posterior's std, and the KL term in bits; ``active_units`` of them vary.
+        training data); None where nothing is valid. By latent channel, over tiles and those positions that see
+        anything (``_latent_sums``): mean and std of the posterior mean, mean of the posterior's std, and the KL term
+        in bits; ``active_units`` of them vary.
         """
         count = channels[2]
         squares = np.divide(channels[:2], count, out=np.full((2, len(count)), np.nan), where=count > 0)
         mse, variance = ([float(v) if v == v else None for v in row] for row in squares)
         wavelength = self.store.normalization.wavelength
         assert wavelength is not None, "a store always has wavelengths"
-        mean, mean_square, posterior_std, kl = latents[:4] / latents[4]
-        spread = np.maximum(mean_square - mean**2, 0.0)
+        mean, spread, _, posterior_std, kl = _moments(latents)
         described = {"bits": kl / math.log(2.0), "posterior_std": posterior_std, "mean": mean, "std": np.sqrt(spread)}
         return {
             "wavelength": wavelength.tolist(),
@@ -173,9 +185,36 @@ def _channel_sums(x: Tensor, x_hat: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([squares.sum(axes).double(), x.square().sum(axes).double(), mask.sum(axes).double()])
 
 
-def _latent_sums(posterior: DiagonalGaussianDistribution) -> Tensor:
-    """(5, E) float64: sums over tiles and positions of mean, mean^2, std and KL term (nats), and their number."""
+def _latent_sums(posterior: DiagonalGaussianDistribution, mask: Tensor) -> Tensor:
+    """(6, E) float64: sums of mean, mean^2, variance, std and KL term (nats) of the posterior, and their number.
+
+    Over tiles and those positions that have a valid sample in the pixels beneath them: what the encoder makes of
+    nothing but masked pixels says nothing about scenes.
+
+    Args:
+        posterior: (B, E, h, w).
+        mask: (B, C, y, x), True = valid; h and w divide y and x.
+    """
+    n, _, height, width = posterior.mean.shape
+    scale = mask.shape[2] // height
+    seen = mask.any(1).reshape(n, 1, height, scale, width, scale).any(5).any(3)  # (B, 1, h, w)
     mean, std, var = posterior.mean.double(), posterior.std.double(), posterior.var.double()
     kl = 0.5 * (mean**2 + var - 1.0 - posterior.logvar.double())
-    quantities = (mean, mean**2, std, kl, torch.ones_like(mean))
-    return torch.stack([quantity.sum((0, 2, 3)) for quantity in quantities])
+    quantities = (mean, mean**2, var, std, kl, torch.ones_like(mean))
+    return torch.stack([quantity.masked_fill(~seen, 0.0).sum((0, 2, 3)) for quantity in quantities])
+
+
+def _moments(latents: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(6, E) ``_latent_sums`` -> (5, E): mean and variance of the posterior mean; means of variance, std, KL term."""
+    moments: NDArray[np.float64] = latents[:5] / latents[5]
+    moments[1] = np.maximum(moments[1] - moments[0] ** 2, 0.0)
+    return moments
+
+
+def _statistics(latents: NDArray[np.float64], n_tiles: int) -> LatentStatistics:
+    """From (6, E) ``_latent_sums`` of all tiles.
+
+    A sample's variance is that of the posterior's means and the mean of its variances: the law of total variance.
+    """
+    mean, between, within, *_ = _moments(latents)
+    return LatentStatistics(mean, np.sqrt(between + within), n_tiles, int(latents[5, 0]))

@@ -88,11 +88,16 @@ class Watch:
         write_atomic(self.path / "baselines.json", json.dumps(errors, indent=2) + "\n")
 
     @property
+    def baselines(self) -> dict[str, float] | None:
+        """The errors to compare with, where there are any."""
+        path = self.path / "baselines.json"
+        errors: dict[str, float] | None = json.loads(path.read_text()) if path.is_file() else None
+        return errors
+
+    @property
     def references(self) -> dict[str, float]:
         """The errors to compare with, by what they are errors of."""
-        path = self.path / "baselines.json"
-        errors = json.loads(path.read_text()) if path.is_file() else {}
-        return {REFERENCE_LABELS[key]: value for key, value in errors.items()}
+        return {REFERENCE_LABELS[key]: value for key, value in (self.baselines or {}).items()}
 
     @property
     def _validation(self) -> Path:

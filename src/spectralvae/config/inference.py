@@ -1,0 +1,68 @@
+"""Configs of what a trained network is used for: encode, decode."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from spectralvae.config.base import CommandConfig, ConfigPath, Device, PositiveInt
+from spectralvae.config.data import InputSpec
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class InferenceConfig(CommandConfig):
+    """What encode and decode share."""
+
+    model: ConfigPath = Field(
+        description="a run (its newest checkpoint), a checkpoint, or an export; with normalisation and wavelengths"
+    )
+    overlap: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="pixels that neighbouring tiles share, where their results are blended; a multiple of the pixels "
+        "of a latent cell; if left out, a quarter of a tile",
+    )
+    batch_size: PositiveInt = Field(4, description="tiles that go through the network at a time; each takes memory")
+    device: Device = Field(
+        "auto",
+        description="auto (the GPU with the most free memory, else the CPU), cpu, cuda or cuda:N; of several "
+        "processes on a machine, each takes its own GPU",
+    )
+
+
+class EncodeConfig(InferenceConfig):
+    """`spectralvae encode`: scenes to latents, one file each."""
+
+    inputs: list[InputSpec] = Field(
+        min_length=1, description="scenes: paths or globs, or mappings as below; folders as of `prepare`"
+    )
+    log_variance: bool = Field(False, description="write the log variance of the latents' posterior, too")
+    format: Literal["netcdf", "zarr"] = Field(
+        "netcdf", description="of the files: NAME.latents.nc or NAME.latents.zarr"
+    )
+    all_invalid: Literal["refuse", "leave_out"] = Field(
+        "refuse", description="what to do with a scene without any valid sample (at night, say); both name it"
+    )
+
+
+class DecodeConfig(InferenceConfig):
+    """`spectralvae decode`: latents to radiance, in files laid out like their sources."""
+
+    inputs: list[Text] = Field(min_length=1, description="files of `encode`: paths or globs")
+    sources: list[Text] = Field(
+        [],
+        description="the files that were encoded: paths, globs or folders. Where given, each reconstruction is compared "
+        "with its source: errors in run.json, and a figure",
+    )
+    carry_over: list[Text] = Field(
+        [],
+        description='other variables of the sources to copy: patterns of their places, such as "*" for all, '
+        '"band_290_490_nm/radiance_error", "geometry/*"; wavelength, places, angles and time are always there',
+    )
+
+    @model_validator(mode="after")
+    def _carried_from_somewhere(self) -> DecodeConfig:
+        if self.carry_over and not self.sources:
+            raise ValueError(f"carry_over: {self.carry_over} can only be copied from `sources`: give these, too")
+        return self
