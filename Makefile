@@ -9,6 +9,8 @@ demo: $(VENV)/.installed
 	$(BIN)/spectralvae simulate configs/demo/simulate.yaml
 	$(BIN)/spectralvae prepare configs/demo/prepare.yaml
 	$(BIN)/spectralvae train configs/demo/train.yaml
+	$(BIN)/spectralvae encode configs/demo/encode.yaml
+	$(BIN)/spectralvae decode configs/demo/decode.yaml
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -14,6 +14,7 @@ from spectralvae.artifact import Artifact, pack_model, read_artifact, write_file
 from spectralvae.config import ConvertConfig, SpectraConfig, Wavelengths
 from spectralvae.console import warn
 from spectralvae.data.normalize import Float64, Normalization
+from spectralvae.data.wavelengths import channel_means
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference import load_artifact
 from spectralvae.modelcard import NO_NORMALIZATION, model_card
@@ -87,15 +88,20 @@ def foreign_normalization(config: SpectraConfig, n_channels: int) -> Normalizati
         clip=config.clip,
         min_radiance=config.min_radiance,
         band=config.band,
-        wavelength=_wavelengths(config.wavelength, n_channels),
+        wavelength=_wavelengths(config.wavelength, config.band, n_channels),
     )
 
 
-def _wavelengths(given: list[float] | Wavelengths | None, n_channels: int) -> Float64 | None:
+def _wavelengths(given: list[float] | Wavelengths | Path | None, band: str | None, n_channels: int) -> Float64 | None:
     if given is None:
         return None
-    from spectralvae.readers.arguments import given_wavelengths
+    from spectralvae.readers import open_reader
+    from spectralvae.readers.arguments import check_wavelengths, given_wavelengths
 
+    if isinstance(given, Path):
+        with open_reader(given, band=band) as scene:
+            means = channel_means(str(given), scene.wavelength)
+        return check_wavelengths(f"normalization.wavelength: {given}", means, n_channels)
     plain = given.model_dump() if isinstance(given, Wavelengths) else given
     return given_wavelengths("normalization.wavelength", plain, n_channels)
 

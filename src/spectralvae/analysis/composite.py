@@ -25,7 +25,7 @@ from spectralvae.data.sampling import evenly
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-MAX_PIXELS = 500 * 500  # that are drawn and counted
+MAX_PIXELS = 300 * 300  # that are drawn and counted: the caller holds them twice, with all channels
 # that principal components are fitted on: plenty for three of 1028 channels, and a second's work; a prime, so that
 # pixels spread evenly over rows are not all of a few columns
 FIT_PIXELS = 16_381
@@ -294,12 +294,12 @@ def _draw_errors(axes: Axes, rmse: NDArray[Any], view: _View) -> None:
 
 def _draw_channels(axes: Axes, errors: _ChannelErrors, normalization: Normalization) -> None:
     """RMSE of the reconstruction beside that of predicting the scene's mean spectrum."""
-    channels, label = spectral_axis(normalization)
+    channels = spectral_axis(axes, normalization)
     marker = "o" if len(channels) <= FEW else None
     std, rmse = np.sqrt(errors.variance), np.sqrt(errors.mse)
     axes.plot(channels, std, color="0.5", ls="--", lw=1.2, marker=marker, ms=4)
     axes.plot(channels, rmse, color=MARKS["dark"].color, lw=1.2, marker=marker, ms=4)
-    axes.set(title="RMSE (solid) and standard deviation (dashed) of z", xlabel=label, ylabel="z")
+    axes.set(title="RMSE (solid) and standard deviation (dashed) of z", ylabel="z")
     shown = np.concatenate([std, rmse])
     shown = shown[np.isfinite(shown)]
     if len(shown) and shown.min() > 1e-6 * shown.max():  # less is rounding

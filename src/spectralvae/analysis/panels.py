@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from spectralvae.data.normalize import Normalization
@@ -60,11 +61,14 @@ def telling_pixels(z: NDArray[Any]) -> dict[str, tuple[int, int]]:
     return {name: (int(y[k]), int(x[k])) for name, k in chosen.items()}
 
 
-def spectral_axis(normalization: Normalization) -> tuple[NDArray[Any], str]:
-    """Where channels stand on an axis, and its label: wavelengths, or numbers from 0 where these are unknown."""
-    if normalization.wavelength is None:
-        return np.arange(normalization.n_channels), "number of the channel"
-    return normalization.wavelength, "wavelength, nm"
+def spectral_axis(axes: Axes, normalization: Normalization) -> NDArray[Any]:
+    """Label an axis along channels; returns where they stand: wavelengths, or numbers from 0 where there are none."""
+    if normalization.wavelength is not None:
+        axes.set_xlabel("wavelength, nm")
+        return normalization.wavelength
+    axes.set_xlabel("number of the channel")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    return np.arange(normalization.n_channels)
 
 
 def draw_spectra(
@@ -81,20 +85,21 @@ def draw_spectra(
             original is valid; how to draw them.
         normalization: for wavelengths and radiance.
     """
-    channels, label = spectral_axis(normalization)
+    channels = spectral_axis(z_axes, normalization)
+    spectral_axis(radiance_axes, normalization)
     for z, z_hat, mark in spectra:
-        marker = mark.marker if np.isfinite(z).sum() <= FEW else None
+        valid = np.isfinite(z)
+        marker = mark.marker if valid.sum() <= FEW else None
         for axes, line, line_hat in (
             (z_axes, z, z_hat),
             (radiance_axes, normalization.denormalize(z), normalization.denormalize(z_hat)),
         ):
+            shown = np.where(valid, line_hat, np.nan)
             axes.plot(channels, line, color=mark.color, lw=2.8, alpha=0.35, marker=marker, ms=8, mew=0)
-            axes.plot(
-                channels, np.where(np.isfinite(z), line_hat, np.nan), color=mark.color, lw=0.9, marker=marker, ms=3
-            )
+            axes.plot(channels, shown, color=mark.color, lw=0.9, marker=marker, ms=3)
     is_log = normalization.transform == "log_zscore"
-    z_axes.set(title="z: original (wide), reconstruction (thin)", xlabel=label, ylabel="z")
-    radiance_axes.set(title="the same as radiance" if is_log else "the same as in the file", xlabel=label)
+    z_axes.set(title="z: original (wide), reconstruction (thin)", ylabel="z")
+    radiance_axes.set_title("the same as radiance" if is_log else "the same as in the file")
     radiance_axes.set_ylabel(normalization.units or "units of the file")
     if is_log:
         radiance_axes.set_yscale("log")

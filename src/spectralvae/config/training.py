@@ -188,8 +188,10 @@ class SpectraConfig(NormalizationConfig):
 
     mean: ConfigPath = Field(description="mean of each channel: mltools' mean_spectrum.pt")
     std: ConfigPath = Field(description="standard deviation of each channel: mltools' std_spectrum.pt")
-    wavelength: list[float] | Wavelengths | None = Field(
-        None, description="channel centres in nm: a list, or {first, last} evenly spaced"
+    wavelength: list[float] | Wavelengths | ConfigPath | None = Field(
+        None,
+        description="channel centres in nm: a scene that the model is for, a TEMPO granule, say; or a list, or "
+        "{first, last} evenly spaced. `encode` refuses scenes that differ by more than a channel, and needs to know",
     )
     band: str | None = Field(None, description="TEMPO band the model was trained on")
 
