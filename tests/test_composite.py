@@ -288,9 +288,9 @@ def test_thinning(size: tuple[int, int]) -> None:
     """As many pixels as are allowed, or nearly: steps along both axes as even as can be."""
     ky, kx = thinning(*size)
     ny, nx = (-(-n // k) for n, k in zip(size, (ky, kx), strict=True))
-    assert ny * nx <= 250_000
-    assert (ky, kx) == (1, 1) or ny * nx > 120_000
-    assert min(size) > 700 or min(ky, kx) == 1
+    assert ny * nx <= composite.MAX_PIXELS
+    assert (ky, kx) == (1, 1) or ny * nx > 0.6 * composite.MAX_PIXELS
+    assert min(size) > 400 or min(ky, kx) == 1
 
 
 def test_what_is_drawn_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
