@@ -191,7 +191,7 @@ def test_checkpoint_says_where_it_comes_from(train, store):
 def test_times_and_sources_of_many_scenes(make_store, tmp_path):
     """Two regions of one file are two scenes of one source; scenes without a time don't count for the range."""
     z = np.zeros((8, 8, 3)) + np.arange(3)
-    store = make_store(tmp_path / "store", {name: z for name in "abcde"}, val=("e",))
+    store = make_store(tmp_path / "store", dict.fromkeys("abcde", z), val=("e",))
     times = ["2024-06-03T18:00:00+00:00", "2024-06-01T18:00:00+00:00", None, "2024-06-02T18:00:00+00:00", None]
     sources = ["one.nc", "two.nc", "two.nc", "two.nc", "three.nc"]
     digests = ["1", "2", "2", "3", "4"]  # two files may have one name
