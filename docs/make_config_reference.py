@@ -11,7 +11,9 @@ from spectralvae.config import (
     DEBUG_OVERRIDES,
     CommandConfig,
     ConvertConfig,
+    DecodeConfig,
     DownloadConfig,
+    EncodeConfig,
     PrepareConfig,
     SimulateConfig,
     TrainConfig,
@@ -22,6 +24,8 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "download": DownloadConfig,
     "prepare": PrepareConfig,
     "train": TrainConfig,
+    "encode": EncodeConfig,
+    "decode": DecodeConfig,
     "convert": ConvertConfig,
 }
 
