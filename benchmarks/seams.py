@@ -1,10 +1,10 @@
 """What the overlap of tiles costs and gives: errors and steps where tiles meet, in latents and in reconstructions.
 
-    python benchmarks/seams.py --model RUN --scene FILE [--region Y0 Y1 X0 X1] [--json FILE]
+    python benchmarks/seams.py --model RUN --scenes FILE ... [--region Y0 Y1 X0 X1] [--json FILE]
         [--variable NAME --size Y X --wavelength FIRST LAST]        # for files that don't say
 
 A tile's latents depend on all of it (GroupNorm, attention, zeros beyond its border). For each overlap the scene is
-encoded and decoded, and measured are
+encoded and decoded, and measured are, as means over the scenes,
 
 - `z_mse`: error of the reconstruction, and its ratio between the quarter of the pixels nearest to a seam and the
   quarter farthest from any (1 is the best). A seam is the line where two neighbouring tiles count alike.
@@ -12,7 +12,7 @@ encoded and decoded, and measured are
   lines in the middle between them (1: nobody sees a seam); likewise for the latents themselves.
 - `latent_deviation`: distance of the latents from those that the same place has in the middle of a tile, in standard
   deviations of the latents, near seams and far from them.
-- `seconds`: of encoding and decoding, divided by those without overlap.
+- `tiles`: how many there are; time goes with their number.
 
 Then the other question at borders: what the network should be shown beyond the end of a scene that is smaller than a
 tile. Pieces are cut out of the scene, and encoded and decoded with the rest of the tile mirrored (as `encode` does) or
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,8 @@ def measure(coder: Coder, z: np.ndarray, centred: np.ndarray) -> dict[str, float
     """All figures of one overlap."""
     shape: tuple[int, int] = z.shape[:2]
     covers = tuple(Cover(size, coder.tile, coder.overlap, coder.scale) for size in shape)
-    begun = time.perf_counter()
     latents = encode(coder, z)
     z_hat = decode(coder, latents, shape)
-    seconds = time.perf_counter() - begun
     error = z_hat - z
     near, far = near_and_far(covers, shape, 1)
     deviation = np.nanmean((latents - centred) ** 2, axis=2) / np.nanvar(centred, axis=(0, 1)).mean()
@@ -126,11 +124,11 @@ def measure(coder: Coder, z: np.ndarray, centred: np.ndarray) -> dict[str, float
         "latent_step": step(latents, covers, coder.scale),
         "latent_deviation_near": float(np.sqrt(np.nanmean(deviation[near_cells]))),
         "latent_deviation_far": float(np.sqrt(np.nanmean(deviation[far_cells]))),
-        "seconds": seconds,
+        "tiles": float(math.prod(len(cover.starts) for cover in covers)),
     }
 
 
-def measure_ends(coder: Coder, z: np.ndarray, n_pieces: int = 16) -> dict[str, dict[str, float]]:
+def measure_ends(coder: Coder, scenes: list[np.ndarray], n_pieces: int = 64) -> dict[str, dict[str, float]]:
     """Errors of pieces smaller than a tile, by what the network sees beyond them."""
     tile, s = coder.tile, coder.scale
     random = np.random.default_rng(0)
@@ -139,6 +137,7 @@ def measure_ends(coder: Coder, z: np.ndarray, n_pieces: int = 16) -> dict[str, d
     for height, width in sizes:
         errors: dict[str, list[float]] = {"mirrored": [], "zeros": [], "whole tile": []}
         while len(errors["zeros"]) < n_pieces:
+            z = scenes[len(errors["zeros"]) % len(scenes)]
             top, left = (int(random.integers(0, size - tile + 1)) for size in z.shape[:2])
             whole = z[top : top + tile, left : left + tile]
             if not np.isfinite(whole).all():
@@ -156,7 +155,7 @@ def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--scene", type=Path, required=True)
+    parser.add_argument("--scenes", type=Path, nargs="+", required=True)
     parser.add_argument("--variable")
     parser.add_argument("--size", type=int, nargs=2)
     parser.add_argument("--wavelength", type=float, nargs=2)
@@ -169,27 +168,29 @@ def main() -> None:
     """Measure, print, save."""
     args = arguments()
     artifact = artifact_of(load_model(args.model))
-    wavelength = args.wavelength and dict(zip(("first", "last"), args.wavelength, strict=True))
-    scene = open_scene(args.scene, variable=args.variable, size=args.size, wavelength=wavelength, region=args.region)
     plain = Coder(artifact, torch.device("cpu"), overlap=0, batch_size=8)
-    z = plain.normalization.normalize(scene.radiance.values).astype(np.float32)
-    centred = centred_latents(plain, z)
-    rows: list[dict[str, float]] = []
+    wavelength = args.wavelength and dict(zip(("first", "last"), args.wavelength, strict=True))
+    scenes = []
+    for path in args.scenes:
+        scene = open_scene(path, variable=args.variable, size=args.size, wavelength=wavelength, region=args.region)
+        scenes.append(plain.normalization.normalize(scene.radiance.values).astype(np.float32))
+    centred = [centred_latents(plain, z) for z in scenes]
+    rows: list[dict[str, Any]] = []
     for share in SHARES:
         overlap = round(share * plain.tile / plain.scale) * plain.scale
         coder = Coder(artifact, torch.device("cpu"), overlap=overlap, batch_size=8)
-        rows.append(measure(coder, z, centred))
-        rows[-1]["seconds"] /= rows[0]["seconds"] if len(rows) > 1 else 1.0
-        print("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
-    rows[0]["seconds"] = 1.0
-    ends = measure_ends(plain, z)
+        found = [measure(coder, z, c) for z, c in zip(scenes, centred, strict=True)]
+        row: dict[str, Any] = {name: float(np.mean([figures[name] for figures in found])) for name in found[0]}
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+        rows.append({**row, "z_mse_of_each_scene": [figures["z_mse"] for figures in found]})
+    ends = measure_ends(plain, scenes)
     for size, errors in ends.items():
         print(f"a scene of {size}: " + ", ".join(f"{name} {value:.4g}" for name, value in errors.items()))
     if args.json:
         result: dict[str, Any] = {
             "machine": machine(["torch", "numpy"]),
             "model": {"step": artifact.step, "shape": artifact.settings["shape"], "scale": plain.scale},
-            "scene": {"name": args.scene.name, "shape": list(z.shape), "z_variance": float(np.nanvar(z))},
+            "scenes": [{"name": p.name, "shape": list(z.shape)} for p, z in zip(args.scenes, scenes, strict=True)],
             "overlaps": rows,
             "ends": ends,
         }
