@@ -191,6 +191,22 @@ def test_nothing_is_kept_for_gradients() -> None:
     assert not counter.found_grad
 
 
+def test_float32_is_float32_and_settings_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Looking(Pooling):
+        def decode(self, z: Tensor) -> Tensor:
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return super().decode(z)
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    next(make(0, model=Looking()).decode(lambda rows, columns: np.ones((4, 4, CHANNELS), np.float32), (16, 16)))
+
+    assert seen == [(False, False)]
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -6,6 +6,7 @@ Shapes: a scene is (ny, nx, C) in z, its latents (ceil(ny/s), ceil(nx/s), E) wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,12 +136,27 @@ class Coder:
         Raises:
             InputError: what comes out is not finite.
         """
-        result: Float32 = apply(tiles).permute(0, 2, 3, 1).float().cpu().numpy()
+        with _exact_float32():
+            result: Float32 = apply(tiles).permute(0, 2, 3, 1).float().cpu().numpy()
         if not np.isfinite(result).all():
             raise InputError(
                 "the network gives values that are not finite: its weights are spoiled, or the latents are"
             )
         return result
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """cuDNN's own default is TF32, which rounds factors to 10 bits; whoever called has their settings back."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 class _Strips:
