@@ -191,20 +191,25 @@ def test_nothing_is_kept_for_gradients() -> None:
     assert not counter.found_grad
 
 
-def test_float32_is_float32_and_settings_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_is_float32_and_settings_come_back(allowed: bool) -> None:
     seen = []
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
 
     class Looking(Pooling):
         def decode(self, z: Tensor) -> Tensor:
-            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            seen.append((matmul.allow_tf32, cudnn.allow_tf32))
             return super().decode(z)
 
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    next(make(0, model=Looking()).decode(lambda rows, columns: np.ones((4, 4, CHANNELS), np.float32), (16, 16)))
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        next(make(0, model=Looking()).decode(lambda rows, columns: np.ones((4, 4, CHANNELS), np.float32), (16, 16)))
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
     assert seen == [(False, False)]
-    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize(
