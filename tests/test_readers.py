@@ -23,6 +23,7 @@ import scipy.sparse
 from spectralvae.errors import ConfigError, InputError, UserError
 from spectralvae.readers import RULES, Scene, open_reader
 from spectralvae.readers import tempo as tempo_module
+from spectralvae.readers.base import Place
 from spectralvae.readers.dataset import open_scene
 
 NY, NX, NC = 6, 5, 4
@@ -398,6 +399,23 @@ class TestTempo:
         gc.collect()
         with h5py.File(file, "r+"):  # refused by HDF5 while any reader holds the file
             pass
+
+
+class TestPlaces:
+    @pytest.mark.parametrize("order", [DIMS, DIMS[::-1]])
+    def test_tempo(self, tmp_path: Path, order: Sequence[str]) -> None:
+        axes = [{"mirror_step": "y", "xtrack": "x", "spectral_channel": "channel"}[dim] for dim in order]
+        places = open_reader(granule(tmp_path / NAME, order=order, without=("longitude",))).places
+        assert places == {
+            "radiance": Place(f"{UV}/radiance", tuple(axes)),
+            "wavelength": Place(f"{UV}/nominal_wavelength", tuple(a for a in axes if a != "y")),
+            "time": Place("time", ("y",)),
+            **{n: Place(f"{UV}/{n}", tuple(a for a in axes if a != "channel")) for n in GEOMETRY if n != "longitude"},
+        }
+
+    def test_matlab_has_none(self, tmp_path: Path) -> None:
+        file = write_mat(tmp_path / "a.mat", "5", {"scene": cube().astype(np.float64)})
+        assert open_reader(file, wavelength=NM).places == {}
 
 
 class TestRules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from spectralvae.data.store import Store
 from spectralvae.data.verify import verify_store
 from spectralvae.errors import InputError
 from spectralvae.inference import load_artifact
+from spectralvae.inference.encode import SUFFIXES
 from spectralvae.readers import Scene, open_reader
+from spectralvae.readers.base import check_file, damage_named
+from spectralvae.readers.containers import open_container
 from spectralvae.readers.products import describe_fields, product_of
 from spectralvae.rundir import TOOL, command_of
 from spectralvae.training.checkpoint import list_checkpoints
@@ -28,7 +32,7 @@ Facts = dict[str, Any]
 
 
 def inspect(path: Path, *, verify: bool, as_json: bool, console: Console) -> None:
-    """Print what a path holds: a store, a run, a checkpoint or export, a scene, or a level-2 product.
+    """Print what a path holds: a store, a run, a checkpoint or export, latents, a scene, or a level-2 product.
 
     Args:
         path: file or folder.
@@ -54,6 +58,8 @@ def inspect(path: Path, *, verify: bool, as_json: bool, console: Console) -> Non
 
 
 def _kind(path: Path) -> Callable[[Path, bool], tuple[Facts, list[str]]]:
+    if path.name.endswith(tuple(SUFFIXES.values())):
+        return _latents
     if path.is_dir():
         command = command_of(path)
         if command == "prepare" or _is_store(path):
@@ -202,6 +208,36 @@ def _all_samples(scene: Scene) -> Facts:
         "valid_samples": n_samples - sum(counts.values()),
         "least_and_largest": [low, high] if low <= high else None,
     }
+
+
+def _latents(path: Path, verify: bool) -> tuple[Facts, list[str]]:
+    check_file(path)
+    with closing(open_container(path)) as container, damage_named(path):
+        attributes = container.attributes("")
+        variables = {variable.name: variable for variable in container.variables()}
+        if "spectralvae_latents" not in attributes or "latent" not in variables or "valid" not in variables:
+            raise InputError(f"{path}: is named as a file of `spectralvae encode`, but holds no latents")
+        for name in variables if verify else ():
+            container.check(name)
+        plain = {key: np.ravel(v)[0] if np.size(v) == 1 else v for key, v in attributes.items()}  # numbers are vectors
+        facts: Facts = {"kind": "latents", "path": path, **plain}
+        facts["latent_channels"], *facts["grid"] = variables["latent"].shape
+        facts["scene"] = list(variables["valid"].shape)
+        if verify:
+            shape = facts["scene"]
+            n_valid, low, high = 0, np.inf, -np.inf
+            for row in range(0, shape[0], height := max(1, BLOCK_SAMPLES // (shape[1] * shape[2]))):
+                n_valid += int(
+                    (container.read("valid", (slice(row, row + height), slice(None), slice(None))) == 1).sum()
+                )
+            for row in range(facts["grid"][0]):
+                values = container.read("latent", (slice(None), slice(row, row + 1), slice(None)))
+                low, high = min(low, float(values.min())), max(high, float(values.max()))
+            facts["valid_fraction"] = n_valid / int(np.prod(shape))
+            facts["least_and_largest"] = [low, high]
+            if not (np.isfinite(low) and np.isfinite(high)):
+                return facts, ["latent holds values that are not finite"]
+    return facts, []
 
 
 def _product(path: Path, verify: bool) -> tuple[Facts, list[str]]:

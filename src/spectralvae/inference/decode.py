@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,13 +26,17 @@ from spectralvae.inference.coder import Coder, Float32
 from spectralvae.inference.encode import open_scene_for
 from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
 from spectralvae.inference.latents import check_latents, stream_radiance, z_reader
-from spectralvae.inference.layout import Layout, new_scene, read_layout
-from spectralvae.readers import Scene
+from spectralvae.inference.layout import new_scene, read_layout
+from spectralvae.inference.source import check_source
+from spectralvae.readers import Scene, guard
 from spectralvae.readers.base import check_file, damage_named
 from spectralvae.readers.containers import Container, is_zarr, open_container
 from spectralvae.rundir import RunDir
 from spectralvae.training.distributed import Ranks
 from spectralvae.training.plots import save_figure
+
+# Those of a file of `encode` without which it cannot be decoded.
+_ATTRIBUTES = ("spectralvae_latents", "model_sha256", "source", "source_sha256", "source_arguments")
 
 
 def decode(config: DecodeConfig, run: RunDir | None, ranks: Ranks, console: Console) -> None:
@@ -49,21 +54,24 @@ def decode(config: DecodeConfig, run: RunDir | None, ranks: Ranks, console: Cons
     """
     with ranks.together():
         coder = open_coder(config, run, ranks, console)
-        inputs = [(path, None) for pattern in config.inputs for path in expand(pattern)]
-        sources = {path.name: path for pattern in config.sources for path in expand(pattern)}
+        inputs = [(path, None) for pattern in config.inputs for path in expand(_in_folder(pattern))]
+        sources = [path for pattern in config.sources for path in expand(pattern)]
+        if run:
+            for path in sources:
+                run.refuse_inside("sources", path)
 
     def make(path: Path, _: None) -> Job:
         latents = LatentsFile(path, coder)
-        source = None
-        if sources:
-            if latents.attributes["source"] not in sources:
-                raise ConfigError(
-                    f"sources: none of them is {latents.attributes['source']}, from which {path} was made"
-                )
-            source = open_source(sources[latents.attributes["source"]], latents, coder.normalization)
+        source = open_source(sources, latents, coder.normalization) if sources else None
         return _Decoding(latents, source, coder, config)
 
-    work_through(plan(inputs, make, run, ranks), "decoding", coder, run, ranks, console)
+    work_through(plan(inputs, make, run, ranks, console), "decoding", coder, run, ranks, console)
+
+
+def _in_folder(pattern: str) -> str:
+    """A pattern of the files of latents in a folder; other patterns as they are."""
+    folder = Path(pattern).expanduser()
+    return f"{glob.escape(str(folder))}/*.latents.*" if folder.is_dir() and not is_zarr(folder) else pattern
 
 
 class LatentsFile:
@@ -74,8 +82,7 @@ class LatentsFile:
         coder: the network.
 
     Attributes:
-        attributes: of the whole.
-        layout: of the source.
+        attributes: those of the whole that are needed.
         shape: (ny, nx, C) of the scene.
 
     Raises:
@@ -85,34 +92,34 @@ class LatentsFile:
     def __init__(self, path: Path, coder: Coder) -> None:
         self.path = path
         check_file(path)
-        if path.is_dir() and not is_zarr(path):
-            raise InputError(f"{path}: a folder that is no Zarr group; give files of `spectralvae encode`")
-        container = open_container(path)
-        try:
+        arguments = {"radiance": "latent", "patterns": ["*"]}
+        guard.try_out(path, arguments, f"{check_source.__module__}:{check_source.__name__}")
+        with closing(open_container(path)) as container:
             self._check(container, coder)
-        finally:
-            container.close()
 
     def _check(self, container: Container, coder: Coder) -> None:
         path = self.path
         with damage_named(path):
-            self.attributes: Mapping[str, Any] = container.attributes("")
-            found = {v.name: v for v in container.variables()}
-        lacks = [name for name in ("latent", "valid") if name not in found]
-        if lacks or "spectralvae_latents" not in self.attributes:
-            raise InputError(f"{path}: is no file of `spectralvae encode`: it lacks {', '.join(lacks) or 'its mark'}")
-        for name in ("latent", "valid"):
-            container.check(name)
-        check_latents(str(path), self.attributes, found["latent"].shape[0], coder)
-        self.layout: Layout = read_layout(container)
-        self.shape = ny, nx, nc = self.layout.shape
-        s = coder.scale
-        expected = {"latent": (coder.model.embed_dim, -(-ny // s), -(-nx // s)), "valid": (ny, nx, nc)}
+            attributes = container.attributes("")
+            shapes = {variable.name: variable.shape for variable in container.variables()}
+        lacks = [name for name in ("latent", "valid") if len(shapes.get(name, ())) != 3]
+        lacks += [name for name in _ATTRIBUTES if name not in attributes]
+        if lacks:
+            raise InputError(
+                f"{path}: is no file of `spectralvae encode`, for it lacks {', '.join(lacks)}; give NAME.latents.nc or "
+                "NAME.latents.zarr"
+            )
+        # No more is kept, for of many files it would fill the memory.
+        self.attributes: Mapping[str, Any] = {name: attributes[name] for name in _ATTRIBUTES}
+        check_latents(str(path), attributes, shapes["latent"][0], coder)
+        self.shape = ny, nx, nc = read_layout(container).shape
+        s, n_channels = coder.scale, coder.normalization.n_channels
+        expected = {"latent": (coder.model.embed_dim, -(-ny // s), -(-nx // s)), "valid": (ny, nx, n_channels)}
         for name, shape in expected.items():
-            if found[name].shape != shape or nc != coder.normalization.n_channels:
+            if shapes[name] != shape or nc != n_channels:
                 raise InputError(
-                    f"{path}: {name} has shape {found[name].shape}; a scene of {ny} x {nx} pixels and "
-                    f"{coder.normalization.n_channels} channels needs {shape}"
+                    f"{path}: {name} has shape {shapes[name]}; a scene of {ny} x {nx} pixels and {nc} channels needs "
+                    f"{shape} with this model"
                 )
 
     def open(self) -> Container:
@@ -120,20 +127,40 @@ class LatentsFile:
         return open_container(self.path)
 
 
-def open_source(path: Path, latents: LatentsFile, normalization: Normalization) -> Scene:
-    """Open the scene that latents were made from.
+def open_source(sources: Sequence[Path], latents: LatentsFile, normalization: Normalization) -> Scene:
+    """Open the scene that latents were made from, as far as its name tells.
+
+    Raises:
+        ConfigError: no file has that name, or several have.
+        InputError: it is not a scene that the model is for.
+    """
+    name = latents.attributes["source"]
+    found = list({path.resolve(): path for path in sources if path.name == name}.values())
+    if not found:
+        raise ConfigError(
+            f"sources: none of them is {name}, from which {latents.path} was made: add it, or leave `sources` out"
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"sources: {found[0]} and {found[1]} are both named {name}: give the one that {latents.path} was made from"
+        )
+    with damage_named(latents.path):
+        given = InputSpec(path=str(found[0]), **json.loads(latents.attributes["source_arguments"]))
+    return open_scene_for(found[0], given, normalization)
+
+
+def check_identity(scene: Scene, latents: LatentsFile) -> None:
+    """Check that latents were made from a scene; all of its file is read.
 
     Raises:
         InputError: it is another file.
     """
-    given = json.loads(latents.attributes["source_arguments"])
-    scene = open_scene_for(path, InputSpec(path=str(path), **given), normalization)
-    if (found := scene.sha256()) != latents.attributes["source_sha256"]:
+    found, expected = scene.sha256(), latents.attributes["source_sha256"]
+    if found != expected:
         raise InputError(
-            f"{path}: is not the file that {latents.path} was made from: its SHA-256 is {found[:16]}..., that file's "
-            f"was {latents.attributes['source_sha256'][:16]}..."
+            f"{scene.path}: is not the file that {latents.path} was made from: its SHA-256 is {found[:16]}..., that "
+            f"file's was {expected[:16]}...: give that one as one of `sources`, or leave these out"
         )
-    return scene
 
 
 @dataclass(frozen=True)
@@ -164,48 +191,64 @@ class _Decoding:
         return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
     @property
+    def notes(self) -> Sequence[str]:
+        return ()
+
+    @property
     def n_pixels(self) -> int:
         ny, nx, _ = self.latents.shape
         return ny * nx
 
     def do(self, advance: Advance) -> dict[str, Any]:
-        ny, nx, _ = self.latents.shape
-        facts = {"latents": str(self.latents.path), "text": f"radiance {' x '.join(map(str, self.latents.shape))}"}
+        facts: dict[str, Any] = {"text": f"radiance {' x '.join(map(str, self.latents.shape))}"}
         with ExitStack() as stack:
-            container = self.latents.open()
-            stack.callback(container.close)
+            container = stack.enter_context(closing(self.latents.open()))
+            layout = read_layout(container)
             comparison = None
             if self.scene:
+                check_identity(self.scene, self.latents)
                 stack.enter_context(self.scene)
                 comparison = Comparison(self.scene, self.coder.normalization)
-
-            def read(rows: slice, columns: slice) -> Float32:
-                with damage_named(self.latents.path):
-                    part = container.read("latent", (slice(None), rows, columns))
-                values = np.moveaxis(part, 0, -1).astype(np.float32)
-                if not np.isfinite(values).all():
-                    raise InputError(f"{self.latents.path}: latent holds values that are not finite: it is damaged")
-                return values
-
-            def valid(rows: slice, columns: slice) -> NDArray[np.bool_]:
-                with damage_named(self.latents.path):
-                    return np.asarray(container.read("valid", (rows, columns, slice(None))) == 1)
-
-            with new_scene(
-                self.result, self.latents.layout, self._attributes(), self.scene, self.config.carry_over
-            ) as put:
-                for rows, columns, radiance, z in stream_radiance(read, valid, (ny, nx), self.coder):
-                    put(rows, columns, radiance)
-                    if comparison:
-                        comparison.add(rows, columns, z)
-                    advance(radiance.shape[0] * radiance.shape[1])
-        if comparison:
-            figure = self.config.output_dir / "figures" / f"{self._name}.png"
-            figure.parent.mkdir(exist_ok=True)
-            save_figure(comparison.draw(self._name), figure)
-            facts |= comparison.facts()
-            facts["text"] += f", MSE in z {facts['z_mse']:.4g}; {figure}"
+            carried = self.scene if self.config.carry_over else None
+            put = stack.enter_context(
+                new_scene(self.result, layout, self._attributes(), carried, self.config.carry_over)
+            )
+            for rows, columns, radiance, z in self._radiance(container):
+                put(rows, columns, radiance)
+                if comparison:
+                    comparison.add(rows, columns, z)
+                advance(radiance.shape[0] * radiance.shape[1])
+            if comparison:  # before the file has its name, with which all of it is done
+                facts |= comparison.facts()
+                facts["text"] += self._drawn(comparison)
         return facts
+
+    def _radiance(self, container: Container) -> Iterator[tuple[slice, slice, Float32, Float32]]:
+        """As `stream_radiance`."""
+        path = self.latents.path
+
+        def read(rows: slice, columns: slice) -> Float32:
+            with damage_named(path):
+                part = container.read("latent", (slice(None), rows, columns))
+                values = np.moveaxis(part, 0, -1).astype(np.float32)
+            if not np.isfinite(values).all():
+                raise InputError(f"{path}: latent holds values that are not finite, so it is damaged; encode it again")
+            return values
+
+        def valid(rows: slice, columns: slice) -> NDArray[np.bool_]:
+            with damage_named(path):
+                return np.asarray(container.read("valid", (rows, columns, slice(None))) == 1)
+
+        ny, nx, _ = self.latents.shape
+        return stream_radiance(read, valid, (ny, nx), self.coder)
+
+    def _drawn(self, comparison: Comparison) -> str:
+        """Save the figure; returns what is said of it."""
+        figure = self.config.output_dir / "figures" / f"{self._name}.png"
+        figure.parent.mkdir(exist_ok=True)
+        save_figure(comparison.draw(self._name), figure)
+        mse = comparison.facts()["z_mse"]
+        return f", MSE in z {mse:.4g}; {figure}" if mse is not None else f", nothing valid to compare; {figure}"
 
     def _attributes(self) -> dict[str, Any]:
         """What tells that this is no measurement."""

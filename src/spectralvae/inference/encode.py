@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from spectralvae import __version__
 from spectralvae.config import EncodeConfig, InputSpec
-from spectralvae.console import warn
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.plan import expand, open_input
-from spectralvae.errors import InputError
+from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference.coder import Coder
 from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
 from spectralvae.inference.latents import VARIABLES, Contents, check_scene, contents, stream_latents
 from spectralvae.inference.layout import layout_of, write_layout
-from spectralvae.inference.writers import Writer, new_file
+from spectralvae.inference.writer_base import Writer, row_chunks
+from spectralvae.inference.writers import new_file
 from spectralvae.readers import Scene
 from spectralvae.rundir import RunDir
 from spectralvae.training.distributed import Ranks
@@ -53,24 +51,31 @@ def encode(config: EncodeConfig, run: RunDir | None, ranks: Ranks, console: Cons
         scene = open_scene_for(path, spec, coder.normalization)
         with scene:
             check_scene(str(path), scene, coder.normalization)
-        for note in scene.notes:
-            warn(console, f"{path}: {note}")
-        return _Encoding(scene, spec, coder, config, console)
+        return _Encoding(scene, spec, coder, config)
 
-    work_through(plan(inputs, make, run, ranks), "encoding", coder, run, ranks, console)
+    work_through(plan(inputs, make, run, ranks, console), "encoding", coder, run, ranks, console)
 
 
 def open_scene_for(path: Path, spec: InputSpec, normalization: Normalization) -> Scene:
     """Open a scene as the model's training saw such: of TEMPO its band, with its quality flags.
 
     Raises:
-        InputError, ConfigError: as `open_reader`.
+        InputError, ConfigError: as `open_reader`; it is a file of latents, or one of TEMPO without that band.
     """
+    if path.name.endswith(tuple(SUFFIXES.values())):
+        raise InputError(
+            f"{path}: is a file of latents, which `decode` takes; give scenes only, by another glob perhaps"
+        )
     scene = open_input(path, spec, spec.region, band=None, flag_bits=None)
     band, flag_bits = normalization.band, normalization.flag_bits
     if scene.format != "tempo" or (band in (None, scene.band) and flag_bits is None):
         return scene
-    return open_input(path, spec, spec.region, band=band, flag_bits=flag_bits)
+    try:
+        return open_input(path, spec, spec.region, band=band, flag_bits=flag_bits)
+    except ConfigError:  # without that band; the wavelengths that it has say more than a name
+        with scene:
+            check_scene(str(path), scene, normalization)
+        raise
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,6 @@ class _Encoding:
     spec: InputSpec
     coder: Coder
     config: EncodeConfig
-    console: Console
 
     @property
     def result(self) -> Path:
@@ -99,32 +103,41 @@ class _Encoding:
     def n_pixels(self) -> int:
         return self.scene.shape[0] * self.scene.shape[1]
 
+    @property
+    def notes(self) -> Sequence[str]:
+        return self.scene.notes
+
     def do(self, advance: Advance) -> dict[str, Any]:
         scene, config = self.scene, self.config
-        with scene, new_file(self.result, config.format) as writer:
-            will_be = contents(scene, self.coder, config.log_variance, self._attributes())
-            create(writer, will_be)
-            write_layout(writer, layout_of(scene))
-
-            def write(name: str, part: tuple[slice, ...], values: NDArray[Any]) -> None:
-                writer.write(name, part, values)
-
-            counts = stream_latents(scene, self.coder, config.log_variance, write, advance)
-            n_samples = int(np.prod(scene.shape))
-            n_valid = counts.pop("valid")
-            if not n_valid and config.all_invalid == "refuse":
-                rules = ", ".join(f"{rule} {n}" for rule, n in counts.items() if n)
-                raise InputError(
-                    f"{scene.path}: none of its {n_samples} samples is valid ({rules}): leave the file out, or set "
-                    "all_invalid: leave_out"
-                )
-        facts = {"source": str(scene.path), "n_samples": n_samples, "n_valid": n_valid, "invalid": counts}
-        if not n_valid:
-            shutil.rmtree(self.result) if self.result.is_dir() else self.result.unlink()
-            warn(self.console, f"{scene.path}: left out, for it has no valid sample")
-            return {**facts, "text": "left out"}
+        counts: dict[str, int] = {}
+        try:
+            with scene, new_file(self.result, config.format) as writer:
+                will_be = contents(scene, self.coder, config.log_variance, self._attributes())
+                create(writer, will_be)
+                write_layout(writer, layout_of(scene))
+                counts = stream_latents(scene, self.coder, config.log_variance, writer.write, advance)
+                n_valid = counts.pop("valid")
+                if not n_valid:
+                    raise _NothingValidError
+        except _NothingValidError:
+            return self._left_out(counts)
+        n_samples = int(np.prod(scene.shape))
         grid = " x ".join(str(will_be.sizes[dim]) for dim in ("latent_channel", "y", "x"))
-        return {**facts, "text": f"latents {grid}, {n_valid / n_samples:.1%} of the samples valid"}
+        return {
+            "text": f"latents {grid}, {n_valid / n_samples:.1%} of the samples valid",
+            "n_samples": n_samples,
+            "n_valid": n_valid,
+            "invalid": counts,
+        }
+
+    def _left_out(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """What is said of a scene without any valid sample."""
+        n_samples = int(np.prod(self.scene.shape))
+        rules = ", ".join(f"{rule} {n}" for rule, n in counts.items() if n)
+        why = f"none of its {n_samples} samples is valid ({rules})"
+        if self.config.all_invalid == "refuse":
+            raise InputError(f"{self.scene.path}: {why}: leave the file out, or set all_invalid: leave_out")
+        return {"left_out": why, "n_samples": n_samples, "n_valid": 0, "invalid": counts}
 
     def _attributes(self) -> dict[str, Any]:
         """Where the latents come from."""
@@ -143,6 +156,10 @@ class _Encoding:
         return {key: value for key, value in facts.items() if value is not None}
 
 
+class _NothingValidError(Exception):
+    """Leaves the block in which a file is written, so that there is none."""
+
+
 def create(writer: Writer, will_be: Contents) -> None:
     """Make all variables of a file of latents, and write those that are known."""
     writer.group("", will_be.attributes)
@@ -153,4 +170,8 @@ def create(writer: Writer, will_be: Contents) -> None:
             continue
         dims, dtype, attributes = will_be.layout(name)
         fill = np.float32(np.nan) if dtype == "f4" else None
-        writer.create(name, dims, dtype, attributes, fill=fill, values=will_be.small.get(name))
+        chunks = None
+        if name in will_be.streamed:
+            row = 1 if dims[0] == "latent_channel" else 0
+            chunks = row_chunks(will_be.shape(name), np.dtype(dtype).itemsize, row, row + 1)
+        writer.create(name, dims, dtype, attributes, fill=fill, chunks=chunks, values=will_be.small.get(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,14 +11,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from rich.console import Console
 
+from spectralvae.artifact import weights_sha256
 from spectralvae.config import InferenceConfig
-from spectralvae.console import new_progress
+from spectralvae.console import new_console, new_progress, warn
 from spectralvae.errors import ConfigError
 from spectralvae.inference.coder import Coder
 from spectralvae.inference.loading import load_artifact
-from spectralvae.rundir import RunDir
+from spectralvae.rundir import RunDir, write_atomic
 from spectralvae.signals import stop_at_once
 from spectralvae.training.device import choose_device, peak_memory
 from spectralvae.training.distributed import Ranks
@@ -26,12 +29,15 @@ from spectralvae.training.distributed import Ranks
 # noticed at once.
 LONGEST_WAIT = 24 * 3600.0
 
+_PREFIX = ".files-"
+
 T = TypeVar("T")
 Advance = Callable[[int], None]  # called with the number of pixels that are done
+Facts = dict[str, dict[str, Any]]  # of the files that are done, by their names
 
 
 class Job(Protocol):
-    """A file to be made: all that can be checked beforehand was checked when the job was made."""
+    """A file to be made: all that can be checked without reading it whole was checked when the job was made."""
 
     @property
     def result(self) -> Path:
@@ -49,10 +55,18 @@ class Job(Protocol):
         ...
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know of the source, a sentence each."""
+        ...
+
+    @property
     def n_pixels(self) -> int: ...
 
     def do(self, advance: Advance) -> dict[str, Any]:
-        """Make it; returns facts for run.json, with `text` for people."""
+        """Make it; returns facts for run.json, with `text` for people.
+
+        Where there is nothing to be made of the source, `left_out` tells why.
+        """
         ...
 
 
@@ -65,19 +79,30 @@ def open_coder(config: InferenceConfig, run: RunDir | None, ranks: Ranks, consol
     """The network that a config names, on its device.
 
     Raises:
-        InputError, ConfigError: it cannot be used on scenes.
+        InputError, ConfigError: it cannot be used on scenes, or is not the one that the files there were made with.
     """
     if run:
         run.refuse_inside("model", config.model)
     artifact = load_artifact(config.model)
     step = "" if artifact.step is None else f", step {artifact.step}"
     console.print(f"model: {artifact.path}{step}")
+    ours = weights_sha256(artifact.model)
+    theirs = run.record.get("model_sha256", ours) if run and run.resuming else ours
+    if theirs != ours:
+        raise ConfigError(
+            f"model: {artifact.path} (SHA-256 of its weights {ours[:16]}...) is not the one that {config.output_dir} "
+            f"was begun with ({theirs[:16]}...): name that one, or start afresh with --overwrite"
+        )
     device = choose_device(config.device, ranks, console, key="device")
     return Coder(artifact, device, overlap=config.overlap, batch_size=config.batch_size)
 
 
 def plan(
-    inputs: Sequence[tuple[Path, T]], make: Callable[[Path, T], Job], run: RunDir | None, ranks: Ranks
+    inputs: Sequence[tuple[Path, T]],
+    make: Callable[[Path, T], Job],
+    run: RunDir | None,
+    ranks: Ranks,
+    console: Console,
 ) -> list[Job]:
     """Open this process's share of the inputs; of each, everything is checked that needs no computing.
 
@@ -86,25 +111,30 @@ def plan(
         make: opens one.
         run: the output directory; None in all processes but the first.
         ranks: the processes.
+        console: where to print.
 
     Raises:
         ConfigError, InputError: an input will not do.
     """
     jobs = []
     with ranks.together(), new_progress(quiet=not ranks.leads) as progress:
+        if run:
+            for path, _ in inputs:
+                run.refuse_inside("inputs", path)
         task = progress.add_task("opening the inputs", total=len(inputs[ranks.rank :: ranks.world_size]))
         for path, extra in inputs[ranks.rank :: ranks.world_size]:
-            if run:
-                run.refuse_inside("inputs", path)
             jobs.append(make(path, extra))
             progress.advance(task)
     seen: dict[str, str] = {}
-    for result, source in chain.from_iterable(ranks.gather([(job.result.name, str(job.source)) for job in jobs])):
+    mine = [(job.result.name, str(job.source), tuple(job.notes)) for job in jobs]
+    for result, source, notes in chain.from_iterable(ranks.gather(mine)):
         if result in seen:
             raise ConfigError(
                 f"inputs: {seen[result]} and {source} would both give {result}: leave one out or rename it"
             )
         seen[result] = source
+        for note in notes:
+            warn(console, f"{source}: {note}")
     return jobs
 
 
@@ -124,30 +154,88 @@ def work_through(
     Raises:
         ConfigError: a source has changed since its result was made.
         InputError: a source cannot be read, or holds nothing.
+        PeerError: so it was for another process.
     """
     with stop_at_once(), ExitStack() as stack:
         with ranks.together():
             if run:
                 stack.enter_context(run)
-        left = [job for job in jobs if not _is_done(job)]
-        if len(left) < len(jobs):
-            console.print(f"{len(jobs) - len(left)} of {len(jobs)} files are done already")
-        facts: dict[str, Any] = {}
-        with new_progress(quiet=not ranks.leads) as progress:
-            task = progress.add_task(f"{text} (pixels)", total=sum(job.n_pixels for job in left))
-            for job in left:
-                begun = time.monotonic()
-                found = job.do(partial(progress.advance, task))
-                seconds, memory = time.monotonic() - begun, peak_memory(coder.device) / 1e9
-                console.print(f"{job.result}: {found.pop('text')}; {seconds:.1f} s")
-                facts[job.result.name] = {**found, "seconds": round(seconds, 2), "peak_memory_gb": round(memory, 2)}
-                if run:
-                    run.note(files={**run.record.get("files", {}), **facts})
-        everything = ranks.gather(facts)
+                _take_over(run, coder)
+        with ranks.together():  # a block of its own, for the first process may have cleared the directory just now
+            left = [job for job in jobs if not _is_done(job)]
+        n_files, n_left = ranks.sum(np.array([len(jobs), len(left)], np.float64))
+        if n_left < n_files:
+            console.print(f"{n_files - n_left:.0f} of {n_files:.0f} files are done already")
+        facts: Facts = {}
+        with ranks.together():
+            try:
+                _do_all(left, text, coder, facts, run, ranks, console)
+            except Exception as error:
+                if ranks.world_size > 1:  # it may take long until all leave the block
+                    new_console().print(f"process {ranks.rank}: {error}; it waits for the others to do their files")
+                raise
+        everything = ranks.gather(({job.result.name: str(job.source) for job in jobs}, facts))
         if run:
-            run.note(
-                files={**run.record.get("files", {}), **{name: f for part in everything for name, f in part.items()}}
-            )
+            _conclude(run, everything, console)
+        elif facts:
+            _beside(left[0], ranks).unlink()
+
+
+def _do_all(
+    left: Sequence[Job], text: str, coder: Coder, facts: Facts, run: RunDir | None, ranks: Ranks, console: Console
+) -> None:
+    """Make the files that are left to this process; `facts` are added to as each is done."""
+    with new_progress(quiet=not ranks.leads) as progress:
+        task = progress.add_task(f"{text} (pixels)", total=sum(job.n_pixels for job in left))
+        for job in left:
+            begun = time.monotonic()
+            found = job.do(partial(progress.advance, task))
+            seconds, memory = time.monotonic() - begun, peak_memory(coder.device) / 1e9
+            if "left_out" in found:
+                warn(console, f"{job.source}: left out: {found['left_out']}")
+            else:
+                console.print(f"{job.result}: {found.pop('text')}; {seconds:.1f} s")
+            facts[job.result.name] = {
+                "source": str(job.source),
+                **found,
+                "seconds": round(seconds, 2),
+                "peak_memory_gb": round(memory, 2),
+            }
+            if run:
+                run.note(files={**run.record["files"], **facts})
+            else:
+                write_atomic(_beside(job, ranks), json.dumps(facts))
+
+
+def _beside(job: Job, ranks: Ranks) -> Path:
+    """Where a process that must not write run.json keeps what belongs there, lest a stop should cost it."""
+    return job.result.with_name(f"{_PREFIX}{ranks.rank}.json")
+
+
+def _take_over(run: RunDir, coder: Coder) -> None:
+    """Put into run.json what other processes have left, and which model it is."""
+    files: Facts = dict(run.record.get("files", {}))
+    others = sorted(run.path.glob(f"{_PREFIX}*.json"))
+    for path in others:
+        files |= json.loads(path.read_text())
+    run.note(model_sha256=weights_sha256(coder.model), files=files)
+    for path in others:
+        path.unlink()
+
+
+def _conclude(run: RunDir, everything: Sequence[tuple[dict[str, str], Facts]], console: Console) -> None:
+    """Put into run.json what all processes have done, and say what the others could not."""
+    files: Facts = run.record["files"]
+    for rank, (sources, facts) in enumerate(everything):
+        for name, source in sources.items():
+            # Nothing more is known where a process was killed right after it had made the file.
+            files[name] = facts.get(name) or files.get(name) or {"source": source}
+            if rank and "left_out" in facts.get(name, {}):
+                warn(console, f"{source}: left out: {facts[name]['left_out']}")
+    run.note(files=files)
+    n_left_out = sum("left_out" in files[name] for sources, _ in everything for name in sources)
+    n_files = sum(len(sources) for sources, _ in everything) - n_left_out
+    console.print(f"{run.path}: {n_files} files" + (f", {n_left_out} left out" if n_left_out else ""))
 
 
 def _is_done(job: Job) -> bool:

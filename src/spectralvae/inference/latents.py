@@ -59,14 +59,15 @@ def check_scene(name: str, source: Source, normalization: Normalization) -> None
     if n_channels != normalization.n_channels:
         raise InputError(
             f"{name}: has {n_channels} channels, but the model takes {normalization.n_channels} "
-            f"({span(normalization.wavelength)})"
+            f"({span(normalization.wavelength)}); give scenes like those it was trained on"
         )
     found = channel_means(name, source.wavelength)
     worst, limit = wavelength_gap(found, normalization.wavelength)
     if worst > limit:
         raise InputError(
             f"{name}: its wavelengths ({span(found)}) differ by up to {worst:.3f} nm from those of the training "
-            f"({span(normalization.wavelength)}); at most one channel ({limit:.3f} nm) is allowed"
+            f"({span(normalization.wavelength)}); at most one channel ({limit:.3f} nm) is allowed: give scenes of that "
+            "band, or a model of this one"
         )
     if normalization.max_solar_zenith is not None and "solar_zenith_angle" not in source.coordinates():
         raise InputError(
@@ -116,7 +117,7 @@ _POSTERIOR = "of the posterior of the latents"
 
 # name -> dimensions, dtype, attributes
 VARIABLES: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
-    "latent": (("latent_channel", *GRID), "f4", {"long_name": f"mean {_POSTERIOR}", "units": "1"}),
+    "latent": (("latent_channel", *GRID), "f4", {"long_name": "latent", "comment": f"mean {_POSTERIOR}", "units": "1"}),
     "log_variance": (
         ("latent_channel", *GRID),
         "f4",
@@ -138,12 +139,12 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "latitude": (
         GRID,
         "f4",
-        {"standard_name": "latitude", "long_name": "latitude of the middle of the cell", "units": "degrees_north"},
+        {"standard_name": "latitude", "long_name": "latitude", "units": "degrees_north"},
     ),
     "longitude": (
         GRID,
         "f4",
-        {"standard_name": "longitude", "long_name": "longitude of the middle of the cell", "units": "degrees_east"},
+        {"standard_name": "longitude", "long_name": "longitude", "units": "degrees_east"},
     ),
     "time": (
         ("y",),
@@ -159,7 +160,8 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "mean": (("channel",), "f8", {"long_name": "mean in the normalisation of the model"}),
     "std": (("channel",), "f8", {"long_name": "standard deviation in the normalisation of the model"}),
 }
-COORDINATES = ("y", "x", *GEOLOCATION, "time", "wavelength")
+AUXILIARY = (*GEOLOCATION, "time", "wavelength")  # coordinates that are no dimensions
+COORDINATES = ("y", "x", *AUXILIARY)
 STREAMED = ("latent", "log_variance", "valid_fraction", "valid")
 
 
@@ -181,12 +183,15 @@ class Contents:
 
     def layout(self, name: str) -> tuple[tuple[str, ...], str, dict[str, Any]]:
         """Dimensions, dtype and attributes of a variable."""
-        dims, dtype, attributes = VARIABLES[name]
-        if name == "wavelength":
-            dims = PIXELS[-self.small[name].ndim :]
-        if dims[-2:] == GRID and name not in GEOLOCATION and "latitude" in self.small:
-            attributes = {**attributes, "coordinates": " ".join(GEOLOCATION)}
+        _, dtype, attributes = VARIABLES[name]
+        dims = self._dims(name)
+        theirs = [other for other in AUXILIARY if other in self.small and set(self._dims(other)) <= set(dims)]
+        if theirs and name not in COORDINATES:
+            attributes = {**attributes, "coordinates": " ".join(theirs)}
         return dims, dtype, attributes
+
+    def _dims(self, name: str) -> tuple[str, ...]:
+        return PIXELS[-self.small[name].ndim :] if name == "wavelength" else VARIABLES[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a variable."""
@@ -331,7 +336,8 @@ def check_latents(name: str, attributes: Mapping[str, Any], n_latents: int, code
     ours, theirs = weights_sha256(coder.model), attributes.get("model_sha256", "")
     if theirs and theirs != ours:
         raise InputError(
-            f"{name}: was encoded by another model (SHA-256 of its weights {theirs[:16]}..., of this {ours[:16]}...)"
+            f"{name}: was encoded by another model (SHA-256 of its weights {theirs[:16]}..., of this {ours[:16]}...): "
+            "decode it with that one"
         )
 
 

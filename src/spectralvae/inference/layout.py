@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference.source import Source, Stored
-from spectralvae.inference.writers import Writer, join, new_file, row_chunks
+from spectralvae.inference.writer_base import Writer, join, row_chunks
+from spectralvae.inference.writers import new_file
 from spectralvae.readers.base import UNDECLARED_FILLS, Scene, damage_named
 from spectralvae.readers.containers import Container
 from spectralvae.readers.dataset import ATTRIBUTES
@@ -129,9 +130,8 @@ def _decoded(name: str, dims: tuple[str, ...], values: NDArray[Any], place: str 
     """A variable of what a scene reads: in its units, NaN where invalid."""
     units = {"units": "seconds since 1970-01-01T00:00:00Z"} if name == "time" else {}
     values = values.astype(values.dtype.newbyteorder("="))
-    return Stored(
-        place or name, dims, values.dtype.str[1:], ATTRIBUTES[name] | units, values.dtype.type(np.nan), values
-    )
+    fill = values.dtype.type(np.nan) if np.isnan(values).any() else None
+    return Stored(place or name, dims, values.dtype.str[1:], ATTRIBUTES[name] | units, fill, values)
 
 
 def write_layout(writer: Writer, layout: Layout) -> None:
@@ -275,7 +275,7 @@ def _encode(value: Any) -> dict[str, Any]:
 
 def _decode(value: dict[str, Any]) -> Any:
     if value.keys() == {"@bytes"}:
-        return value["@bytes"].encode("latin-1")
+        return np.bytes_(value["@bytes"].encode("latin-1"))
     if value.keys() == {"@empty"}:
         return h5py.Empty(np.dtype(value["@empty"]))
     if value.keys() == {"@dtype", "@values"}:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.inference.writers import Writer, attribute, home_of, join, row_chunks, stored_dtype
+from spectralvae.inference.writer_base import Writer, attribute, home_of, join, row_chunks, stored_dtype
 from spectralvae.readers import guard
 from spectralvae.readers.base import Scene, damage_named
 from spectralvae.readers.containers import Variable, open_container
@@ -82,6 +82,10 @@ class Source:
         with damage_named(self.path):
             self._container = open_container(self.path)
             self.variables = {variable.name: variable for variable in self._container.variables()}
+        for place in self.places.values():
+            if place.name not in self.variables:
+                self._container.close()
+                raise InputError(f"{self.path}: {place.name} is a second name (link) of a variable; copy it to there")
         stored = self.variables[self.radiance]
         self.axes = self.places["radiance"].axes
         self._axis = {role: (stored.dims[i], stored.shape[i], stored.homes[i]) for i, role in enumerate(self.axes)}
@@ -151,7 +155,10 @@ class Source:
         variable = self.variables[place]
         dtype = stored_dtype(variable.dtype)
         if dtype is None:
-            raise InputError(f"{self.path}: {place} holds {variable.dtype}, for which netCDF-4 has no type; remove it")
+            raise InputError(
+                f"{self.path}: {place} holds {variable.dtype}, for which netCDF-4 has no type; name only others in"
+                " carry_over"
+            )
         attributes = self.attributes(place)
         fill = _fill(attributes.pop("_FillValue", None), dtype)
         return Stored(place, tuple(self._homes(variable)), dtype, attributes, fill)
@@ -217,8 +224,9 @@ def check_source(path: Path, radiance: str, patterns: Sequence[str]) -> None:
         variables = {variable.name: variable for variable in container.variables()}
         for place in ("", *container.groups(), *variables):
             container.attributes(place)
+        homes = variables[radiance].homes if radiance in variables else ()
         for place in variables:
-            if place in variables[radiance].homes or _matches(place, patterns):
+            if (place in homes or _matches(place, patterns)) and stored_dtype(variables[place].dtype) is not None:
                 container.check(place)
 
 

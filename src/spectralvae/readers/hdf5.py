@@ -222,7 +222,7 @@ def pack_chunk(chunk: NDArray[Any], level: int) -> bytes:
         level: Of deflate.
     """
     planes = np.ascontiguousarray(chunk).view(np.uint8).reshape(-1, chunk.itemsize).T
-    content = zlib.compress(np.ascontiguousarray(planes), level)
+    content = zlib.compress(planes.tobytes(), level)
     first, second = _fletcher32(np.frombuffer(content, dtype=np.uint8))
     return content + (second << 16 | first).to_bytes(_CHECKSUM_BYTES, "little")
 
