@@ -23,9 +23,12 @@ from spectralvae.readers.packing import text
 class TestContainers:
     @EVERY_KIND
     def test_places(self, tmp_path: Path, kind: str) -> None:
-        path = write(tmp_path, kind, scene_variables(dims=("channel", "x", "y")) | {
-            "latitude": (("x", "y"), np.zeros((NX, NY)), {}), "time": (("y",), np.zeros(NY), {"units": "s since 2000-01-01"}),
-        })  # fmt: skip
+        variables = {
+            **scene_variables(dims=("channel", "x", "y")),
+            "latitude": (("x", "y"), np.zeros((NX, NY)), {}),
+            "time": (("y",), np.zeros(NY), {"units": "seconds since 2000-01-01"}),
+        }
+        path = write(tmp_path, kind, variables)
         assert open_reader(path).places == {
             "radiance": Place("cube", ("channel", "x", "y")),
             "wavelength": Place("wavelength", ("channel",)),
@@ -116,8 +119,13 @@ class TestContainers:
     @pytest.mark.parametrize("kind", ["netcdf4", "zarr3"])
     def test_texts(self, tmp_path: Path, kind: str) -> None:
         path = tmp_path / KINDS[kind]
-        dataset = xr.Dataset({"v": ("n", np.array(["a", "", "ü"], dtype=object)), "s": ((), "one")})
-        dataset.to_netcdf(path, engine="h5netcdf") if kind == "netcdf4" else dataset.to_zarr(path, consolidated=False)
+        values = np.array(["a", "", "ü"], dtype=object)
+        if kind == "netcdf4":
+            xr.Dataset({"v": ("n", values), "s": ((), "one")}).to_netcdf(path, engine="h5netcdf")
+        else:
+            config = {"write_empty_chunks": True}
+            zarr.create_array(path, name="v", shape=(3,), dtype=str, config=config)[...] = values
+            zarr.create_array(path, name="s", shape=(), dtype=str, config=config)[...] = "one"
         with closing(open_container(path)) as container:
             container.check("v")
             assert container.read("v", (slice(1, 3),)).tolist() == ["", "ü"]

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
+from inferring import granule, write_config
 
 from spectralvae.cli import run
 from spectralvae.data.store import Store, scene_folder, shard_file
 from spectralvae.data.verify import verify_store
 from spectralvae.errors import InputError
 from tests.preparing import name, radiance, run_prepare
-from tests.tiny import flip, tiny_latents, tiny_provenance, write_tiny
+from tests.tiny import N_CHANNELS, flip, tiny_latents, tiny_provenance, write_tiny
 
 WriteGranule = Callable[..., Path]
 
@@ -189,3 +191,22 @@ def test_what_is_none_of_these(tmp_path: Path, capsys: pytest.CaptureFixture[str
         error = capsys.readouterr().err
         assert str(path) in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["netcdf", "zarr"])
+def test_latents(kind: str, tmp_path: Path, write_granule: WriteGranule, capsys: pytest.CaptureFixture[str]) -> None:
+    model, path = write_tiny(tmp_path / "model"), tmp_path / "TEMPO_RAD_L1_V03_20240601T150000Z_S006G01.nc"
+    granule(write_granule, path, 9, 7)
+    config = write_config(tmp_path / "encode.yaml", tmp_path / "latents", model, [path], format=kind)
+    assert run(["encode", str(config)]) == 0
+    (latents,) = (tmp_path / "latents").glob("*.latents.*")
+
+    found = facts(capsys, latents, "--verify")
+
+    assert found["kind"] == "latents" and found["source"] == path.name
+    assert found["model_sha256"] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert (found["latent_channels"], found["grid"], found["scene"]) == (3, [5, 4], [9, 7, N_CHANNELS])
+    with xr.open_dataset(path, group="band_290_490_nm") as source:
+        valid = source.radiance.notnull() & (source.radiance >= 1.5)
+        assert found["valid_fraction"] == pytest.approx(float(valid.mean()))
+    assert found["problems"] == []

@@ -52,8 +52,8 @@ class DecodeConfig(InferenceConfig):
     inputs: list[Text] = Field(min_length=1, description="files of `encode`: paths or globs")
     sources: list[Text] = Field(
         [],
-        description="the files that were encoded: paths, globs or folders. Where given, each reconstruction is compared "
-        "with its source: errors in run.json, and a figure",
+        description="the files that were encoded: paths, globs or folders. Where given, each reconstruction is "
+        "compared with its source: errors in run.json, and a figure",
     )
     carry_over: list[Text] = Field(
         [],
