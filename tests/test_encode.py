@@ -24,6 +24,7 @@ from tiny import N_CHANNELS, SETTINGS, tiny_model, tiny_normalization, write_tin
 from spectralvae import cli, encode_scene, load_model, open_scene
 from spectralvae.artifact import pack_model, write_folder
 from spectralvae.data.normalize import Normalization
+from spectralvae.inference import writer_base
 from spectralvae.simulate import simulate_granules
 
 BAND, OTHER_BAND = "band_290_490_nm", "band_540_740_nm"
@@ -665,6 +666,24 @@ def test_all_inputs_are_looked_at_before_a_folder_is_cleared(
     assert inside.exists()
 
 
+def test_a_source_of_another_process_that_has_changed(
+    encode: Any, make: Any, runs: Runs, model: Path, tmp_path: Path
+) -> None:
+    """All of them end, and none has gone on with the rest."""
+    inputs = [make(f"{i}.nc", 9, 9, seed=i) for i in range(3)]
+    config = write_config(tmp_path / "run.yaml", tmp_path / "run", model, inputs)
+    cut = runs.start("encode", config, ("at_file", "2.latents.nc", signal.SIGTERM, 0))
+    assert cut.wait() == 75
+    after = (tmp_path / "run/1.latents.nc").stat().st_mtime_ns + 10**9
+    os.utime(inputs[1], ns=(after, after))
+
+    children = runs.start_ranks("encode", config, 2, to_the_end=True)
+
+    assert codes(children) == [1, 2]
+    assert all("1.nc has changed since" in child.errors[0] for child in children)
+    assert names(tmp_path / "run") == {"0.latents.nc", "1.latents.nc", "run.json", "config.yaml"}
+
+
 # --- memory and lines -----------------------------------------------------------------------------
 
 
@@ -688,6 +707,19 @@ def test_memory_does_not_grow_with_a_scene(make: Any, encode: Any) -> None:
 
     assert long.stat().st_size > 4e6  # which all of it would add
     assert after < before + 2e6
+
+
+@pytest.mark.parametrize("kind", ["netcdf", "zarr"])
+def test_a_row_of_cells_is_a_chunk(encode: Any, make: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Else each strip of a long scene would change all chunks that there are."""
+    monkeypatch.setattr(writer_base, "CHUNK_BYTES", 2000)
+    done = encode(make("scene.nc", 40, 30), log_variance=True, format=kind)
+    (path,) = done.folder.glob("*.latents.*")
+
+    with xr.open_dataset(path) as found:
+        chunks = {name: found[name].encoding["chunks" if kind == "zarr" else "chunksizes"] for name in found.variables}
+    assert chunks["latent"] == chunks["log_variance"] == (3, 1, 15)
+    assert chunks["valid"] == (1, 30, N_CHANNELS)
 
 
 def test_what_a_user_reads(encode: Any, make: Any) -> None:

@@ -432,6 +432,16 @@ class TestArrays:
         with pytest.raises(InputError, match=r"a\.zarr: odd has 3 along y, other variables 5, which netCDF-4 cannot"):
             remade(open_reader(path), tmp_path, ["*"])
 
+    def test_dimension_behind_another_of_its_name(self, granule: Path, tmp_path: Path) -> None:
+        with h5py.File(granule, "r+") as file:
+            band = file[BAND]
+            band["deep/w"] = np.zeros(8)
+            band["deep/w"].dims[0].attach_scale(band["spectral_channel"])
+        with pytest.raises(
+            InputError, match=r"deep/w has the dimension band_290_490_nm/spectral_channel, and a nearer"
+        ):
+            remade(open_reader(granule), tmp_path, ["*"])
+
 
 class TestPlain:
     def check(self, tmp_path: Path, path: Path, **given: Any) -> xr.Dataset:

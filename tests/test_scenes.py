@@ -13,6 +13,9 @@ from tiny import N_CHANNELS, tiny_model, tiny_normalization, write_tiny
 
 from spectralvae import decode_scene, encode_scene, load_model, open_scene
 from spectralvae.errors import ConfigError, InputError
+from spectralvae.inference import coder as coder_module
+from spectralvae.inference import latents as latents_module
+from spectralvae.inference import scenes as scenes_module
 from spectralvae.inference.latents import cell_sums, on_grid
 
 WAVELENGTH = tiny_normalization().wavelength
@@ -70,7 +73,8 @@ def test_shapes_and_masks_come_back(model: Any, shape: tuple[int, int]) -> None:
     cells = latents.valid_fraction.values
     y, x = shape[0] - 1, shape[1] - 1
     assert cells[-1, -1] == pytest.approx(valid[y - y % 2 :, x - x % 2 :].mean())
-    np.testing.assert_array_equal(latents.y, np.arange(cells.shape[0]) * 2 + 0.5)
+    rows = np.arange(shape[0])
+    np.testing.assert_array_equal(latents.y, [rows[i : i + 2].mean() for i in rows[::2]])
 
 
 def test_a_scene_with_the_axes_in_another_order_is_the_same_scene(model: Any) -> None:
@@ -236,3 +240,121 @@ def test_the_range_of_the_training_is_the_range_of_the_latents(tmp_path: Path) -
     valid = encode_scene(limited, radiance(8, 8)).valid.values
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(valid, (radiance(8, 8) >= 3) & (radiance(8, 8) <= 5))
+
+
+# --- what people hand in --------------------------------------------------------------------------
+
+
+def test_a_data_array_keeps_its_wavelengths_and_dimensions(model: Any) -> None:
+    scene = dataset(11, 13)
+
+    found = encode_scene(model, scene.radiance.transpose("channel", "y", "x"))
+    np.testing.assert_array_equal(found.latent, encode_scene(model, scene).latent)
+    other = scene.assign_coords(wavelength=("channel", WAVELENGTH + 250))
+    refused(lambda: encode_scene(model, other.radiance), "differ by up to 250")
+
+
+def test_masks_and_fills_are_invalid(model: Any) -> None:
+    values = np.nan_to_num(radiance(8, 8), nan=3.0)
+    values[0, 0], values[1, 1], values[2, 2] = -1e30, 9.969209968386869e36, np.inf
+    mask = np.zeros(values.shape, bool)
+    mask[3, 3] = True
+
+    valid = encode_scene(model, np.ma.MaskedArray(values, mask)).valid.values
+
+    expected = np.ones((8, 8), bool)
+    expected[[0, 1, 2, 3], [0, 1, 2, 3]] = False
+    np.testing.assert_array_equal(valid, np.repeat(expected[..., None], N_CHANNELS, axis=2))
+
+
+def test_units_are_those_of_the_training(tmp_path: Path) -> None:
+    measured = load_model(
+        write_tiny(tmp_path / "model", normalization=tiny_normalization(units="photons/s/cm^2/nm/sr"))
+    )
+    scene = dataset(8, 8)
+    scene.radiance.attrs["units"] = "W m-2 sr-1 nm-1"
+
+    refused(lambda: encode_scene(measured, scene), "in 'W m-2 sr-1 nm-1', but the model takes 'photons/s/cm")
+    scene.radiance.attrs["units"] = "photons/s/cm^2/nm/sr"
+    encode_scene(measured, scene)
+
+
+def test_latents_of_another_normalisation(tmp_path: Path) -> None:
+    first = load_model(write_tiny(tmp_path / "first"))
+    corrected = tiny_normalization(mean=tiny_normalization().mean + 1)
+    second = load_model(write_tiny(tmp_path / "second", normalization=corrected))
+    latents = encode_scene(first, radiance(8, 8))
+
+    refused(lambda: decode_scene(second, latents), "with another normalisation")
+
+
+def test_a_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = load_model(write_tiny(tmp_path / "model"))
+    model.train()
+    encode_scene(model, radiance(8, 8))
+    assert model.training
+
+    refused(
+        lambda: encode_scene(model.half(), radiance(8, 8)), r"weights in torch.float16.*model.float\(\)", ConfigError
+    )
+
+
+def test_latents_with_transposed_masks(model: Any) -> None:
+    latents = encode_scene(model, radiance(8, 8))
+    turned = latents.transpose("channel", "column", "row", ...)
+
+    np.testing.assert_array_equal(decode_scene(model, turned).radiance, decode_scene(model, latents).radiance)
+
+
+def test_times_and_places_in_other_forms(model: Any) -> None:
+    time = ("y", np.arange(8) * 1.0)
+    refused(lambda: encode_scene(model, dataset(8, 8, time=time)), "time is float64; needed: datetime64")
+    plain = dataset(8, 6, latitude=("y", np.arange(8.0)), longitude=("x", np.arange(6.0)))
+
+    latents = encode_scene(model, plain)
+    np.testing.assert_allclose(latents.latitude[:, 0], [0.5, 2.5, 4.5, 6.5], rtol=1e-4)
+    np.testing.assert_allclose(latents.longitude[0], [0.5, 2.5, 4.5], rtol=1e-4)
+
+
+def test_wavelengths_along_other_dimensions(model: Any) -> None:
+    scene = dataset(8, 8).drop_vars("wavelength").assign(wavelength=(("y", "channel"), np.zeros((8, N_CHANNELS))))
+    refused(lambda: encode_scene(model, scene), r"wavelength has dimensions \('y', 'channel'\)")
+
+
+# --- clip, blocks, counts -------------------------------------------------------------------------
+
+
+def test_the_clip_holds_before_the_network_and_after(tmp_path: Path) -> None:
+    narrow = load_model(write_tiny(tmp_path / "narrow", normalization=tiny_normalization(clip=0.4)))
+    normalization = tiny_normalization(clip=0.4)
+    bounds = [normalization.denormalize(np.full(N_CHANNELS, z)) for z in (-0.4, 0.4)]
+    inside = np.clip(radiance(8, 8), *bounds)
+
+    latents = encode_scene(narrow, radiance(8, 8))
+    np.testing.assert_allclose(latents.latent, encode_scene(narrow, inside).latent, atol=1e-5)
+    huge = decode_scene(narrow, 1e3 * np.ones((3, 4, 4), np.float32)).radiance.values
+    assert (huge >= bounds[0] * (1 - 1e-6)).all() and (huge <= bounds[1] * (1 + 1e-6)).all()
+    assert (np.isclose(huge, bounds[0]) | np.isclose(huge, bounds[1])).any()
+
+
+@pytest.mark.parametrize("block", [1, 200, 10**9])
+@pytest.mark.parametrize("strip", [2 * 8 * 8 * N_CHANNELS, 10**9])
+def test_blocks_and_panels_change_nothing_and_every_sample_is_counted_once(
+    model: Any, block: int, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = radiance(21, 37)
+    expected = encode_scene(model, scene)
+    radiance_expected = decode_scene(model, expected).radiance
+    monkeypatch.setattr(latents_module, "BLOCK_SAMPLES", block)
+    monkeypatch.setattr(coder_module, "STRIP_SAMPLES", strip)
+    counts: dict[str, int] = {}
+    stream = latents_module.stream_latents
+    monkeypatch.setattr(scenes_module, "stream_latents", lambda *given: counts.update(stream(*given)))
+
+    latents = encode_scene(model, scene)
+
+    np.testing.assert_allclose(latents.latent, expected.latent, atol=1e-5)
+    np.testing.assert_array_equal(latents.valid, expected.valid)
+    np.testing.assert_allclose(decode_scene(model, latents).radiance, radiance_expected, rtol=1e-4)
+    assert sum(counts.values()) == scene.size
+    assert counts["nan"] == np.isnan(scene).sum()

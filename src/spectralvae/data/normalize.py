@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +112,13 @@ class Normalization:
         """mean, std and, where known, wavelength."""
         arrays = {"mean": self.mean, "std": self.std}
         return arrays if self.wavelength is None else {**arrays, "wavelength": self.wavelength}
+
+    def sha256(self) -> str:
+        """Identifies settings and statistics, hexadecimal."""
+        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode())
+        for name, values in sorted(self.arrays().items()):
+            digest.update(name.encode() + np.ascontiguousarray(values, np.float64).tobytes())
+        return digest.hexdigest()
 
     @classmethod
     def from_parts(cls, settings: Mapping[str, Any], arrays: Mapping[str, Float64]) -> Normalization:

@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spectralvae.artifact import Artifact
+from spectralvae.artifact import Artifact, weights_sha256
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.tiling import Cover, Panel, mirrored
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.training.engine import memory_format_for
 
 OVERLAP = 0.25  # of a tile; benchmarks/seams.py shows why
-STRIP_SAMPLES = 150_000_000  # held at a time, 600 MB of float32: as high as a tile and as wide as a TEMPO granule
+STRIP_SAMPLES = 150_000_000  # 600 MB of float32: as high as a tile of 64, as wide as a TEMPO granule
 
 Float32 = NDArray[np.float32]
 Read = Callable[[slice, slice], Float32]  # rows, columns -> (rows, columns, channel) of a scene
@@ -28,7 +29,7 @@ Read = Callable[[slice, slice], Float32]  # rows, columns -> (rows, columns, cha
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a scene that is done.
+    """A part of a scene that is done. Both arrays are overwritten as soon as the next piece is asked for.
 
     Attributes:
         rows, columns: cells of the result.
@@ -59,6 +60,14 @@ class Coder:
     def __init__(self, artifact: Artifact, device: torch.device, *, overlap: int | None, batch_size: int) -> None:
         self.normalization, self.tile = _requirements(artifact)
         self.device, self.batch_size = device, batch_size
+        if wrong := {str(p.dtype) for p in artifact.model.parameters()} - {"torch.float32"}:
+            raise ConfigError(f"model: {artifact.path} has weights in {', '.join(wrong)}: use model.float()")
+        self.path = artifact.path
+        # what latents must be decoded with
+        self.identity = {
+            "model_sha256": weights_sha256(artifact.model),
+            "normalization_sha256": self.normalization.sha256(),
+        }
         self.model = artifact.model.eval().to(device, memory_format=memory_format_for(device))  # type: ignore[call-overload]
         self.scale: int = self.model.scale
         self.overlap = default_overlap(self.tile, self.scale) if overlap is None else overlap
@@ -139,22 +148,22 @@ class Coder:
         with _exact_float32():
             result: Float32 = apply(tiles).permute(0, 2, 3, 1).float().cpu().numpy()
         if not np.isfinite(result).all():
-            raise InputError(
-                "the network gives values that are not finite: its weights are spoiled, or the latents are"
-            )
+            raise InputError(f"{self.path}: gives values that are not finite: its weights are spoiled, or its input is")
         return result
 
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
     """cuDNN's own default is TF32, which rounds factors to 10 bits; whoever called has their settings back."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class _Strips:
@@ -210,14 +219,17 @@ class _Strips:
         first, end = top // self.unit_in, top // self.unit_in + height
         kept = 0 if before is None else height - (top - top_before) // self.unit_in
         left, right = self.left // self.unit_in, self.right // self.unit_in
-        new = self.read(slice(first + kept, min(end, n_rows)), slice(left, min(right, n_columns)))
-        if right > n_columns:
-            new = new[:, mirrored(left, right, n_columns) - left]
-        if before is None:
-            before = np.empty((height, *new.shape[1:]), np.float32)
-        else:
+        if before is not None:
             before[:kept] = before[height - kept :]
-        before[kept : kept + len(new)] = new
+        step = -(-height // 4)  # at a time, or there would be a second strip
+        for begin in range(first + kept, min(end, n_rows), step):
+            new = self.read(slice(begin, min(begin + step, end, n_rows)), slice(left, min(right, n_columns)))
+            if right > n_columns:
+                new = new[:, mirrored(left, right, n_columns) - left]
+            if before is None:
+                before = np.empty((height, *new.shape[1:]), np.float32)
+            before[begin - first : begin - first + len(new)] = new
+        assert before is not None
         if end > n_rows:
             before[n_rows - first :] = before[mirrored(n_rows, end, n_rows) - first]
         return before

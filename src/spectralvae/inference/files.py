@@ -14,7 +14,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from rich.console import Console
 
-from spectralvae.artifact import weights_sha256
 from spectralvae.config import InferenceConfig
 from spectralvae.console import new_console, new_progress, warn
 from spectralvae.errors import ConfigError
@@ -86,15 +85,16 @@ def open_coder(config: InferenceConfig, run: RunDir | None, ranks: Ranks, consol
     artifact = load_artifact(config.model)
     step = "" if artifact.step is None else f", step {artifact.step}"
     console.print(f"model: {artifact.path}{step}")
-    ours = weights_sha256(artifact.model)
-    theirs = run.record.get("model_sha256", ours) if run and run.resuming else ours
-    if theirs != ours:
-        raise ConfigError(
-            f"model: {artifact.path} (SHA-256 of its weights {ours[:16]}...) is not the one that {config.output_dir} "
-            f"was begun with ({theirs[:16]}...): name that one, or start afresh with --overwrite"
-        )
     device = choose_device(config.device, ranks, console, key="device")
-    return Coder(artifact, device, overlap=config.overlap, batch_size=config.batch_size)
+    coder = Coder(artifact, device, overlap=config.overlap, batch_size=config.batch_size)
+    for name, ours in coder.identity.items():
+        theirs = run.record.get(name, ours) if run and run.resuming else ours
+        if theirs != ours:
+            raise ConfigError(
+                f"model: {artifact.path} ({name} {ours[:16]}...) is not the one that {config.output_dir} was begun "
+                f"with ({theirs[:16]}...): name that one, or start afresh with --overwrite"
+            )
+    return coder
 
 
 def plan(
@@ -156,6 +156,8 @@ def work_through(
         InputError: a source cannot be read, or holds nothing.
         PeerError: so it was for another process.
     """
+    if any(identity != coder.identity for identity in ranks.gather(coder.identity)):
+        raise ConfigError(f"model: the processes loaded several ({coder.path} here): name one checkpoint, not its run")
     with stop_at_once(), ExitStack() as stack:
         with ranks.together():
             if run:
@@ -218,7 +220,7 @@ def _take_over(run: RunDir, coder: Coder) -> None:
     others = sorted(run.path.glob(f"{_PREFIX}*.json"))
     for path in others:
         files |= json.loads(path.read_text())
-    run.note(model_sha256=weights_sha256(coder.model), files=files)
+    run.note(**coder.identity, files=files)
     for path in others:
         path.unlink()
 

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae import __version__
-from spectralvae.artifact import weights_sha256
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.validity import Validity
 from spectralvae.data.wavelengths import channel_means, span, wavelength_gap
@@ -36,6 +35,8 @@ class Source(Protocol):
     def shape(self) -> tuple[int, int, int]: ...
     @property
     def wavelength(self) -> NDArray[np.float64]: ...
+    @property
+    def units(self) -> str | None: ...
     def coordinates(self) -> dict[str, Coordinate]: ...
     def read(self, rows: slice, columns: slice) -> tuple[Float32, dict[str, int]]: ...
 
@@ -69,6 +70,8 @@ def check_scene(name: str, source: Source, normalization: Normalization) -> None
             f"({span(normalization.wavelength)}); at most one channel ({limit:.3f} nm) is allowed: give scenes of that "
             "band, or a model of this one"
         )
+    if None not in (source.units, normalization.units) and source.units != normalization.units:
+        raise InputError(f"{name}: its radiance is in {source.units!r}, but the model takes {normalization.units!r}")
     if normalization.max_solar_zenith is not None and "solar_zenith_angle" not in source.coordinates():
         raise InputError(
             f"{name}: has no solar_zenith_angle, but the model was trained on pixels of at most "
@@ -82,29 +85,39 @@ def z_reader(source: Source, normalization: Normalization, counts: dict[str, int
     Args:
         source: the scene.
         normalization: the model's.
-        counts: to which the numbers of rejected samples are added, by rule.
+        counts: to which the numbers of rejected samples are added, by rule: once each, where the parts that are read
+            go from the top to the bottom of panels, and these from the left to the right and may overlap.
     """
     validity = Validity.of_model(normalization)
     limited = normalization.max_solar_zenith is not None
     solar_zenith = source.coordinates()["solar_zenith_angle"][1] if limited else None
 
-    def fetch(rows: slice, columns: slice) -> tuple[slice, Float32, dict[str, int]]:
+    panel, counted_to = slice(0, 0), 0  # columns; those before are counted already
+
+    def fetch(rows: slice, columns: slice) -> tuple[Float32, dict[str, int]]:
         values, found = source.read(rows, columns)
         found = found | validity.reject(values, None if solar_zenith is None else solar_zenith[rows, columns])
-        return rows, values, found
+        return values, found
 
     def read(rows: slice, columns: slice) -> Float32:
+        nonlocal panel, counted_to
+        if columns != panel:
+            panel, counted_to = columns, panel.stop
         z = np.empty((rows.stop - rows.start, columns.stop - columns.start, source.shape[2]), np.float32)
         height = max(1, BLOCK_SAMPLES // (z.shape[1] * z.shape[2]))
-        parts = [slice(top, min(top + height, rows.stop)) for top in range(rows.start, rows.stop, height)]
+        bands = [slice(top, min(top + height, rows.stop)) for top in range(rows.start, rows.stop, height)]
+        cut = min(max(columns.start, counted_to), columns.stop)
+        pieces = [slice(columns.start, cut), slice(cut, columns.stop)]
+        parts = [(band, piece) for band in bands for piece in pieces if piece.start < piece.stop]
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-            ahead = [reader.submit(fetch, part, columns) for part in parts[:1]]
-            for k in range(len(parts)):
-                part, values, found = ahead.pop().result()
-                ahead = [reader.submit(fetch, following, columns) for following in parts[k + 1 : k + 2]]
-                z[part.start - rows.start : part.stop - rows.start] = normalization.normalize(values)
+            ahead = [reader.submit(fetch, *part) for part in parts[:1]]
+            for k, (band, piece) in enumerate(parts):
+                values, found = ahead.pop().result()
+                ahead = [reader.submit(fetch, *following) for following in parts[k + 1 : k + 2]]
+                place = slice(band.start - rows.start, band.stop - rows.start)
+                z[place, piece.start - columns.start : piece.stop - columns.start] = normalization.normalize(values)
                 for rule, n in found.items():
-                    counts[rule] = counts.get(rule, 0) + n
+                    counts[rule] = counts.get(rule, 0) + n * (piece.start >= counted_to)
         return z
 
     return read
@@ -213,8 +226,8 @@ def contents(source: Source, coder: Coder, log_variance: bool, attributes: Mappi
     cells = {"latent_channel": coder.model.embed_dim, "y": height, "x": width}
     sizes = {**cells, "row": ny, "column": nx, "channel": nc}
     small = {
-        "y": np.arange(height) * s + (s - 1) / 2,
-        "x": np.arange(width) * s + (s - 1) / 2,
+        "y": _middles(ny, s),
+        "x": _middles(nx, s),
         **on_grid(source.coordinates(), s),
         "wavelength": source.wavelength,
         "mean": coder.normalization.mean,
@@ -225,7 +238,7 @@ def contents(source: Source, coder: Coder, log_variance: bool, attributes: Mappi
         "title": "latents of a hyperspectral scene",
         "spectralvae_latents": FORMAT,
         "spectralvae_version": __version__,
-        "model_sha256": weights_sha256(coder.model),
+        **coder.identity,
         "pixels_per_cell": s,
         "tile_size": coder.tile,
         "overlap": coder.overlap,
@@ -233,6 +246,12 @@ def contents(source: Source, coder: Coder, log_variance: bool, attributes: Mappi
         **attributes,
     }
     return Contents(sizes, small, tuple(n for n in STREAMED if log_variance or n != "log_variance"), facts)
+
+
+def _middles(size: int, s: int) -> NDArray[np.float64]:
+    """Of the cells of an axis, in its pixels; the last cell may have fewer of them."""
+    first = np.arange(0, size, s)
+    return np.asarray((first + np.minimum(first + s, size) - 1) / 2, np.float64)
 
 
 def on_grid(coordinates: Mapping[str, Coordinate], s: int) -> dict[str, NDArray[Any]]:
@@ -252,8 +271,7 @@ def on_grid(coordinates: Mapping[str, Coordinate], s: int) -> dict[str, NDArray[
         vectors = np.stack([parallel * np.cos(longitude), parallel * np.sin(longitude), np.sin(latitude)])
         known = np.isfinite(vectors).all(axis=0)
         x, y, z = cell_sums(np.where(known, vectors, 0.0), s)
-        with np.errstate(invalid="ignore"):
-            somewhere = np.where(cell_sums(known, s) > 0, 0.0, np.nan)
+        somewhere = np.where(cell_sums(known, s) > 0, 0.0, np.nan)
         found["latitude"] = (np.degrees(np.arctan2(z, np.hypot(x, y))) + somewhere).astype(np.float32)
         found["longitude"] = (np.degrees(np.arctan2(y, x)) + somewhere).astype(np.float32)
     if "time" in coordinates:
@@ -333,11 +351,17 @@ def check_latents(name: str, attributes: Mapping[str, Any], n_latents: int, code
         )
     if n_latents != coder.model.embed_dim:
         raise InputError(f"{name}: has {n_latents} latent channels, but the model has {coder.model.embed_dim}")
-    ours, theirs = weights_sha256(coder.model), attributes.get("model_sha256", "")
+    ours, theirs = coder.identity["model_sha256"], attributes.get("model_sha256", "")
     if theirs and theirs != ours:
         raise InputError(
             f"{name}: was encoded by another model (SHA-256 of its weights {theirs[:16]}..., of this {ours[:16]}...): "
             "decode it with that one"
+        )
+    ours, theirs = coder.identity["normalization_sha256"], attributes.get("normalization_sha256", "")
+    if theirs and theirs != ours:
+        raise InputError(
+            f"{name}: was encoded with another normalisation (SHA-256 {theirs[:16]}..., of this {ours[:16]}...), "
+            "though by the same weights: decode it with that one"
         )
 
 

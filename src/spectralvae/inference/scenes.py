@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference.coder import Coder, Float32
 from spectralvae.inference.latents import (
     COORDINATES,
+    PIXELS,
     check_latents,
     check_scene,
     contents,
@@ -21,7 +24,8 @@ from spectralvae.inference.latents import (
 from spectralvae.inference.loading import artifact_of
 from spectralvae.model import AutoencoderKL
 from spectralvae.readers.base import COORDINATES as OF_SCENES
-from spectralvae.readers.base import Coordinate
+from spectralvae.readers.base import Coordinate, invalidate
+from spectralvae.readers.tempo import REJECTED_FLAG_BITS
 
 DIMS = ("y", "x", "channel")
 
@@ -59,9 +63,13 @@ def encode_scene(
         InputError: the scene is not one the model is for, or the model cannot be used on scenes.
         ConfigError: the model is not from `load_model`, or the overlap does not fit.
     """
-    coder = _coder(model, overlap, batch_size)
-    source = _Scene(scene, coder)
-    check_scene(source.name, source, coder.normalization)
+    with _coder(model, overlap, batch_size) as coder:
+        source = _Scene(scene, coder)
+        check_scene(source.name, source, coder.normalization)
+        return _encoded(source, coder, log_variance)
+
+
+def _encoded(source: _Scene, coder: Coder, log_variance: bool) -> xr.Dataset:
     will_be = contents(source, coder, log_variance, {"source": source.name})
     values = {
         **will_be.small,
@@ -110,12 +118,21 @@ def decode_scene(
         InputError: the latents are of another model, or are none.
         ConfigError: as `encode_scene`.
     """
-    coder = _coder(model, overlap, batch_size)
+    with _coder(model, overlap, batch_size) as coder:
+        return _decoded(latents, coder)
+
+
+def _decoded(latents: xr.Dataset | NDArray[Any], coder: Coder) -> xr.Dataset:
+    if isinstance(latents, xr.DataArray):
+        raise InputError("latents: are a DataArray; give the Dataset that encode_scene returns, or the values alone")
     given = latents if isinstance(latents, xr.Dataset) else _dataset_of(latents, coder)
     missing = {"latent", "valid", "wavelength"} - set(given.variables)
     if missing or given.latent.dims != ("latent_channel", "y", "x"):
         lacks = f"lack {', '.join(sorted(missing))}" if missing else f"have dimensions {given.latent.dims}"
         raise InputError(f"latents: {lacks}; give what encode_scene returns, or an array (latent_channel, y, x)")
+    if set(given.valid.dims) != set(PIXELS):
+        raise InputError(f"latents: valid has dimensions {given.valid.dims}; needed: {PIXELS}")
+    given = given.transpose(*PIXELS, "latent_channel", "y", "x", missing_dims="ignore")
     check_latents("latents", given.attrs, given.sizes["latent_channel"], coder)
     ny, nx, nc = given.valid.shape
     s = coder.scale
@@ -144,11 +161,16 @@ def decode_scene(
     )
 
 
-def _coder(model: AutoencoderKL, overlap: int | None, batch_size: int) -> Coder:
+@contextmanager
+def _coder(model: AutoencoderKL, overlap: int | None, batch_size: int) -> Iterator[Coder]:
+    """The model in eval mode while the block runs."""
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} must be at least 1")
-    device = next(model.parameters()).device
-    return Coder(artifact_of(model), device, overlap=overlap, batch_size=batch_size)
+    artifact, device, training = artifact_of(model), next(model.parameters()).device, model.training
+    try:
+        yield Coder(artifact, device, overlap=overlap, batch_size=batch_size)
+    finally:
+        model.train(training)
 
 
 class _Scene:
@@ -157,9 +179,13 @@ class _Scene:
     def __init__(self, scene: xr.Dataset | NDArray[Any], coder: Coder) -> None:
         self.name = "scene"
         assert coder.normalization.wavelength is not None
+        if isinstance(scene, xr.DataArray):
+            scene = scene.to_dataset(name="radiance")
         if not isinstance(scene, xr.Dataset):
             if np.ndim(scene) != 3:
                 raise InputError(f"scene: has shape {np.shape(scene)}; needed: (y, x, channel)")
+            if isinstance(scene, np.ma.MaskedArray):  # what the netCDF4 library gives
+                scene = np.ma.filled(scene.astype(np.float32), np.nan)
             scene = xr.Dataset({"radiance": (DIMS, np.asarray(scene))})
             if scene.sizes["channel"] == coder.normalization.n_channels:
                 scene = scene.assign_coords(wavelength=("channel", coder.normalization.wavelength))
@@ -173,6 +199,13 @@ class _Scene:
         self.shape: tuple[int, int, int] = self._radiance.shape
         if 0 in self.shape:
             raise InputError(f"{self.name}: (y, x, channel) = {self.shape}: is empty")
+        self.units = self._radiance.attrs.get("units")
+        flag_bits = coder.normalization.flag_bits
+        if scene.attrs.get("format") == "tempo" and flag_bits and set(flag_bits) != set(REJECTED_FLAG_BITS):
+            raise InputError(
+                f"{self.name}: open_scene rejects samples by bits {list(REJECTED_FLAG_BITS)} of the quality flag, the "
+                f"model's training by {list(flag_bits)}: use the command `spectralvae encode`"
+            )
 
     @property
     def wavelength(self) -> NDArray[np.float64]:
@@ -180,27 +213,37 @@ class _Scene:
         if "wavelength" not in self._scene:
             raise InputError(f"{self.name}: has no wavelength; needed: a coordinate wavelength (channel), in nm")
         wavelength = self._scene.wavelength
+        if wavelength.dims not in (("channel",), ("x", "channel"), ("channel", "x")):
+            raise InputError(
+                f"{self.name}: wavelength has dimensions {wavelength.dims}; needed: (channel) or (x, channel)"
+            )
         return np.asarray(wavelength.transpose(*DIMS[-wavelength.ndim :]).values, np.float64)
 
     def coordinates(self) -> dict[str, Coordinate]:
         """As of `spectralvae.readers.Scene`."""
         found: dict[str, Coordinate] = {}
+        pixels = self._radiance.isel(channel=0, drop=True)
         for name in OF_SCENES:
-            dims = ("y",) if name == "time" else ("y", "x")
-            if name in self._scene and set(self._scene[name].dims) == set(dims):
-                values = self._scene[name].transpose(*dims).values
-                if name == "time" and values.dtype.kind == "M":
-                    seconds = values.astype("datetime64[ns]").astype(np.int64) / 1e9
-                    values = np.where(np.isnat(values), np.nan, seconds)
-                found[name] = dims, values
+            if name not in self._scene:
+                continue
+            given = self._scene[name]
+            if name == "time":
+                if given.dims == ("y",):
+                    found[name] = ("y",), self._seconds(given.values)
+            elif set(given.dims) <= {"y", "x"}:
+                found[name] = ("y", "x"), given.broadcast_like(pixels).transpose("y", "x").values
         return found
 
+    def _seconds(self, time: NDArray[Any]) -> NDArray[np.float64]:
+        """Since 1970."""
+        if time.dtype.kind != "M":
+            raise InputError(f"{self.name}: time is {time.dtype}; needed: datetime64, as xarray.decode_cf makes it")
+        return np.where(np.isnat(time), np.nan, time.astype("datetime64[ns]").astype(np.int64) / 1e9)
+
     def read(self, rows: slice, columns: slice) -> tuple[Float32, dict[str, int]]:
-        """As of `spectralvae.readers.Scene`; whatever is not finite is invalid."""
-        values = np.array(self._radiance[rows, columns].values, np.float32, order="C")
-        bad = ~np.isfinite(values)
-        values[bad] = np.nan
-        return values, {"nan": int(np.count_nonzero(bad))}
+        """As of `spectralvae.readers.Scene`: what is not finite is invalid, and fills that files do not declare."""
+        values = self._radiance[rows, columns].values
+        return invalidate(values, np.zeros((1, 1, 1), np.bool_), None)
 
 
 def _dataset_of(latents: NDArray[Any], coder: Coder) -> xr.Dataset:
