@@ -46,6 +46,12 @@ def seams(cover: Cover) -> np.ndarray:
     return np.array([(a + cover.tile + b) / 2 for a, b in pairwise(starts)])
 
 
+def shared(cover: Cover) -> float:
+    """Pixels that neighbouring tiles share on the average: more than asked for where the tiles don't go up."""
+    starts = cover.starts
+    return float(np.mean([a + cover.tile - b for a, b in pairwise(starts)])) if len(starts) > 1 else 0.0
+
+
 def near_and_far(covers: tuple[Cover, Cover], shape: tuple[int, int], unit: int) -> tuple[np.ndarray, np.ndarray]:
     """(y, x) bool each: the quarter of the cells nearest to a seam, and the quarter farthest from any."""
     distances = []
@@ -118,6 +124,8 @@ def measure(coder: Coder, z: np.ndarray, centred: np.ndarray) -> dict[str, float
     near_cells, far_cells = near_and_far(covers, latents.shape[:2], coder.scale)
     return {
         "overlap": coder.overlap,
+        "shared_y": shared(covers[0]),
+        "shared_x": shared(covers[1]),
         "z_mse": float(np.nanmean(error**2)),
         "z_mse_near_by_far": float(np.nanmean(error[near] ** 2) / np.nanmean(error[far] ** 2)),
         "step": step(error, covers, 1),
@@ -136,8 +144,10 @@ def measure_ends(coder: Coder, scenes: list[np.ndarray], n_pieces: int = 64) -> 
     found = {}
     for height, width in sizes:
         errors: dict[str, list[float]] = {"mirrored": [], "zeros": [], "whole tile": []}
-        while len(errors["zeros"]) < n_pieces:
-            z = scenes[len(errors["zeros"]) % len(scenes)]
+        for attempt in range(100 * n_pieces):
+            if len(errors["zeros"]) == n_pieces:
+                break
+            z = scenes[attempt % len(scenes)]
             top, left = (int(random.integers(0, size - tile + 1)) for size in z.shape[:2])
             whole = z[top : top + tile, left : left + tile]
             if not np.isfinite(whole).all():
@@ -147,6 +157,8 @@ def measure_ends(coder: Coder, scenes: list[np.ndarray], n_pieces: int = 64) -> 
             for name, given in (("mirrored", piece), ("zeros", zeros), ("whole tile", whole)):
                 back = decode(coder, encode(coder, given), given.shape[:2])[:height, :width]
                 errors[name].append(float(np.mean((back - piece) ** 2)))
+        if len(errors["zeros"]) < n_pieces:
+            raise SystemExit("too few tiles without an invalid sample in these scenes")
         found[f"{height} x {width}"] = {name: float(np.mean(values)) for name, values in errors.items()}
     return found
 

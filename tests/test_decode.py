@@ -421,10 +421,15 @@ def test_two_of_one_name(encode: Any, decode: Any, make: Any) -> None:
 
 def test_sources_that_are_others(encode: Any, decode: Any, make: Any, tmp_path: Path) -> None:
     (tmp_path / "twins").mkdir()
+    (tmp_path / "large").mkdir()
     source, twin = make("scene.nc", 9, 9), make("twins/scene.nc", 9, 9, seed=1)
+    large = make("large/scene.nc", 9, 10)
     (latents,) = encode(source)
     other = make("other.nc", 9, 9)
     refused(decode(latents, sources=[other]), f"sources: none of them is scene.nc, from which {latents}", "add it, or")
+    refused(
+        decode(latents, sources=[large]), f"{large}: is not the file that {latents} was made from: it has (9, 10, 6)"
+    )
     refused(decode(latents, sources=[source, twin]), f"{source} and {twin} are both named scene.nc", str(latents))
     refused(decode(latents, carry_over=["*"]), "carry_over: ['*'] can only be copied from `sources`")
     done = decode(latents, sources=[twin])
@@ -459,11 +464,17 @@ def _set(attributes: Any, key: str, value: Any) -> None:
     attributes[key] = value
 
 
+def _edit(attributes: Any, key: str, old: str, new: str) -> None:
+    assert old in attributes[key]
+    attributes[key] = attributes[key].replace(old, new)
+
+
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "no_source": (lambda file: file.attrs.pop("source_sha256"), "lacks source_sha256"),
     "format": (lambda file: _set(file.attrs, "spectralvae_latents", 9), "has format 9, but this version"),
     "no_layout": (lambda file: file["source"].attrs.pop("layout"), "no layout of a source"),
     "layout": (lambda file: _set(file["source"].attrs, "layout", '{"shape": 3'), "damaged"),
+    "text": (lambda file: _edit(file["source"].attrs, "layout", "photons", "phOtons"), "damaged"),
     "no_valid": (lambda file: file.pop("valid"), "lacks valid"),
     "scalar": (lambda file: _replace(file, "latent", 3.0), "lacks latent"),
     "small": (lambda file: _replace(file, "latent", file["latent"][:, :4]), "latent has shape (3, 4, 5); a scene of"),

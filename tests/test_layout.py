@@ -368,6 +368,14 @@ class TestArrays:
             valid = values != 9 if dtype == "u2" else values != -1
             np.testing.assert_array_equal(raw["cube"], np.where(valid, values, np.nan))
 
+    def test_packed_floats(self, tmp_path: Path) -> None:
+        values = np.arange(140).reshape(5, 7, 4).astype(np.float64)
+        path = write(tmp_path, "netcdf4", scene_variables(values, scale_factor=0.5, missing_value=np.float64(3)))
+        with xr.open_dataset(remade(open_reader(path), tmp_path), mask_and_scale=False) as raw:
+            assert raw["cube"].dtype == np.float64
+            np.testing.assert_array_equal(raw["cube"], np.where(values == 3, np.nan, values / 2))
+            assert raw["cube"].attrs.keys() == {"_FillValue"}
+
     def test_given_wavelengths_and_units(self, tmp_path: Path) -> None:
         values = np.ones((5, 7, 4), np.float32)
         path = write(tmp_path, "netcdf4", {"g/cube": (("y", "x", "channel"), values, {})})
@@ -577,6 +585,9 @@ class TestLayoutInFiles:
             lambda text: text.replace('"mirror_step": 5', '"mirror_step": 6'),
             lambda text: text.replace('"shape": [5', '"shape": [4'),
             lambda text: text.replace('"latitude"', '"altitude"').replace("/latitude", "/altitude"),
+            lambda text: text.replace(
+                '"place": "time", "dims": ["mirror_step"]', '"place": "time", "dims": ["xtrack"]'
+            ),
             lambda text: text.replace('"axes"', '"boxes"'),
             lambda text: text.replace("[5, 6, 8]", "[5, 6]"),
         ],

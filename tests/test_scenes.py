@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from tiny import N_CHANNELS, tiny_model, tiny_normalization, write_tiny
+from tiny import N_CHANNELS, tiny_latents, tiny_model, tiny_normalization, write_tiny
 
 from spectralvae import decode_scene, encode_scene, load_model, open_scene
 from spectralvae.errors import ConfigError, InputError
@@ -325,9 +325,9 @@ def test_wavelengths_along_other_dimensions(model: Any) -> None:
 
 
 def test_the_clip_holds_before_the_network_and_after(tmp_path: Path) -> None:
-    narrow = load_model(write_tiny(tmp_path / "narrow", normalization=tiny_normalization(clip=0.4)))
-    normalization = tiny_normalization(clip=0.4)
-    bounds = [normalization.denormalize(np.full(N_CHANNELS, z)) for z in (-0.4, 0.4)]
+    narrow = load_model(write_tiny(tmp_path / "narrow", normalization=tiny_normalization(clip=0.05)))
+    normalization = tiny_normalization(clip=0.05)
+    bounds = [normalization.denormalize(np.full(N_CHANNELS, z)) for z in (-0.05, 0.05)]
     inside = np.clip(radiance(8, 8), *bounds)
 
     latents = encode_scene(narrow, radiance(8, 8))
@@ -349,7 +349,7 @@ def test_blocks_and_panels_change_nothing_and_every_sample_is_counted_once(
     monkeypatch.setattr(coder_module, "STRIP_SAMPLES", strip)
     counts: dict[str, int] = {}
     stream = latents_module.stream_latents
-    monkeypatch.setattr(scenes_module, "stream_latents", lambda *given: counts.update(stream(*given)))
+    monkeypatch.setattr(scenes_module, "stream_latents", lambda *given: counts.update(stream(*given)) or counts)
 
     latents = encode_scene(model, scene)
 
@@ -358,3 +358,33 @@ def test_blocks_and_panels_change_nothing_and_every_sample_is_counted_once(
     np.testing.assert_allclose(decode_scene(model, latents).radiance, radiance_expected, rtol=1e-4)
     assert sum(counts.values()) == scene.size
     assert counts["nan"] == np.isnan(scene).sum()
+
+
+def test_a_scene_without_any_valid_sample(model: Any) -> None:
+    refused(lambda: encode_scene(model, np.full((8, 8, N_CHANNELS), np.nan)), "none of its 384 samples is valid")
+
+
+def test_paths_are_no_scenes(model: Any) -> None:
+    refused(lambda: encode_scene(model, "granule.nc"), "'granule.nc' is a path: open it with open_scene")
+    refused(lambda: decode_scene(model, Path("x.latents.nc")), "is a path: open it with xarray.open_dataset")
+
+
+def test_cells_of_a_region_lie_where_they_lie_in_the_image(model: Any, write_granule: Any, tmp_path: Path) -> None:
+    wavelength = np.broadcast_to(WAVELENGTH, (16, N_CHANNELS))
+    path = write_granule(
+        tmp_path / "TEMPO_RAD_L1_V03_20240601T150000Z_S006G01.nc", radiance(20, 16), wavelength=wavelength
+    )
+
+    latents = encode_scene(model, open_scene(path, region=[5, 14, 3, 11]))
+
+    np.testing.assert_array_equal(latents.y, [5.5, 7.5, 9.5, 11.5, 13])
+    np.testing.assert_array_equal(latents.x, [3.5, 5.5, 7.5, 9.5])
+
+
+def test_statistics_of_the_latents_come_along(tmp_path: Path) -> None:
+    model = load_model(write_tiny(tmp_path / "model", latents=tiny_latents()))
+
+    latents = encode_scene(model, radiance(8, 8))
+    np.testing.assert_array_equal(latents.latent_mean, tiny_latents().mean)
+    np.testing.assert_array_equal(latents.latent_std, tiny_latents().std)
+    assert ((latents.latent - latents.latent_mean) / latents.latent_std).dims == latents.latent.dims

@@ -62,7 +62,7 @@ class Coder:
         self.device, self.batch_size = device, batch_size
         if wrong := {str(p.dtype) for p in artifact.model.parameters()} - {"torch.float32"}:
             raise ConfigError(f"model: {artifact.path} has weights in {', '.join(wrong)}: use model.float()")
-        self.path = artifact.path
+        self.path, self.step, self.latents = artifact.path, artifact.step, artifact.latents
         # what latents must be decoded with
         self.identity = {
             "model_sha256": weights_sha256(artifact.model),

@@ -146,7 +146,13 @@ def open_source(sources: Sequence[Path], latents: LatentsFile, normalization: No
         )
     with damage_named(latents.path):
         given = InputSpec(path=str(found[0]), **json.loads(latents.attributes["source_arguments"]))
-    return open_scene_for(found[0], given, normalization)
+    scene = open_scene_for(found[0], given, normalization)
+    if scene.shape != latents.shape:
+        raise InputError(
+            f"{found[0]}: is not the file that {latents.path} was made from: it has {scene.shape}, that file had "
+            f"{latents.shape}: give that one as one of `sources`, or leave these out"
+        )
+    return scene
 
 
 def check_identity(scene: Scene, latents: LatentsFile) -> None:

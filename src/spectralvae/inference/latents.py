@@ -7,7 +7,7 @@ scene. What is on the grid comes from the pixels beneath.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,6 +37,8 @@ class Source(Protocol):
     def wavelength(self) -> NDArray[np.float64]: ...
     @property
     def units(self) -> str | None: ...
+    @property
+    def region(self) -> Sequence[int] | None: ...
     def coordinates(self) -> dict[str, Coordinate]: ...
     def read(self, rows: slice, columns: slice) -> tuple[Float32, dict[str, int]]: ...
 
@@ -147,8 +149,8 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
             "dtype": "bool",  # how xarray marks one
         },
     ),
-    "y": (("y",), "f8", {"long_name": "middle of the cell in rows of the scene, which count from 0"}),
-    "x": (("x",), "f8", {"long_name": "middle of the cell in columns of the scene, which count from 0"}),
+    "y": (("y",), "f8", {"long_name": "middle of the cell in rows of the source's whole image, which count from 0"}),
+    "x": (("x",), "f8", {"long_name": "middle of the cell in columns of the source's whole image, which count from 0"}),
     "latitude": (
         GRID,
         "f4",
@@ -168,6 +170,12 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
             "units": "seconds since 1970-01-01",
             "calendar": "standard",
         },
+    ),
+    "latent_mean": (("latent_channel",), "f8", {"long_name": "mean of the latents of the validation tiles"}),
+    "latent_std": (
+        ("latent_channel",),
+        "f8",
+        {"long_name": "standard deviation of the latents of the validation tiles"},
     ),
     "wavelength": (("channel",), "f8", {"long_name": "wavelength of the scene", "units": "nm"}),
     "mean": (("channel",), "f8", {"long_name": "mean in the normalisation of the model"}),
@@ -226,18 +234,21 @@ def contents(source: Source, coder: Coder, log_variance: bool, attributes: Mappi
     cells = {"latent_channel": coder.model.embed_dim, "y": height, "x": width}
     sizes = {**cells, "row": ny, "column": nx, "channel": nc}
     small = {
-        "y": _middles(ny, s),
-        "x": _middles(nx, s),
+        "y": _middles(ny, s) + (source.region[0] if source.region else 0),
+        "x": _middles(nx, s) + (source.region[2] if source.region else 0),
         **on_grid(source.coordinates(), s),
         "wavelength": source.wavelength,
         "mean": coder.normalization.mean,
         "std": coder.normalization.std,
     }
+    if coder.latents is not None:
+        small |= {"latent_mean": coder.latents.mean, "latent_std": coder.latents.std}
     facts = {
         "Conventions": "CF-1.11",
         "title": "latents of a hyperspectral scene",
         "spectralvae_latents": FORMAT,
         "spectralvae_version": __version__,
+        "model": coder.path.name if coder.step is None else f"{coder.path.name}, step {coder.step}",
         **coder.identity,
         "pixels_per_cell": s,
         "tile_size": coder.tile,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,8 @@ GROUP = "source"
 
 Put = Callable[[slice, slice, NDArray[np.float32]], None]
 
-_LAYOUT = "layout"  # the attribute of the group
+# Attributes of the group; a netCDF-4 file has checksums of its numbers, but not of such texts.
+_LAYOUT, _DIGEST = "layout", "layout_sha256"
 _OF_PACKED = ("scale_factor", "add_offset", "missing_value", "valid_min", "valid_max", "valid_range", "_Unsigned")
 
 
@@ -151,7 +153,8 @@ def write_layout(writer: Writer, layout: Layout) -> None:
     for stored in layout.variables:
         moved = replace(stored, place=join(GROUP, stored.place), dims=tuple(homes[dim] for dim in stored.dims))
         moved.create(writer)
-    writer.group(GROUP, {_LAYOUT: _to_json(layout)})
+    content = _to_json(layout)
+    writer.group(GROUP, {_LAYOUT: content, _DIGEST: _sha256(content)})
 
 
 def read_layout(container: Container) -> Layout:
@@ -164,9 +167,12 @@ def read_layout(container: Container) -> Layout:
         InputError: It holds none, or the file is damaged.
     """
     with damage_named(container.path, AttributeError):
-        content = container.attributes(GROUP).get(_LAYOUT) if GROUP in container.groups() else None
+        attributes = container.attributes(GROUP) if GROUP in container.groups() else {}
+        content = attributes.get(_LAYOUT)
         if not isinstance(content, str):
             raise InputError(f"{container.path}: no layout of a source in it; give a file that `encode` wrote")
+        if _sha256(content) != attributes.get(_DIGEST):
+            raise ValueError(f"the SHA-256 of {GROUP}'s attribute {_LAYOUT} differs")
         layout = _from_json(content)
         variables = []
         for stored in layout.variables:
@@ -253,6 +259,10 @@ def _carry_over(writer: Writer, layout: Layout, scene: Scene, patterns: Sequence
                 writer.group(place, attributes)
         for name in names:
             source.copy(name, writer)
+
+
+def _sha256(content: str) -> str:
+    return hashlib.sha256(content.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _to_json(layout: Layout) -> str:

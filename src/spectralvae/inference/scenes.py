@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -79,7 +81,9 @@ def _encoded(source: _Scene, coder: Coder, log_variance: bool) -> xr.Dataset:
     def write(name: str, part: tuple[slice, ...], piece: NDArray[Any]) -> None:
         values[name][part] = piece
 
-    stream_latents(source, coder, log_variance, write, lambda n_pixels: None)
+    counts = stream_latents(source, coder, log_variance, write, lambda n_pixels: None)
+    if not counts["valid"]:
+        raise InputError(f"{source.name}: none of its {math.prod(source.shape)} samples is valid")
     found = {}
     for name, array in values.items():
         dims, _, attributes = will_be.layout(name)
@@ -123,6 +127,8 @@ def decode_scene(
 
 
 def _decoded(latents: xr.Dataset | NDArray[Any], coder: Coder) -> xr.Dataset:
+    if isinstance(latents, str | PathLike):
+        raise InputError(f"latents: {str(latents)!r} is a path: open it with xarray.open_dataset")
     if isinstance(latents, xr.DataArray):
         raise InputError("latents: are a DataArray; give the Dataset that encode_scene returns, or the values alone")
     given = latents if isinstance(latents, xr.Dataset) else _dataset_of(latents, coder)
@@ -179,6 +185,8 @@ class _Scene:
     def __init__(self, scene: xr.Dataset | NDArray[Any], coder: Coder) -> None:
         self.name = "scene"
         assert coder.normalization.wavelength is not None
+        if isinstance(scene, str | PathLike):
+            raise InputError(f"scene: {str(scene)!r} is a path: open it with open_scene")
         if isinstance(scene, xr.DataArray):
             scene = scene.to_dataset(name="radiance")
         if not isinstance(scene, xr.Dataset):
@@ -200,6 +208,7 @@ class _Scene:
         if 0 in self.shape:
             raise InputError(f"{self.name}: (y, x, channel) = {self.shape}: is empty")
         self.units = self._radiance.attrs.get("units")
+        self.region = scene.attrs.get("region")
         flag_bits = coder.normalization.flag_bits
         if scene.attrs.get("format") == "tempo" and flag_bits and set(flag_bits) != set(REJECTED_FLAG_BITS):
             raise InputError(
