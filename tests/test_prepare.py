@@ -78,11 +78,27 @@ def test_what_stands_beside_z(tmp_path: Path, write_granule: WriteGranule) -> No
         "min_radiance": 1.0,
         "band": "band_290_490_nm",
         "units": "photons/s/cm^2/nm/sr",
+        "valid_range": None,
+        "flag_bits": None,
+        "max_solar_zenith": None,
     }
     np.testing.assert_allclose(store.normalization.wavelength, 300 + 0.2 * np.arange(NC), rtol=1e-6)
     assert not (store.path / ".partial").exists()
     record = json.loads((store.path / "run.json").read_text())
     assert (record["state"], record["store_hash"]) == ("finished", store.hash)
+
+
+def test_a_store_keeps_the_rules_of_validity(tmp_path: Path, write_granule: WriteGranule) -> None:
+    """Whoever encodes scenes later must apply them again."""
+    geometry = {"solar_zenith_angle": np.full((NY, NX), 30.0)}
+    paths = [write_granule(tmp_path / name(f"2024060{i}T180000"), radiance(i), geometry=geometry) for i in (1, 2)]
+    validity = {"valid_range": [1.0, 1e20], "flag_bits": [0, 5], "max_solar_zenith": 70.0}
+
+    normalization = run_prepare(tmp_path / "store", paths, validity=validity).normalization
+
+    assert normalization.valid_range == (1.0, 1e20)
+    assert normalization.flag_bits == (0, 5)
+    assert normalization.max_solar_zenith == 70.0
 
 
 def test_limits_of_the_config(tmp_path: Path, granules: list[Path]) -> None:

@@ -166,6 +166,9 @@ def test_open(two: Store) -> None:
         "min_radiance": None,
         "band": None,
         "units": None,
+        "valid_range": None,
+        "flag_bits": None,
+        "max_solar_zenith": None,
     }
     np.testing.assert_array_equal(two.normalization.mean, 1.0 + np.arange(NC))
     np.testing.assert_array_equal(two.normalization.std, 2.0 + np.arange(NC))
