@@ -14,7 +14,9 @@ from spectralvae.config import (
     DecodeConfig,
     DownloadConfig,
     EncodeConfig,
+    EvaluateConfig,
     PrepareConfig,
+    ProbeConfig,
     SimulateConfig,
     TrainConfig,
 )
@@ -24,8 +26,10 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "download": DownloadConfig,
     "prepare": PrepareConfig,
     "train": TrainConfig,
+    "evaluate": EvaluateConfig,
     "encode": EncodeConfig,
     "decode": DecodeConfig,
+    "probe": ProbeConfig,
     "convert": ConvertConfig,
 }
 

@@ -207,6 +207,17 @@ def test_split_lists_come_in_pairs(refusal: Any) -> None:
     assert "train and val" in refusal(PrepareConfig, MINIMAL[PrepareConfig] + "split: {train: [a]}")
 
 
+def test_the_learning_rate_stays_above_zero_to_the_last_step(read: Any, refusal: Any) -> None:
+    text = "output_dir: run\ndata: {store: s}\ntraining: {n_steps: 100}\noptimizer: "
+    read(TrainConfig, text + "{warmup_steps: 99, decay_steps: 100}")
+    read(TrainConfig, text + "{warmup_steps: 500}")
+    assert "training.n_steps: 100 goes beyond optimizer.decay_steps (99)" in refusal(
+        TrainConfig, text + "{decay_steps: 99}"
+    )
+    message = refusal(TrainConfig, text + "{warmup_steps: 100, decay_steps: 100}")
+    assert "optimizer.decay_steps: 100 must be larger than optimizer.warmup_steps (100)" in message
+
+
 def test_tile_size_must_fit_the_levels(read: Any, refusal: Any) -> None:
     message = refusal(TrainConfig, "output_dir: run\ndata: {store: s, tile_size: 63}\n")
     assert "data.tile_size: 63" in message
@@ -277,7 +288,8 @@ def test_debug_stands_between_file_and_settings(read: Any) -> None:
 
 def test_defaults_are_those_of_the_contract(read: Any) -> None:
     config = dump_config(read(TrainConfig, MINIMAL[TrainConfig]))
-    assert config["optimizer"] == {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.05}
+    constant = {"warmup_steps": 0, "decay_steps": None}
+    assert config["optimizer"] == {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, **constant}
     expected = {
         "n_steps": 200000,
         "save_every": 5000,

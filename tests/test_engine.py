@@ -7,13 +7,13 @@ from tiny import N_CHANNELS, SETTINGS
 from tiny import tiny_model as small_model
 from torch import nn
 
-from spectralvae.config import TrainConfig
+from spectralvae.config import OptimizerConfig, TrainConfig
 from spectralvae.data.loader import Batch
 from spectralvae.errors import ConfigError
 from spectralvae.model import AttnBlock
 from spectralvae.training import engine as engine_module
 from spectralvae.training.distributed import Ranks
-from spectralvae.training.engine import Engine, check_shares, idle_parameters, metrics_of
+from spectralvae.training.engine import Engine, check_shares, idle_parameters, learning_rate, metrics_of
 from spectralvae.training.failure import gradient_norms
 
 CPU = torch.device("cpu")
@@ -71,15 +71,42 @@ def idle_names(model):
 # --- against a plain loop ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grad_clip", [0.5, 1e6])
+def torch_schedule(optimizer, warmup, decay):
+    """The same learning rates from torch's own schedulers."""
+    schedules, lr = torch.optim.lr_scheduler, optimizer.param_groups[0]["lr"]
+    parts = [schedules.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)] if warmup else []
+    rest = schedules.CosineAnnealingLR(optimizer, decay - warmup) if decay else schedules.ConstantLR(optimizer, 1.0)
+    whole = schedules.SequentialLR(optimizer, [*parts, rest], [warmup] if warmup else [])
+    assert optimizer.param_groups[0]["initial_lr"] == lr
+    return whole
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, None), (5, None), (0, 20), (5, 20), (19, 20)])
+def test_learning_rates_are_those_of_torch(warmup, decay):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    expected = torch_schedule(optimizer, warmup, decay)
+    config = OptimizerConfig(lr=0.3, warmup_steps=warmup, decay_steps=decay)
+    for step in range(20):
+        assert learning_rate(config, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        expected.step()
+    if decay:
+        assert learning_rate(config, decay) == 0.0
+
+
+@pytest.mark.parametrize(("grad_clip", "warmup", "decay"), [(0.5, 0, None), (1e6, 0, None), (1e6, 3, 9)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_several_steps_are_those_of_a_plain_loop(grad_clip, layout, monkeypatch):
+def test_several_steps_are_those_of_a_plain_loop(grad_clip, warmup, decay, layout, monkeypatch):
     """Its AdamW is not fused, and its batches and weights are contiguous."""
     monkeypatch.setattr(engine_module, "memory_format_for", lambda _: layout)
     plain, model = tiny_model(), tiny_model()
     idle = idle_names(plain)
-    engine = Engine(model, make_config(grad_clip=grad_clip), CPU, Ranks())
+    config = make_config(grad_clip=grad_clip, n_steps=8)
+    schedule = {"warmup_steps": warmup, "decay_steps": decay}
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=schedule)})
+    engine = Engine(model, config, CPU, Ranks())
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
+    expected_schedule = torch_schedule(optimizer, warmup, decay)
     plain.train()
     for step in range(8):
         batch = make_batch(step)
@@ -91,17 +118,18 @@ def test_several_steps_are_those_of_a_plain_loop(grad_clip, layout, monkeypatch)
                 p.grad = None
         norm = nn.utils.clip_grad_norm_(plain.parameters(), grad_clip)
         optimizer.step()
+        expected_schedule.step()
 
         metrics = metrics_of(engine.gradients(batch))
         assert metrics == pytest.approx({key: float(expected[key]) for key in metrics}, rel=1e-6)
         assert float(engine.gradient_norm()) == pytest.approx(float(norm), rel=1e-5)
-        engine.update(engine.gradient_norm())
+        engine.update(engine.gradient_norm(), step)
     moved = 0.0
     start = tiny_model().state_dict()
     for name, weights in model.state_dict().items():
         torch.testing.assert_close(weights, plain.state_dict()[name], rtol=0, atol=1e-6, msg=name)
         moved = max(moved, float((weights - start[name]).abs().max()))
-    assert moved > 5e-3  # eight steps of 1e-3
+    assert moved > (5e-3 if decay is None else 3e-3)  # eight steps of 1e-3, or 4.5 of them
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
@@ -162,7 +190,7 @@ def test_idle_parameters_stay_as_they_are():
     engine = Engine(model, make_config(), CPU, Ranks())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine.gradients(make_batch())
-    engine.update(engine.gradient_norm())
+    engine.update(engine.gradient_norm(), 0)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == before.keys() - idle_names(model)
 

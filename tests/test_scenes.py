@@ -16,7 +16,7 @@ from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference import coder as coder_module
 from spectralvae.inference import latents as latents_module
 from spectralvae.inference import scenes as scenes_module
-from spectralvae.inference.latents import cell_sums, on_grid
+from spectralvae.inference.latents import on_grid
 
 WAVELENGTH = tiny_normalization().wavelength
 
@@ -163,12 +163,6 @@ def test_time_is_the_mean_of_the_known_rows() -> None:
 
     found = on_grid({"time": (("y",), time)}, 2)["time"]
     np.testing.assert_array_equal(found, [1.7e9 + 5e-4, 1.7e9 + 3, np.nan])
-
-
-def test_sums_over_cells_at_the_ends() -> None:
-    values = np.arange(15.0).reshape(3, 5)
-
-    np.testing.assert_array_equal(cell_sums(values, 2), [[0 + 1 + 5 + 6, 2 + 3 + 7 + 8, 4 + 9], [21, 25, 14]])
 
 
 # --- refusals ---------------------------------------------------------------------------------

@@ -210,8 +210,8 @@ def test_times_and_sources_of_many_scenes(make_store, tmp_path):
         metrics=None,
         baselines=None,
     )
-    assert found.training == Scenes(4, 3, times[1], times[0], ["V03", "V04"])
-    assert found.validation == Scenes(1, 1, None, None, [])
+    assert found.training == Scenes(4, 3, times[1], times[0], ["V03", "V04"], ["1", "2", "2", "3"])
+    assert found.validation == Scenes(1, 1, None, None, [], ["4"])
 
 
 def test_old_checkpoint_goes_on(train):

@@ -50,6 +50,7 @@ class Scenes:
     Attributes:
         n_scenes: how many.
         n_sources: from how many files.
+        identities: `SceneRecord.identity` of each; None in what earlier versions wrote.
         first, last: earliest and latest start of a scan, ISO 8601 UTC; None where no scene has a time.
         versions: of the processing that made the files, where known.
     """
@@ -59,6 +60,7 @@ class Scenes:
     first: str | None
     last: str | None
     versions: list[str]
+    identities: list[str] | None = None
 
 
 @dataclass(frozen=True)

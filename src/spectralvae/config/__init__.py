@@ -3,6 +3,7 @@
 Relative paths are taken from the folder the command is started in.
 """
 
+from spectralvae.config.analysis import EvaluateConfig, FilterConfig, ProbeConfig
 from spectralvae.config.base import CommandConfig, NormalizationConfig, Section, Wavelengths
 from spectralvae.config.data import (
     LEVEL_1,
@@ -20,7 +21,9 @@ from spectralvae.config.inference import DecodeConfig, EncodeConfig, InferenceCo
 from spectralvae.config.training import (
     DEBUG_OVERRIDES,
     ConvertConfig,
+    OptimizerConfig,
     SpectraConfig,
+    SupervisionConfig,
     TrainConfig,
     may_change_on_resume,
 )
@@ -34,16 +37,21 @@ __all__ = [
     "DecodeConfig",
     "DownloadConfig",
     "EncodeConfig",
+    "EvaluateConfig",
+    "FilterConfig",
     "InferenceConfig",
     "InputSpec",
     "NormalizationConfig",
+    "OptimizerConfig",
     "PlantConfig",
     "PrepareConfig",
+    "ProbeConfig",
     "ProductConfig",
     "Section",
     "SimulateConfig",
     "SpectraConfig",
     "SplitConfig",
+    "SupervisionConfig",
     "TrainConfig",
     "Wavelengths",
     "may_change_on_resume",

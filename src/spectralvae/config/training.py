@@ -12,6 +12,7 @@ from spectralvae.config.base import (
     Device,
     NormalizationConfig,
     PositiveInt,
+    Product,
     Section,
     Seed,
     Wavelengths,
@@ -87,7 +88,15 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
-    lr: float = Field(1e-4, gt=0, description="learning rate, constant")
+    lr: float = Field(1e-4, gt=0, description="learning rate, after its warm-up and before its decay")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps over which the learning rate grows evenly from 0 to lr"
+    )
+    decay_steps: PositiveInt | None = Field(
+        None,
+        description="step at which the learning rate reaches 0, after its warm-up, along half a cosine; at least "
+        "training.n_steps; if left out, it stays lr",
+    )
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.9, 0.95],
         min_length=2,
@@ -95,6 +104,20 @@ class OptimizerConfig(Section):
         description="decay of the running mean of the gradient and of its square",
     )
     weight_decay: float = Field(0.05, ge=0, description="pull of the weights towards 0, times lr in each step")
+
+
+class SupervisionConfig(Section):
+    """Level-2 products that the latents are to tell, by 1x1 convolutions on their grid.
+
+    The loss grows by the sum over products of weight x mean squared error of the standardised target x samples of a
+    tile: the term of reconstruction is a sum over these, too, so that a weight of 1 lets one target count as much as
+    one z.
+    """
+
+    products: dict[Product, Annotated[float, Field(ge=0)]] = Field(
+        min_length=1, description="weight of each (PRODUCT: NO2, HCHO, O3TOT, CLDO4); 0 leaves it out"
+    )
+    hidden: list[PositiveInt] = Field([512, 512], description="features of the head's hidden layers")
 
 
 class TrainingConfig(Section):
@@ -146,7 +169,24 @@ class TrainConfig(CommandConfig):
     data: DataConfig
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    supervision: SupervisionConfig | None = Field(
+        None, description="level-2 products of the store that the latents are to tell; if left out, none"
+    )
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _learning_rate_stays_above_zero(self) -> TrainConfig:
+        decay, warmup = self.optimizer.decay_steps, self.optimizer.warmup_steps
+        if decay is None:
+            return self
+        if decay < self.training.n_steps:
+            raise ValueError(
+                f"training.n_steps: {self.training.n_steps} goes beyond optimizer.decay_steps ({decay}), where the "
+                "learning rate is 0; raise that, in a new output_dir if the run has begun"
+            )
+        if decay <= warmup:
+            raise ValueError(f"optimizer.decay_steps: {decay} must be larger than optimizer.warmup_steps ({warmup})")
+        return self
 
     @model_validator(mode="after")
     def _tiles_can_be_halved(self) -> TrainConfig:

@@ -87,6 +87,11 @@ class SceneRecord:
     products: dict[str, dict[str, Any]] = field(default_factory=dict)
     beside_sha256: str = ""
 
+    @property
+    def identity(self) -> str:
+        """What a scene is known by in any store: digest of its file, and its part of the image."""
+        return self.sha256 if self.region is None else f"{self.sha256}[{','.join(map(str, self.region))}]"
+
 
 def shard_file(scene_folder: Path) -> Path:
     """The shard of a scene's z: the plain (y, x, channel) array, then the index."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae import __version__
+from spectralvae.data.cells import cell_sums
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.validity import Validity
 from spectralvae.data.wavelengths import channel_means, span, wavelength_gap
@@ -294,12 +295,6 @@ def on_grid(coordinates: Mapping[str, Coordinate], s: int) -> dict[str, NDArray[
         total = np.add.reduceat(np.where(known, time - first, 0.0), starts)
         found["time"] = np.divide(total, n, out=np.full(len(n), np.nan), where=n > 0) + first
     return found
-
-
-def cell_sums(values: NDArray[Any], s: int) -> NDArray[np.float64]:
-    """(..., y, x) -> (..., cells along y, along x): sums over the s x s pixels of each cell, fewer at the ends."""
-    rows = np.add.reduceat(values, range(0, values.shape[-2], s), axis=-2, dtype=np.float64)
-    return np.add.reduceat(rows, range(0, values.shape[-1], s), axis=-1)
 
 
 def stream_latents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from spectralvae.config import TrainConfig
+from spectralvae.config import OptimizerConfig, TrainConfig
 from spectralvae.data import sampling
 from spectralvae.data.loader import Batch
 from spectralvae.errors import ConfigError, RunError
@@ -186,10 +187,25 @@ class Engine:
         """The norm over all weights, a scalar; the same in every process."""
         return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
-    def update(self, norm: Tensor) -> None:
-        """Clip the gradients, whose norm is given, and let the optimizer take its step."""
+    def update(self, norm: Tensor, step: int) -> None:
+        """Clip the gradients, whose norm is given, and let the optimizer take its step, after ``step`` others."""
         clip_grads_with_norm_(self.parameters, self.config.training.grad_clip, norm)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config.optimizer, step)
         self.optimizer.step()
+
+
+def learning_rate(optimizer: OptimizerConfig, step: int) -> float:
+    """Of the update after ``step`` others: a pure function of the config, so that no state of it need be kept.
+
+    It grows evenly over the warm-up, and then falls along half a cosine (Loshchilov and Hutter 2017, without
+    restarts) to 0 at ``decay_steps``.
+    """
+    warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
+    if step < warmup:
+        return optimizer.lr * (step + 1) / warmup
+    if decay is None:
+        return optimizer.lr
+    return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (decay - warmup)))
 
 
 def metric_sums(metrics: dict[str, Tensor], weight: float) -> Tensor:

@@ -66,7 +66,7 @@ def overfit(p: Patient) -> Check:
     config = changed(
         p.config,
         data={"batch_size": OVERFIT_TILES, "tile_size": size},
-        optimizer={"lr": OVERFIT_LR},
+        optimizer={"lr": OVERFIT_LR, "warmup_steps": 0, "decay_steps": None},
         training={"gradient_accumulation": 1, "compile": False},
     )
     invalid = p.config.data.max_invalid_fraction
@@ -84,7 +84,7 @@ def overfit(p: Patient) -> Check:
             errors.append(metrics_of(sums)["pixel_mse"])
             if errors[-1] < limit or len(errors) > OVERFIT_STEPS or not np.isfinite(errors[-1]):
                 break
-            engine.update(engine.gradient_norm())
+            engine.update(engine.gradient_norm(), len(errors) - 1)
             advance()
     figures = {"first": errors[0], "last": errors[-1], "steps": len(errors) - 1, "limit": limit}
     text = (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from spectralvae import __version__
-from spectralvae.config import TrainConfig
+from spectralvae.config import OptimizerConfig, TrainConfig
 from spectralvae.data.store import Store
 from spectralvae.provenance import Provenance, Scenes
 
@@ -96,7 +96,7 @@ def facts(
         "store": f"{store.path} ({len(store.indices('train'))} training scenes)",
         "parameters": f"{n_parameters:,}",
         "batch": f"{data.batch_size} tiles of {data.tile_size} x {data.tile_size} pixels",
-        "learning rate": f"{config.optimizer.lr:g}",
+        "learning rate": _learning_rate(config.optimizer),
         "precision": f"{training.precision}{', TF32' if training.tf32 else ''}",
         "devices": "; ".join(run_record["devices"]),
         "versions": ", ".join(f"{name} {version}" for name, version in run_record["versions"].items()),
@@ -104,6 +104,12 @@ def facts(
         "seed": str(config.seed),
         "start": f"number {len(run_record['starts'])}, from step {from_step}",
     }
+
+
+def _learning_rate(optimizer: OptimizerConfig) -> str:
+    warmup = f", {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else ""
+    decay = f", cosine decay to 0 at step {optimizer.decay_steps:,}" if optimizer.decay_steps else ""
+    return f"{optimizer.lr:g}{warmup}{decay}"
 
 
 def provenance(
@@ -145,6 +151,7 @@ def _scenes(store: Store, indices: Sequence[int]) -> Scenes:
     return Scenes(
         n_scenes=len(records),
         n_sources=len({(record.source, record.sha256) for record in records}),
+        identities=[record.identity for record in records],
         first=min(times, default=None),
         last=max(times, default=None),
         versions=sorted({record.version for record in records if record.version}),

@@ -306,7 +306,7 @@ class Trainer:
         norm = self.engine.gradient_norm()
         metrics["grad_norm"] = float(norm)
         failure.check_finite(self.engine, self.store, batch, metrics)
-        self.engine.update(norm)
+        self.engine.update(norm, self.step)
         self.step += 1
         wanted = [code for code, n in zip(codes, sums[len(local) :], strict=True) if n]
         return metrics, max(wanted, default=None)

@@ -169,7 +169,7 @@ def _timed_steps(p: Patient, engine: Engine, n_tiles: int, n_steps: int, advance
         norm = engine.gradient_norm()
         float(norm)  # waits for the device
         clock.append(time.perf_counter())
-        engine.update(norm)
+        engine.update(norm, max(i, 0))
         if p.device.type == "cuda":
             torch.cuda.synchronize(p.device)
         clock.append(time.perf_counter())
