@@ -211,9 +211,8 @@ def test_the_learning_rate_stays_above_zero_to_the_last_step(read: Any, refusal:
     text = "output_dir: run\ndata: {store: s}\ntraining: {n_steps: 100}\noptimizer: "
     read(TrainConfig, text + "{warmup_steps: 99, decay_steps: 100}")
     read(TrainConfig, text + "{warmup_steps: 500}")
-    assert "training.n_steps: 100 goes beyond optimizer.decay_steps (99)" in refusal(
-        TrainConfig, text + "{decay_steps: 99}"
-    )
+    message = refusal(TrainConfig, text + "{decay_steps: 99}")
+    assert "training.n_steps: 100 goes beyond optimizer.decay_steps (99)" in message
     message = refusal(TrainConfig, text + "{warmup_steps: 100, decay_steps: 100}")
     assert "optimizer.decay_steps: 100 must be larger than optimizer.warmup_steps (100)" in message
 

@@ -149,7 +149,7 @@ def test_what_is_wrong_is_found_together(config_path, tmp_path, monkeypatch, cap
     """No update, one process's loss doubled, no memory, and a run that fails."""
     quick = [examination for examination in doctor.EXAMINATIONS if examination[0] != "hours"]
     monkeypatch.setattr(doctor, "EXAMINATIONS", quick)
-    monkeypatch.setattr(Engine, "update", lambda self, norm: None)
+    monkeypatch.setattr(Engine, "update", lambda self, norm, step: None)
     monkeypatch.setattr(proofs, "OVERFIT_STEPS", 50)
     monkeypatch.setattr(trials, "available_memory", lambda device: 0)
     monkeypatch.setattr(trials, "_resident_bytes", lambda: 0)
