@@ -9,8 +9,10 @@ demo: $(VENV)/.installed
 	$(BIN)/spectralvae simulate configs/demo/simulate.yaml
 	$(BIN)/spectralvae prepare configs/demo/prepare.yaml
 	$(BIN)/spectralvae train configs/demo/train.yaml
+	$(BIN)/spectralvae evaluate configs/demo/evaluate.yaml
 	$(BIN)/spectralvae encode configs/demo/encode.yaml
 	$(BIN)/spectralvae decode configs/demo/decode.yaml
+	$(BIN)/spectralvae probe configs/demo/probe.yaml
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
@@ -27,7 +29,7 @@ lint: $(VENV)/.installed-test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[analysis]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

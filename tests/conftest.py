@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,21 @@ import h5netcdf
 import numpy as np
 import pytest
 import yaml
+from browsing import BROWSER, Browser
 
 from spectralvae.data import store
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.store import SceneRecord, Store
-from spectralvae.data.store_writer import NamedArray, ZWriter, finish_store, write_n_invalid, write_scene_group
+from spectralvae.data.store_writer import (
+    NamedArray,
+    ZWriter,
+    finish_store,
+    write_field,
+    write_n_invalid,
+    write_scene_group,
+)
+from spectralvae.data.targets import fit_transform
+from spectralvae.readers.products import PRODUCTS
 
 # A job in the background of a shell inherits that Ctrl-C is ignored; tests and their processes send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -97,8 +107,13 @@ def _make_store(
     val: tuple[str, ...] = (),
     dtype: str = "float16",
     arrays: Mapping[str, NamedArray] | None = None,
+    level2: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> Store:
-    """Write (y, x, channel) z of each named scene, with more arrays beside each; mean = 1, 2, ..., std = 2, 3, ..."""
+    """Write (y, x, channel) z of each named scene, with more arrays beside each; mean = 1, 2, ..., std = 2, 3, ...
+
+    level2: (y, x) by product and scene; those that a scene has.
+    """
+    level2 = level2 or {}
     records = []
     for name, z in scenes.items():
         folder = store.scene_folder(path, name)
@@ -118,7 +133,10 @@ def _make_store(
             absent=[],
             z_sha256=writer.sha256,
             n_invalid=int(np.isnan(z).sum()),
+            products={product: {} for product, fields in level2.items() if name in fields},
         )
+        for product in record.products:
+            write_field(folder, product, level2[product][name], {})
         write_n_invalid(folder, n_invalid, z.shape[2])
         records.append(write_scene_group(folder, record, arrays or {}))
     nc = records[0].shape[2]
@@ -126,8 +144,25 @@ def _make_store(
         "zscore", 1.0 + np.arange(nc), 2.0 + np.arange(nc), 10.0, None, None, 400.0 + np.arange(nc)
     )
     extra = {key: np.zeros(nc) for key in store.REQUIRED_ARRAYS if key not in normalization.arrays()}
-    finish_store(path, records, normalization, extra, dtype)
+    targets = {product: _fit(product, fields.values()) for product, fields in level2.items()}
+    finish_store(path, records, normalization, extra, dtype, targets=targets)
     return Store(path)
+
+
+def _fit(product: str, fields: Iterable[np.ndarray]) -> dict[str, Any]:
+    spec = PRODUCTS[product]
+    arrays = [field.astype(np.float32) for field in fields]
+    return fit_transform(spec, spec.field, spec.units, lambda: arrays).to_attributes()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless browser."""
+    if BROWSER is None:
+        pytest.skip("no chromium or google-chrome on this machine: the page was not tried")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spectralvae.data import sampling
-from spectralvae.data.sampling import Crop, CropSampler, as_read, evenly, grid, noise
+from spectralvae.data.sampling import Crop, CropSampler, as_read, evenly, grid, noise, scattered
 from spectralvae.errors import ConfigError
 
 NC, TILE = 6, 4
@@ -273,3 +273,13 @@ def test_evenly() -> None:
         assert set(chosen) <= set(range(n))
         gaps = np.diff([*chosen, n])
         assert gaps.max() - gaps.min() <= 1
+
+
+def test_scattered_over_all_columns_of_a_grid() -> None:
+    assert scattered(5, 10) == [0, 1, 2, 3, 4]
+    assert scattered(0, 10) == []
+    chosen = scattered(4 * 8 * 16, 64)  # scenes of 4 x 8 tiles: every eighth would be one column
+    assert chosen == sorted(set(chosen)) == scattered(4 * 8 * 16, 64)
+    assert [i * 64 // (4 * 8 * 16) for i in chosen] == list(range(64))  # from everywhere
+    columns = np.bincount(np.array(chosen) % 8, minlength=8)
+    assert columns.min() >= 3  # of 8 expected

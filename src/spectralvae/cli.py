@@ -19,8 +19,10 @@ from spectralvae.config import (
     DecodeConfig,
     DownloadConfig,
     EncodeConfig,
+    EvaluateConfig,
     InferenceConfig,
     PrepareConfig,
+    ProbeConfig,
     SimulateConfig,
     TrainConfig,
     may_change_on_resume,
@@ -197,6 +199,26 @@ def _share_files(command: str, config: InferenceConfig, overwrite: bool, work: C
             _say_finished(config)
             return
         work(config, run, ranks, console)
+
+
+@app.command()
+def evaluate(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
+    """Judge the checkpoints of a run on all its validation tiles, beside PCA and the mean."""
+    cfg = _read(EvaluateConfig, config, set_, print_config)
+    run = _claim("evaluate", cfg, overwrite=overwrite)
+    from spectralvae.analysis.evaluate import evaluate as work
+
+    work(cfg, run, console)
+
+
+@app.command()
+def probe(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
+    """Predict level-2 products from latents: what do these tell of the atmosphere?"""
+    cfg = _read(ProbeConfig, config, set_, print_config)
+    run = _claim("probe", cfg, overwrite=overwrite)
+    from spectralvae.analysis.probe import probe as work
+
+    work(cfg, run, console)
 
 
 @app.command()

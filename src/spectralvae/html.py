@@ -1,4 +1,4 @@
-"""Pages that need no server and no network: a run's dashboard.
+"""Pages that need no server and no network: what all of them share, and a run's dashboard.
 
 A page is one file: templates/page.html around the page's own template, with style, script, data and pictures inside.
 Its content security policy lets the browser load nothing and run no other script, whatever a name contains.
@@ -96,6 +96,8 @@ _PLOTS = (
     _Plot("memory_gb", "machine", "Memory of the first process, highest so far", "GB", "zero"),
 )
 
+_PRODUCT_COLORS = ("hue-1", "hue-2", "hue-3", "hue-4")
+
 
 @cache
 def _environment() -> Environment:
@@ -122,7 +124,9 @@ def _inlined(*names: str) -> tuple[Markup, Markup]:
     return Markup(text), Markup(f"'sha256-{digest}'")
 
 
-def write_page(path: Path, template: str, scripts: Sequence[str], data: Json, **context: Any) -> None:
+def write_page(
+    path: Path, template: str, scripts: Sequence[str], data: Json, styles: Sequence[str] = (), **context: Any
+) -> None:
     """Write a page that is either whole or not there.
 
     Args:
@@ -130,9 +134,10 @@ def write_page(path: Path, template: str, scripts: Sequence[str], data: Json, **
         template: in templates/, extending page.html.
         scripts: files of templates/, to run in this order.
         data: what the scripts read; JSON, no NaN.
+        styles: files of templates/, beside page.css.
         context: for the template, escaped there.
     """
-    style, style_hash = _inlined("page.css")
+    style, style_hash = _inlined("page.css", *styles)
     script, script_hash = _inlined(*scripts)
     page = _environment().get_template(template)
     inlined = {"style": style, "style_hash": style_hash, "script": script, "script_hash": script_hash}
@@ -146,9 +151,7 @@ def write_dashboard(path: Path, dashboard: Dashboard) -> None:
         path: summary/index.html of the run.
         dashboard: what it shows.
     """
-    if dashboard.picture is not None:
-        assert dashboard.picture.startswith(b"\x89PNG\r\n")
-        assert dashboard.picture_step is not None
+    assert dashboard.picture is None or dashboard.picture_step is not None
     write_page(
         path,
         "dashboard.html",
@@ -158,8 +161,14 @@ def write_dashboard(path: Path, dashboard: Dashboard) -> None:
         numbers=_numbers(dashboard),
         warnings=_warnings(dashboard),
         notable=NOTABLE,
-        picture=None if dashboard.picture is None else Markup(base64.b64encode(dashboard.picture).decode()),
+        picture=None if dashboard.picture is None else inline_picture(dashboard.picture),
     )
+
+
+def inline_picture(png: bytes) -> Markup:
+    """A PNG as text, for the address of an image."""
+    assert png.startswith(b"\x89PNG\r\n")
+    return Markup(base64.b64encode(png).decode())
 
 
 def numbers_of(values: ArrayLike) -> list[float | None]:
@@ -175,6 +184,54 @@ def numbers_of(values: ArrayLike) -> list[float | None]:
     for i in np.flatnonzero(~finite):
         rounded[i] = None
     return rounded
+
+
+def series_of(label: str, color: str, draw: str, x: ArrayLike, y: ArrayLike, *range_: ArrayLike) -> Json:
+    """A series of a chart.
+
+    Args:
+        label: in the legend and beside the values.
+        color: a class of the page's style that has a colour.
+        draw: "curve" (a line with dots), "line", "dots" or "bars".
+        x, y: as many each; what is not finite is a gap.
+        range_: low and high of each, if there is a range.
+    """
+    series = {"label": label, "short": label, "color": color, "draw": draw, "x": numbers_of(x), "y": numbers_of(y)}
+    assert len(series["x"]) == len(series["y"])
+    return series | dict(zip(("low", "high"), map(numbers_of, range_), strict=False))
+
+
+def chart_of(
+    name: str,
+    group: str,
+    title: str,
+    label: str,
+    y: str,
+    series: list[Json],
+    references: Mapping[str, float] | None = None,
+) -> Json:
+    """A chart whose group and section have one name.
+
+    Args:
+        name: of the chart, among those of the page.
+        group: of the charts that share its x axis.
+        title: over it.
+        label: of the y axis.
+        y: its scale: "switch" (as the reader likes), "log", "linear" or "zero" (linear, from zero).
+        series: as `series_of` makes them.
+        references: values to compare with, by label; those that are not finite have no line.
+    """
+    return {
+        "id": f"chart-{name}",
+        "group": group,
+        "section": group,
+        "title": title,
+        "label": label,
+        "y": y,
+        "series": series,
+        "references": _references(references or {}),
+        "spikes": [],
+    }
 
 
 def _data(dashboard: Dashboard) -> Json:
@@ -218,7 +275,25 @@ def _step_charts(dashboard: Dashboard) -> list[Json]:
                     "spikes": spikes if plot.section == "learning" else [],
                 }
             )
+    supervision = _supervision_series(dashboard.curves)
+    if supervision:
+        reference = {"variance of the training pixels": 1.0}
+        title, label = "Supervision: error of predicted level-2 products", "mean squared error, standardised targets"
+        chart = chart_of("supervision", "steps", title, label, "switch", supervision, reference)
+        charts.append({**chart, "section": "learning"})
     return charts
+
+
+def _supervision_series(curves: Mapping[str, Points]) -> list[Json]:
+    """A colour for each product; of training batches a line, of validation a line with dots."""
+    series = []
+    products = sorted({key.partition("supervision_")[2] for key in curves if "supervision_" in key})
+    for product, color in zip(products, _PRODUCT_COLORS, strict=False):
+        if points := curves.get(f"supervision_{product}"):
+            series.append(series_of(f"{product}, training, smoothed", color, "line", points.step, points.smooth))
+        if points := curves.get(f"val_supervision_{product}"):
+            series.append(series_of(f"{product}, validation", color, "curve", points.step, points.mean))
+    return series
 
 
 def _curve(name: str, color: str, points: Points, *, smooth: bool) -> Json:
@@ -249,21 +324,21 @@ def _validation_charts(validation: Mapping[str, Any] | None) -> list[Json]:
     latents = {key: np.asarray(validation["latents"][key], dtype=np.float64) for key in _LATENT_KEYS}
     channel = np.arange(len(latents["bits"]))
     rmse = [
-        _series("the network", "validation", "line", wavelength, _root(validation["mse"])),
-        _series("predicting the mean", "grey", "line", wavelength, _root(validation["variance"])),
+        series_of("the network", "validation", "line", wavelength, _root(validation["mse"])),
+        series_of("predicting the mean", "grey", "line", wavelength, _root(validation["variance"])),
     ]
     mean, std = latents["mean"], latents["std"]
-    spread = _series("mean and mean ± std", "training", "dots", channel, mean, mean - std, mean + std)
-    bits = _series("bits", "training", "bars", channel, latents["bits"])
-    posterior = _series("posterior std", "training", "dots", channel, latents["posterior_std"])
+    spread = series_of("mean and mean ± std", "training", "dots", channel, mean, mean - std, mean + std)
+    bits = series_of("bits", "training", "bars", channel, latents["bits"])
+    posterior = series_of("posterior std", "training", "dots", channel, latents["posterior_std"])
     prior = {"the prior": 1.0}
     return [
-        _chart("rmse", "wavelength", "Validation error of each channel", "root mean squared error of z", "log", rmse),
-        _chart("bits", "latents", "KL to the prior", "bits per latent position", "zero", [bits]),
-        _chart(
+        chart_of("rmse", "wavelength", "Validation error of each channel", "root mean squared error of z", "log", rmse),
+        chart_of("bits", "latents", "KL to the prior", "bits per latent position", "zero", [bits]),
+        chart_of(
             "posterior", "latents", "Posterior standard deviation", "mean over positions", "log", [posterior], prior
         ),
-        _chart(
+        chart_of(
             "latents", "latents", "Posterior mean: its mean and spread", "over tiles and positions", "linear", [spread]
         ),
     ]
@@ -274,35 +349,6 @@ _LATENT_KEYS = ("bits", "posterior_std", "mean", "std")
 
 def _root(squares: ArrayLike) -> np.ndarray:
     return np.sqrt(np.asarray(squares, dtype=np.float64))
-
-
-def _series(label: str, color: str, draw: str, x: np.ndarray, y: np.ndarray, *range_: np.ndarray) -> Json:
-    assert len(x) == len(y)
-    series = {"label": label, "short": label, "color": color, "draw": draw, "x": numbers_of(x), "y": numbers_of(y)}
-    return series | dict(zip(("low", "high"), map(numbers_of, range_), strict=False))
-
-
-def _chart(
-    name: str,
-    group: str,
-    title: str,
-    label: str,
-    y: str,
-    series: list[Json],
-    references: Mapping[str, float] | None = None,
-) -> Json:
-    """A chart whose group and section have one name."""
-    return {
-        "id": f"chart-{name}",
-        "group": group,
-        "section": group,
-        "title": title,
-        "label": label,
-        "y": y,
-        "series": series,
-        "references": _references(references or {}),
-        "spikes": [],
-    }
 
 
 def _numbers(dashboard: Dashboard) -> dict[str, str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from spectralvae.errors import InputError
 
@@ -53,6 +56,39 @@ class PixelPCA:
         deviation = np.nan_to_num(tile.astype(np.float64)) - self.mean
         basis = self.components[:k]
         return np.asarray(deviation @ basis.T @ basis + self.mean)
+
+
+class Baselines:
+    """The mean and PCA as reconstructions of tiles, in float32 on a device.
+
+    Args:
+        pca: fitted with as many components as the last of ``components``.
+        components: numbers of them, in rising order.
+        device: where to compute.
+
+    Attributes:
+        names: "mean", which predicts z = 0, the mean of the training scenes; then "pca_1" and so on.
+    """
+
+    def __init__(self, pca: PixelPCA, components: Sequence[int], device: torch.device) -> None:
+        self.names = ["mean", *(f"pca_{k}" for k in components)]
+        self._components = components
+        self._mean = torch.from_numpy(pca.mean[:, None]).to(device, torch.float32)
+        self._basis = torch.from_numpy(pca.components.copy()).to(device, torch.float32)
+
+    def reconstruct(self, z: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Name and reconstruction, one after the other; each is overwritten when the next one is asked for.
+
+        Args:
+            z: (channel, pixel) float32, 0 where invalid, as `PixelPCA` takes it.
+        """
+        z_hat = torch.zeros_like(z)
+        yield self.names[0], z_hat
+        z_hat += self._mean
+        scores = self._basis @ (z - self._mean)
+        for name, (first, last) in zip(self.names[1:], pairwise([0, *self._components]), strict=True):
+            z_hat += self._basis[first:last].T @ scores[first:last]
+            yield name, z_hat
 
 
 def reference_errors(

@@ -109,15 +109,18 @@ class OptimizerConfig(Section):
 class SupervisionConfig(Section):
     """Level-2 products that the latents are to tell, by 1x1 convolutions on their grid.
 
-    The loss grows by the sum over products of weight x mean squared error of the standardised target x samples of a
-    tile: the term of reconstruction is a sum over these, too, so that a weight of 1 lets one target count as much as
-    one z.
+    Targets are the store's transforms of the pixels, standardised and averaged over the pixels of a latent cell. The
+    loss grows by the sum over products of weight x squared errors of the cells' targets x samples of a cell: the term
+    of reconstruction is a sum over these, too, so that a weight of 1 lets one target count as much as one z. In
+    metrics.jsonl, `loss` stays that without supervision; supervision_PRODUCT is the mean squared error of a target.
     """
 
     products: dict[Product, Annotated[float, Field(ge=0)]] = Field(
         min_length=1, description="weight of each (PRODUCT: NO2, HCHO, O3TOT, CLDO4); 0 leaves it out"
     )
-    hidden: list[PositiveInt] = Field([512, 512], description="features of the head's hidden layers")
+    hidden: list[PositiveInt] = Field(
+        [512, 512], description="features of the head's hidden layers; [] makes it linear"
+    )
 
 
 class TrainingConfig(Section):

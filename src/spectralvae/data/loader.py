@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from spectralvae.data import sampling
+from spectralvae.data.cells import cell_means
 from spectralvae.data.sampling import Crop, CropSampler
 from spectralvae.data.store import SceneRecord, Store
+from spectralvae.data.targets import TargetTransform
 from spectralvae.errors import ConfigError
 
 BATCHES_AHEAD = 2
@@ -34,12 +36,14 @@ class Batch:
         tiles: (B, y, x, channel) in the store's dtype, NaN = invalid; permuted, it is channels_last.
         noise: (B, E, h, w) float32, the posterior's noise.
         crops: where the tiles come from.
+        targets: (B, P, h, w) float32, level-2 targets on the grid of the latents, NaN = invalid; None if not asked for.
     """
 
     step: int
     tiles: Tensor
     noise: Tensor
     crops: list[Crop]
+    targets: Tensor | None = None
 
 
 def make_sampler(
@@ -72,7 +76,7 @@ def make_sampler(
 def grid_crops(
     store: Store, scenes: Sequence[int], *, tile_size: int, max_invalid_fraction: float, at_most: int
 ) -> list[Crop]:
-    """Fixed tiles: a grid over some scenes of a store, thinned evenly.
+    """Fixed tiles: a grid over some scenes of a store, or some of it, scattered over all.
 
     Raises:
         ConfigError: a scene is smaller than a tile, or there are scenes, but no tile of theirs will do.
@@ -92,7 +96,7 @@ def grid_crops(
         ]
     if scenes and not crops:
         raise sampling.no_tile_left(max_invalid_fraction, tile_size, _where(store, scenes))
-    return [crops[i] for i in sampling.evenly(len(crops), at_most)]
+    return [crops[i] for i in sampling.scattered(len(crops), at_most)]
 
 
 def _tileable(record: SceneRecord, tile_size: int) -> tuple[int, int, int]:
@@ -125,6 +129,55 @@ def read_crops(store: Store, crops: Sequence[Crop], tile_size: int) -> Tensor:
 
 def _read_crop(store: Store, crop: Crop, out: np.ndarray) -> None:
     store.read_tile(crop.scene, crop.y, crop.x, sampling.as_read(out, crop))
+
+
+class TargetReader:
+    """Level-2 fields under the tiles of a store, as standardised targets on the grid of the latents.
+
+    Args:
+        store: where the fields are.
+        products: in the order of the targets.
+        scenes: that have to have them.
+        scale: pixels of a latent cell along y and x.
+
+    Raises:
+        ConfigError: the store, or a scene of it, lacks a product.
+        InputError: a file of a field is lost, cut off or compressed.
+    """
+
+    def __init__(self, store: Store, products: Sequence[str], scenes: Sequence[int], scale: int) -> None:
+        for product in products:
+            for scene in scenes:
+                record = store.scenes[scene]
+                if product not in record.products:
+                    raise ConfigError(
+                        f"supervision.products: {record.split} scene {record.id} of {store.path} has no {product}; "
+                        f"prepare the store with l2.{product}, or set the weight of {product} to 0"
+                    )
+                store.check_field(scene, product)
+        known = store.attributes.get("targets", {})
+        self._store, self._scale = store, scale
+        self._transforms = [TargetTransform.from_attributes(known[product]) for product in products]
+
+    def read(self, crop: Crop, tile_size: int) -> NDArray[np.float32]:
+        """(P, h, w) of a tile, flipped and turned as it is; NaN where fewer than half of a cell's pixels are valid."""
+        fields = [
+            (t.transform(self._store.read_field(crop.scene, t.product, crop.y, crop.x, tile_size)) - t.mean) / t.std
+            for t in self._transforms
+        ]
+        means = cell_means(np.stack(fields), self._scale)
+        targets = np.empty(means.shape, np.float32)
+        for target, mean in zip(targets, means, strict=True):
+            sampling.as_read(target, crop)[...] = mean
+        return targets
+
+    def read_all(self, crops: Sequence[Crop], tile_size: int) -> Tensor:
+        """(B, P, h, w) of several tiles."""
+        return torch.from_numpy(np.stack([self.read(crop, tile_size) for crop in crops]))
+
+    def shape(self, tile_size: int) -> tuple[int, int, int]:
+        """(P, h, w)"""
+        return len(self._transforms), tile_size // self._scale, tile_size // self._scale
 
 
 class _Memory:
@@ -163,6 +216,7 @@ class TileStream(IterableDataset[Batch]):
         num_workers: reader threads; 0 reads when asked.
         pin_memory: for transfers to a GPU that do not block.
         rank, world_size: which of how many processes: each gets its share of a step's samples, in order.
+        targets: what the batches' targets are read with; None for batches without.
 
     Raises:
         ConfigError: batch_size cannot be shared out evenly.
@@ -181,6 +235,7 @@ class TileStream(IterableDataset[Batch]):
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        targets: TargetReader | None = None,
     ) -> None:
         if batch_size % world_size:
             raise ConfigError(f"data.batch_size: {batch_size} must be a multiple of the {world_size} processes")
@@ -194,6 +249,7 @@ class TileStream(IterableDataset[Batch]):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.rank = rank
+        self.targets = targets
         self.share = batch_size // world_size
 
     def __iter__(self) -> Iterator[Batch]:
@@ -207,14 +263,20 @@ class TileStream(IterableDataset[Batch]):
     def _new_batch(self, step: int, memory: _Memory) -> Batch:
         """A batch that is to be filled."""
         noise = torch.empty((self.share, *self.noise_shape), pin_memory=self.pin_memory)
-        return Batch(step, memory.take(), noise, [])
+        targets = None
+        if self.targets is not None:
+            targets = torch.empty((self.share, *self.targets.shape(self.tile_size)), pin_memory=self.pin_memory)
+        return Batch(step, memory.take(), noise, [], targets)
 
     def _fill(self, batch: Batch, j: int) -> Crop:
-        """Read the tile and draw the noise of sample j of a batch."""
+        """Read the tile and its targets, and draw the noise, of sample j of a batch."""
         i = batch.step * self.batch_size + self.rank * self.share + j
         crop = self.sampler.crop(i)
         _read_crop(self.store, crop, batch.tiles[j].numpy())
         batch.noise[j] = torch.from_numpy(sampling.noise(self.sampler.seed, sampling.NOISE, i, self.noise_shape))
+        if self.targets is not None:
+            assert batch.targets is not None
+            batch.targets[j] = torch.from_numpy(self.targets.read(crop, self.tile_size))
         return crop
 
     def _read_in_turn(self, memory: _Memory) -> Iterator[Batch]:

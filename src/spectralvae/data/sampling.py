@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from spectralvae.errors import ConfigError
 
 # Streams of random numbers that must not meet: (seed, stream, i) names a generator.
-TILES, NOISE, VALIDATION_NOISE, TRIAL, DROPOUT = 0, 1, 2, 3, 4
+TILES, NOISE, VALIDATION_NOISE, TRIAL, DROPOUT, HEAD = 0, 1, 2, 3, 4, 5
 
 
 def generator(seed: int, stream: int, i: int) -> np.random.Generator:
@@ -141,6 +141,17 @@ def evenly(n: int, at_most: int) -> list[int]:
     return [i * n // count for i in range(count)]
 
 
+def scattered(n: int, at_most: int) -> list[int]:
+    """At most ``at_most`` of the indices 0 ... n - 1, always the same: one from each of as many equal parts, at random.
+
+    Of a grid in order, every so many-th tile may lie in one column: what is to stand for all of it is chosen so.
+    """
+    count = min(n, at_most)
+    ends = [(i + 1) * n // count for i in range(count)]
+    random = np.random.Generator(np.random.Philox(0))
+    return [int(random.integers(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def noise(seed: int, stream: int, i: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """The posterior's noise of sample i, standard normal, float32."""
     return generator(seed, stream, i).standard_normal(tuple(shape), dtype=np.float32)
@@ -150,3 +161,8 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     """What torch's generator is seeded with before a step of one of several processes."""
     random = np.random.Generator(np.random.Philox(key=[seed, DROPOUT], counter=[0, 0, rank, step]))
     return int(random.integers(2**63))
+
+
+def head_seed(seed: int) -> int:
+    """What torch's generator is seeded with before the head of supervised latents gets its first weights."""
+    return int(generator(seed, HEAD, 0).integers(2**63))

@@ -28,7 +28,7 @@ from spectralvae.data.store import SceneRecord, scene_folder
 from spectralvae.data.store_writer import (
     NamedArray,
     ZWriter,
-    write_array,
+    write_field,
     write_group,
     write_n_invalid,
     write_scene_group,
@@ -349,7 +349,7 @@ def _write_product(
         "absent": list(found.absent),
     }
     (folder / "l2").mkdir(exist_ok=True)
-    write_array(folder / "l2" / product, ("y", "x"), found.values, attributes)
+    write_field(folder, product, found.values, attributes)
     write_group(folder / "l2", {})
     return identity
 

@@ -11,7 +11,8 @@ Layout (C channels; a scene is ny x nx)::
 
 ``z`` is one uncompressed shard of (1, nx, C) chunks. The shard's file therefore begins with the plain
 row-major array, so a crop is read with ``preadv`` past zarr, and rows can be written as they come.
-``n_invalid`` is one uncompressed chunk, which is always written: its file is the plain array as well.
+``n_invalid`` and the level-2 fields are one uncompressed chunk each, which is always written: their files are plain
+arrays as well. (Earlier versions compressed the fields: such a store serves all but supervised latents.)
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from spectralvae.rundir import command_of
 
 FORMAT = 2
 MAX_CHANNELS = 1_000_000
+FIELD_DTYPE = np.dtype("<f4")
 REQUIRED_ARRAYS = (
     "mean",
     "std",
@@ -100,7 +102,17 @@ def shard_file(scene_folder: Path) -> Path:
 
 def counts_file(scene_folder: Path) -> Path:
     """The plain (y, x) array of a scene's n_invalid."""
-    return scene_folder / "n_invalid" / "c" / "0" / "0"
+    return plain_file(scene_folder / "n_invalid")
+
+
+def field_folder(scene_folder: Path, product: str) -> Path:
+    """The array of a level-2 field of a scene."""
+    return scene_folder / "l2" / product
+
+
+def plain_file(array: Path) -> Path:
+    """The file of a (y, x) array that is one uncompressed chunk: the plain row-major array."""
+    return array / "c" / "0" / "0"
 
 
 def count_dtype(n_channels: int) -> np.dtype[Any]:
@@ -252,15 +264,52 @@ class Store:
     def _read_counts(self, scene: int, y: int, height: int) -> NDArray[np.unsignedinteger[Any]]:
         """Whole rows of n_invalid in one read: apart, the parts of a tile would be one read for each row."""
         record = self.scenes[scene]
-        ny, nx, nc = record.shape
+        path = counts_file(scene_folder(self.path, record.id))
+        return self._read_rows(path, scene, count_dtype(record.shape[2]), y, height)
+
+    def _read_rows(self, path: Path, scene: int, dtype: np.dtype[Any], y: int, height: int) -> NDArray[Any]:
+        """(height, x): whole rows, from row y on, of a plain array beside z."""
+        ny, nx, _ = self.scenes[scene].shape
         assert 0 <= y <= ny - height
-        path, dtype = counts_file(scene_folder(self.path, record.id)), count_dtype(nc)
         row_bytes = nx * dtype.itemsize
         with _opened(path) as file:
             rows = os.pread(file, height * row_bytes, y * row_bytes)
         if len(rows) != height * row_bytes:
-            raise InputError(f"{path}: is shorter than the {ny} x {nx} counts it should hold")
+            raise InputError(f"{path}: is shorter than the {ny} x {nx} values it should hold")
         return np.frombuffer(rows, dtype).reshape(height, nx)
+
+    def check_field(self, scene: int, product: str) -> None:
+        """A level-2 field that the table of scenes names must be the plain array that ``read_field`` reads.
+
+        Raises:
+            InputError: it is lost, cut off, or compressed, as earlier versions wrote it.
+        """
+        record = self.scenes[scene]
+        ny, nx, _ = record.shape
+        array = field_folder(scene_folder(self.path, record.id), product)
+        try:
+            metadata = json.loads((array / "zarr.json").read_text())
+            codecs = [codec["name"] for codec in metadata["codecs"]]
+            chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+            if codecs != ["bytes"] or (chunk, metadata["data_type"]) != ([ny, nx], "float32"):
+                raise InputError(
+                    f"{array}: is not the plain array that a tile can be read from fast, but has chunks of {chunk} "
+                    f"({', '.join(codecs)}), as earlier versions wrote it; prepare the store again"
+                )
+            found = plain_file(array).stat().st_size
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{array}: cannot be read ({error}); prepare the store again") from error
+        if found != ny * nx * FIELD_DTYPE.itemsize:
+            raise InputError(f"{plain_file(array)}: is shorter or longer than its {ny} x {nx} values; prepare it again")
+
+    def read_field(self, scene: int, product: str, y: int, x: int, tile_size: int) -> NDArray[np.float32]:
+        """The level-2 field under the square tile whose first pixel is (y, x): in the product's units, NaN = invalid.
+
+        Raises:
+            InputError: the file is lost or shorter than it was written.
+        """
+        path = plain_file(field_folder(scene_folder(self.path, self.scenes[scene].id), product))
+        return self._read_rows(path, scene, FIELD_DTYPE, y, tile_size)[:, x : x + tile_size]
 
     def read_tile(self, scene: int, y: int, x: int, out: NDArray[Any]) -> None:
         """Read the tile whose first pixel is (y, x) into ``out`` (tile_y, tile_x, channel).

@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 from spectralvae import __version__
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.store import (
+    FIELD_DTYPE,
     FORMAT,
     SceneRecord,
     beside_digest,
     content_hash,
     count_dtype,
-    counts_file,
+    field_folder,
     index_bytes,
+    plain_file,
     scene_folder,
     shard_file,
 )
@@ -144,22 +146,30 @@ def shard_index(n_chunks: int, chunk_bytes: int) -> bytes:
 
 def write_n_invalid(folder: Path, n_invalid: NDArray[Any], n_channels: int) -> None:
     """Write the (y, x) counts of a scene such that their file is the plain row-major array, in as few bytes as do."""
-    dtype = count_dtype(n_channels)
+    _write_plain(folder / "n_invalid", n_invalid.astype(count_dtype(n_channels)), ATTRIBUTES["n_invalid"])
+
+
+def write_field(folder: Path, product: str, values: NDArray[Any], attributes: Mapping[str, Any]) -> None:
+    """Write the (y, x) level-2 field of a scene such that its file is the plain row-major array."""
+    _write_plain(field_folder(folder, product), values.astype(FIELD_DTYPE), attributes)
+
+
+def _write_plain(path: Path, values: NDArray[Any], attributes: Mapping[str, Any]) -> None:
     array = zarr.create_array(
-        folder / "n_invalid",
-        shape=n_invalid.shape,
-        chunks=n_invalid.shape,
-        dtype=dtype,
+        path,
+        shape=values.shape,
+        chunks=values.shape,
+        dtype=values.dtype,
         compressors=None,
         filters=None,
         fill_value=0,
         dimension_names=("y", "x"),
-        attributes=ATTRIBUTES["n_invalid"],
-        config={"write_empty_chunks": True},  # else a scene without an invalid sample has no file
+        attributes=dict(attributes),
+        config={"write_empty_chunks": True},  # else an array of zeros has no file
         overwrite=True,
     )
-    array[...] = n_invalid.astype(dtype)
-    assert counts_file(folder).is_file()
+    array[...] = values
+    assert plain_file(path).is_file()
 
 
 def write_array(path: Path, dims: tuple[str, ...], values: NDArray[Any], attributes: Mapping[str, Any]) -> None:

@@ -145,7 +145,7 @@ class Coder:
         Raises:
             InputError: what comes out is not finite.
         """
-        with _exact_float32():
+        with exact_float32():
             result: Float32 = apply(tiles).permute(0, 2, 3, 1).float().cpu().numpy()
         if not np.isfinite(result).all():
             raise InputError(f"{self.path}: gives values that are not finite: its weights are spoiled, or its input is")
@@ -153,7 +153,7 @@ class Coder:
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """cuDNN's own default is TF32, which rounds factors to 10 bits; whoever called has their settings back."""
     backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]

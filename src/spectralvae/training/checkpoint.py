@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 from spectralvae.artifact import hidden_old, pack_model, pack_tensors, read_artifact, tensors_of, verify, write_folder
 from spectralvae.console import warn
@@ -21,6 +22,7 @@ from spectralvae.provenance import LatentStatistics, Provenance
 
 _NAME = re.compile(r"step=(\d{6,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_HEAD = "supervision."  # before the names of the head's weights
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -49,6 +51,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     latents: LatentStatistics | None = None,
     provenance: Provenance | None = None,
+    supervision: nn.Module | None = None,
 ) -> Path:
     """Write the checkpoint of a step.
 
@@ -56,25 +59,35 @@ def save_checkpoint(
         run: the run's directory.
         step: how many updates the weights have seen.
         model, settings, normalization: what `load_model` needs.
-        optimizer: AdamW over ``model.parameters()``.
+        optimizer: AdamW over ``model.parameters()`` and those of ``supervision``.
         state: whatever else the trainer wants back, as JSON values.
         latents, provenance: as of an `Artifact`.
+        supervision: the head that is trained with the model; it has files of its own, which no model needs.
 
     Returns:
         Where it lies.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
-    moments = {
-        f"{key}.{names[id(p)]}": value for p, entries in optimizer.state.items() for key, value in entries.items()
-    }
     files = pack_model(model, settings, normalization, step, latents, provenance)
-    files["optimizer.safetensors"] = pack_tensors(moments)
+    files["optimizer.safetensors"] = pack_tensors(_moments(optimizer, model.named_parameters()))
+    if supervision is not None:
+        weights = {f"{_HEAD}{name}": p for name, p in supervision.named_parameters()}
+        files["supervision.safetensors"] = pack_tensors(weights)
+        files["supervision_optimizer.safetensors"] = pack_tensors(_moments(optimizer, weights.items()))
     files["trainer.json"] = (json.dumps({"step": step, **state}, indent=2) + "\n").encode()
     path = checkpoint_path(run, step)
     write_folder(path, files)
     for leftover in path.parent.glob(".step=*"):  # of a kill; only now, when what they may hold is not needed
         shutil.rmtree(leftover)
     return path
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """What the optimizer keeps of some parameters: "exp_avg.NAME", "exp_avg_sq.NAME", "step.NAME"."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in parameters
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def newest_valid(run: Path, console: Console) -> Path | None:
@@ -102,13 +115,16 @@ def newest_valid(run: Path, console: Console) -> Path | None:
     return None
 
 
-def restore(path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restore(
+    path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer, supervision: nn.Module | None = None
+) -> dict[str, Any]:
     """Put weights and optimizer back as they were. There is no random state: all randomness is a function of the step.
 
     Args:
         path: the checkpoint.
         model: of the same settings, where and in the memory layout in which it is to train.
-        optimizer: AdamW over ``model.parameters()``.
+        optimizer: AdamW over ``model.parameters()`` and those of ``supervision``.
+        supervision: the head that is trained with the model, where and in the layout in which it is to train.
 
     Returns:
         ``state`` as it was saved, with ``step``.
@@ -120,9 +136,23 @@ def restore(path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer) 
     if "optimizer.safetensors" not in contents:
         raise InputError(f"{path}: is an export without optimizer state: a run can start from it, but not go on")
     model.load_state_dict(artifact.model.state_dict())  # copies into the tensors that are there: layout kept
-    moments = tensors_of(contents["optimizer.safetensors"])
     optimizer.state.clear()
-    for name, parameter in model.named_parameters():
+    _restore_moments(optimizer, model.named_parameters(), tensors_of(contents["optimizer.safetensors"]))
+    if supervision is not None:
+        parameters = {f"{_HEAD}{name}": p for name, p in supervision.named_parameters()}
+        weights = tensors_of(contents["supervision.safetensors"])
+        supervision.load_state_dict({key.removeprefix(_HEAD): weight for key, weight in weights.items()})
+        moments = tensors_of(contents["supervision_optimizer.safetensors"])
+        _restore_moments(optimizer, parameters.items(), moments)
+    state: dict[str, Any] = json.loads(contents["trainer.json"])
+    return state
+
+
+def _restore_moments(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, nn.Parameter]], moments: Mapping[str, Tensor]
+) -> None:
+    """The inverse of ``_moments``."""
+    for name, parameter in parameters:
         if f"step.{name}" not in moments:
             continue  # never had a gradient
         # AdamW steps, as its state is kept, want "step" as it is, and the moments laid out as the parameter:
@@ -134,8 +164,6 @@ def restore(path: Path, model: AutoencoderKL, optimizer: torch.optim.Optimizer) 
             entries[key] = torch.empty_like(parameter).copy_(moments[f"{key}.{name}"])
             assert entries[key].stride() == parameter.stride()
         optimizer.state[parameter] = entries
-    state: dict[str, Any] = json.loads(contents["trainer.json"])
-    return state
 
 
 def thin_out(run: Path, keep_last: int | None, keep_every: int | None, best: int | None) -> None:

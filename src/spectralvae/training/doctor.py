@@ -84,7 +84,8 @@ def _admit(config: TrainConfig, scratch: Path) -> Patient:
         start_from(t.model, t.settings, config.training.init_from)
     # weights, and two moments of those that are trained; statistics and text are small beside them
     idle = sum(parameter.numel() for parameter in idle_parameters(t.model))
-    n_bytes = 4 * (3 * t.n_parameters - 2 * idle)
+    of_head = sum(parameter.numel() for parameter in t.supervision.parameters()) if t.supervision is not None else 0
+    n_bytes = 4 * (3 * (t.n_parameters + of_head) - 2 * idle)
     return Patient(config, t.settings, t.store, t.device, t.sampler, t.validation, n_bytes, scratch)
 
 

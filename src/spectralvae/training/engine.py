@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -20,6 +20,7 @@ from spectralvae.data.loader import Batch
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.model import AttnBlock, AutoencoderKL
 from spectralvae.training.distributed import Ranks
+from spectralvae.training.supervision import Supervision
 
 METRICS = ("loss", "nll_loss", "kl_loss", "pixel_mse")
 _PER_TILE = METRICS[:-1]  # these are means over tiles, the last one is a mean over valid samples
@@ -28,12 +29,22 @@ _PER_TILE = METRICS[:-1]  # these are means over tiles, the last one is a mean o
 class _Loss(nn.Module):
     """What DistributedDataParallel and torch.compile wrap: they act on ``forward``."""
 
-    def __init__(self, model: AutoencoderKL) -> None:
+    def __init__(self, model: AutoencoderKL, supervision: Supervision | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.supervision = model, supervision
 
-    def forward(self, x: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model.get_loss(x, mask, noise)
+    def forward(
+        self, x: Tensor, mask: Tensor, noise: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.supervision is None:
+            return self.model.get_loss(x, mask, noise)
+        assert targets is not None
+        x = x.masked_fill(~mask, 0.0)
+        posterior = self.model.encode(x)
+        latents = posterior.sample(noise)
+        loss, metrics = self.model.loss_of(x, self.model.decode(latents), posterior, mask)
+        errors = self.supervision(latents, targets)
+        return loss + self.supervision.loss_of(errors, x, latents), {**metrics, "supervision": errors.detach()}
 
 
 def memory_format_for(device: torch.device) -> torch.memory_format:
@@ -85,9 +96,17 @@ class Engine:
         config: of the run.
         device: where to compute.
         ranks: the processes.
+        supervision: the head that is trained with it, and moved with it; its batches have targets.
     """
 
-    def __init__(self, model: AutoencoderKL, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: AutoencoderKL,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks,
+        supervision: Supervision | None = None,
+    ) -> None:
         training, optimizer = config.training, config.optimizer
         self.config, self.device, self.ranks = config, device, ranks
         torch.backends.cuda.matmul.allow_tf32 = training.tf32
@@ -97,22 +116,25 @@ class Engine:
         self.model = model.to(device, memory_format=self.memory_format).train()  # type: ignore[call-overload]
         for idle in idle_parameters(model):
             idle.requires_grad_(False)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.supervision = supervision
+        if supervision is not None:
+            supervision.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self._whole = _Loss(model, supervision)
+        self.parameters = [p for p in self._whole.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            self._whole.parameters(),
             lr=optimizer.lr,
             betas=(optimizer.betas[0], optimizer.betas[1]),
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        loss = _Loss(model)
         if training.compile:
-            loss.compile()
-        self._loss: _Loss | DistributedDataParallel = loss
+            self._whole.compile()
+        self._loss: _Loss | DistributedDataParallel = self._whole
         if ranks.world_size > 1:
             devices = [device] if device.type == "cuda" else None
             with ranks.listening():
-                self._loss = DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+                self._loss = DistributedDataParallel(self._whole, device_ids=devices, gradient_as_bucket_view=True)
 
     def to_device(self, tiles: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, y, x, C) with NaN -> x (B, C, y, x) float32, mask, noise, on the device."""
@@ -133,27 +155,42 @@ class Engine:
             batch: this process's share of a step.
 
         Returns:
-            (5,) this process's part of the step's `METRICS`, for `metrics_of` once they are summed over all processes.
+            (5 + 2 P,) this process's part of the step's metrics, for ``metrics_of`` once they are summed over all
+            processes.
 
         Raises:
             LostPeerError: another process is gone.
         """
         torch.manual_seed(sampling.dropout_seed(self.config.seed, batch.step, self.ranks.rank))
         n_parts = self.config.training.gradient_accumulation
-        sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.device)
+        sums = self._no_sums()
         self.optimizer.zero_grad()
-        for i, (tiles, noise) in enumerate(self._parts(batch)):
+        for i, (tiles, noise, targets) in enumerate(self._parts(batch)):
             with self._synchronized(i == n_parts - 1), self.ranks.listening():
                 with self.autocast():
-                    loss, metrics = self._loss(*self.to_device(tiles, noise))
+                    loss, metrics = self._loss(*self.to_device(tiles, noise), targets)
                 (loss / n_parts).backward()
             sums += metric_sums(metrics, 1.0 / (n_parts * self.ranks.world_size))
         return np.asarray(sums.cpu().numpy())
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tiles and noise that go through the network at a time."""
+    def metrics_of(self, sums: NDArray[np.float64]) -> dict[str, float]:
+        """The metrics of which ``gradients`` or ``measure`` gave the sums: `METRICS`, and the head's."""
+        own = len(METRICS) + 1
+        of_head = self.supervision.metrics_of(sums[own:].reshape(-1, 2)) if self.supervision is not None else {}
+        return metrics_of(sums[:own]) | of_head
+
+    def _no_sums(self) -> Tensor:
+        n_products = len(self.supervision.products) if self.supervision is not None else 0
+        return torch.zeros(len(METRICS) + 1 + 2 * n_products, dtype=torch.float64, device=self.device)
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Tiles and noise that go through the network at a time, and their targets, which are on the device."""
         n_parts = self.config.training.gradient_accumulation
-        return zip(batch.tiles.chunk(n_parts), batch.noise.chunk(n_parts), strict=True)
+        targets: Sequence[Tensor | None] = [None] * n_parts
+        if self.supervision is not None:
+            assert batch.targets is not None
+            targets = batch.targets.to(self.device, non_blocking=True).chunk(n_parts)
+        return zip(batch.tiles.chunk(n_parts), batch.noise.chunk(n_parts), targets, strict=True)
 
     def settle(self, batch: Batch) -> None:
         """Compute gradients that are thrown away, before the first step of a start of several processes.
@@ -168,11 +205,11 @@ class Engine:
     @torch.no_grad()
     def measure(self, batch: Batch) -> NDArray[np.float64]:
         """As ``gradients``, of the network in eval mode and without any."""
-        sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.device)
+        sums = self._no_sums()
         self.model.eval()
-        for tiles, noise in self._parts(batch):
+        for tiles, noise, targets in self._parts(batch):
             with self.autocast():
-                _, metrics = self.model.get_loss(*self.to_device(tiles, noise))
+                _, metrics = self._whole.forward(*self.to_device(tiles, noise), targets)
             sums += metric_sums(metrics, len(tiles) / self.config.data.batch_size)
         self.model.train()
         return np.asarray(sums.cpu().numpy())
@@ -209,14 +246,19 @@ def learning_rate(optimizer: OptimizerConfig, step: int) -> float:
 
 
 def metric_sums(metrics: dict[str, Tensor], weight: float) -> Tensor:
-    """What can be added up of a batch's metrics: (5,) float64, means over tiles times ``weight``, squares, samples."""
+    """What can be added up of a batch's metrics, float64.
+
+    Returns:
+        (5 + 2 P,) means over tiles times ``weight``, squares, samples; of a head, squares and targets by product.
+    """
     n_valid = metrics["n_valid"].double()
-    return torch.stack(
-        [*(metrics[key].double() * weight for key in _PER_TILE), metrics["pixel_mse"].double() * n_valid, n_valid]
-    )
+    own = [*(metrics[key].double() * weight for key in _PER_TILE), metrics["pixel_mse"].double() * n_valid, n_valid]
+    return torch.stack([*own, *metrics["supervision"].double().ravel()] if "supervision" in metrics else own)
 
 
 def metrics_of(sums: NDArray[np.float64]) -> dict[str, float]:
-    """The `METRICS` of which ``metric_sums`` were added up; pixel_mse is the mean over all valid samples."""
+    """The `METRICS` of which ``metric_sums`` without those of a head were added up; pixel_mse is the mean over all
+    valid samples.
+    """
     *per_tile, squares, n_valid = (float(value) for value in sums)
     return {**dict(zip(_PER_TILE, per_tile, strict=True)), "pixel_mse": squares / n_valid}

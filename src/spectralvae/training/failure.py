@@ -42,7 +42,7 @@ def check_finite(engine: Engine, store: Store, batch: Batch, metrics: Mapping[st
                 "step": batch.step + 1,
                 "metrics": metrics,
                 "learning_rate": engine.config.optimizer.lr,
-                "gradient_norms": gradient_norms(engine.model),
+                "gradient_norms": gradient_norms(engine.model) | _head_norms(engine),
                 "tiles": [tile for share in shares for tile in share],
             }
             path = write_report(run, report)
@@ -61,6 +61,11 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
         if gradients:
             norms[name or "logvar"] = float(nn.utils.get_total_norm(gradients))
     return norms
+
+
+def _head_norms(engine: Engine) -> dict[str, float]:
+    head = engine.supervision
+    return {} if head is None else {f"supervision.{name}": norm for name, norm in gradient_norms(head).items()}
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from spectralvae.data.loader import TileStream, make_sampler
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.training.checkpoint import checkpoint_path
 from spectralvae.training.engine import metrics_of
+from spectralvae.training.supervision import supervised_products
 from spectralvae.training.trials import Check, Patient, changed, in_bytes
 
 TRAIN = (sys.executable, "-m", "spectralvae", "train")
@@ -47,6 +48,7 @@ TRIES = 3  # to kill a run before it ends
 BESIDE = 50_000_000  # bytes of pictures, tables and what torch.compile keeps
 CHECKPOINTS_AT_ONCE = 4  # two runs', of which the older one goes when the newer one is there
 FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json")
+HEAD_FILES = ("supervision.safetensors", "supervision_optimizer.safetensors")
 CUDA_LIMIT = 0.05  # of the optimizer's moments, where rounding may differ from start to start
 
 
@@ -285,7 +287,8 @@ def _run_and_kill(p: Patient, command: Sequence[str], run: Path) -> None:
 
 def _judge(p: Patient, whole: Path, killed: Path) -> Check:
     from_step = json.loads((killed / "run.json").read_text())["starts"][-1]["from_step"]
-    files = ["metrics.jsonl", *(f"checkpoints/step={STEPS:06d}/{name}" for name in FILES)]
+    of_checkpoint = FILES + HEAD_FILES if supervised_products(p.config) else FILES
+    files = ["metrics.jsonl", *(f"checkpoints/step={STEPS:06d}/{name}" for name in of_checkpoint)]
     differing = [name for name in files if (whole / name).read_bytes() != (killed / name).read_bytes()]
     figures = {"from_step": from_step, "differing": differing, "moments": 0.0}
     what = f"a run that was killed at step {KILL_AT} of {STEPS} went on from step {from_step}"

@@ -18,6 +18,7 @@ from spectralvae import __version__
 from spectralvae.config import OptimizerConfig, TrainConfig
 from spectralvae.data.store import Store
 from spectralvae.provenance import Provenance, Scenes
+from spectralvae.training.supervision import Supervision
 
 
 def versions() -> dict[str, str]:
@@ -81,7 +82,12 @@ def rounding_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def facts(
-    config: TrainConfig, store: Store, run_record: Mapping[str, Any], n_parameters: int, from_step: int
+    config: TrainConfig,
+    store: Store,
+    run_record: Mapping[str, Any],
+    n_parameters: int,
+    from_step: int,
+    supervision: Supervision | None = None,
 ) -> dict[str, str]:
     """What the page says of a run.
 
@@ -90,6 +96,7 @@ def facts(
         run_record: its run.json.
         n_parameters: of the network.
         from_step: where this start goes on.
+        supervision: its head, if it has one.
     """
     data, training = config.data, config.training
     return {
@@ -97,6 +104,7 @@ def facts(
         "parameters": f"{n_parameters:,}",
         "batch": f"{data.batch_size} tiles of {data.tile_size} x {data.tile_size} pixels",
         "learning rate": _learning_rate(config.optimizer),
+        **({"supervision": supervision.described} if supervision is not None else {}),
         "precision": f"{training.precision}{', TF32' if training.tf32 else ''}",
         "devices": "; ".join(run_record["devices"]),
         "versions": ", ".join(f"{name} {version}" for name, version in run_record["versions"].items()),

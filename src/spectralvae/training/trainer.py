@@ -14,7 +14,7 @@ from spectralvae import __version__
 from spectralvae.artifact import weights_sha256
 from spectralvae.config import TrainConfig
 from spectralvae.console import warn
-from spectralvae.data.loader import Batch, TileStream, make_sampler
+from spectralvae.data.loader import Batch, TargetReader, TileStream, make_sampler
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.rundir import RunDir, Stopped
@@ -32,8 +32,9 @@ from spectralvae.training.checkpoint import (
 )
 from spectralvae.training.device import check_batch_fits, choose_device, peak_memory, report_first_step
 from spectralvae.training.distributed import Ranks
-from spectralvae.training.engine import Engine, check_shares, metrics_of, out_of_memory
+from spectralvae.training.engine import Engine, check_shares, out_of_memory
 from spectralvae.training.network import check_forward, network_settings, start_from
+from spectralvae.training.supervision import build_supervision
 from spectralvae.training.terminal import summarize, terminal
 from spectralvae.training.validation import Validated, Validation
 from spectralvae.training.watch import Watch
@@ -146,6 +147,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(settings)
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
+        self.supervision = build_supervision(config)
+        products = self.supervision.products if self.supervision is not None else []
+        scenes = [*self.sampler.scenes, *store.indices("val")]
+        self.targets = TargetReader(store, products, scenes, self.model.scale) if products else None
         latent_size = data.tile_size // self.model.scale
         self.noise_shape = (settings["embed_dim"], latent_size, latent_size)
         self.validation = Validation(
@@ -156,6 +161,7 @@ class Trainer:
             max_invalid_fraction=data.max_invalid_fraction,
             at_most=data.n_val_tiles,
             noise_shape=self.noise_shape,
+            targets=self.targets,
         )
         self.step = 0
         self.watch: Watch | None = None  # of the first process
@@ -221,7 +227,7 @@ class Trainer:
                 f"{self.path / 'checkpoints'}: all checkpoints are damaged: put a good one back, or start afresh with "
                 "--overwrite"
             )
-        self.engine = Engine(self.model, self.config, self.device, self.ranks)
+        self.engine = Engine(self.model, self.config, self.device, self.ranks, self.supervision)
         if newest is None and self.ranks.share(self.run.record.get("newest_checkpoint") if self.run else None):
             raise RunError(
                 f"{self.path / 'checkpoints'}: no checkpoint is left, but there were some: put one back, or start "
@@ -230,7 +236,7 @@ class Trainer:
         state: dict[str, Any] = {}
         with self.ranks.together():
             if newest is not None:
-                state = restore(newest, self.model, self.engine.optimizer)
+                state = restore(newest, self.model, self.engine.optimizer, self.supervision)
                 self.step = state["step"]
                 self.console.print(f"going on from {newest}")
             if self.run:
@@ -240,7 +246,9 @@ class Trainer:
                     self.step,
                     n_steps=training.n_steps,
                     batch_size=self.config.data.batch_size,
-                    facts=record.facts(self.config, self.store, self.run.record, self.n_parameters, self.step),
+                    facts=record.facts(
+                        self.config, self.store, self.run.record, self.n_parameters, self.step, self.supervision
+                    ),
                     spikes=state["spikes"] if state else {},
                 )
                 if state and state["rows"] != self.watch.log.n_rows:
@@ -249,6 +257,8 @@ class Trainer:
                         f"{state['rows']} were written: put it back, or start afresh with --overwrite"
                     )
         self.console.print(f"parameters: {self.n_parameters:,}")
+        if self.supervision is not None:
+            self.console.print(f"supervision: {self.supervision.described}")
         self.console.print(f"output directory: {self.path.resolve()}")
 
     def _begin(self) -> None:
@@ -266,7 +276,7 @@ class Trainer:
             elif self.watch:
                 self.console.print("no validation scenes: no validation, and no comparison with PCA")
             sums = self.engine.measure(batch)
-        row = metrics_of(self.ranks.sum(sums))
+        row = self.engine.metrics_of(self.ranks.sum(sums))
         failure.check_finite(self.engine, self.store, batch, row)
         if validated := self._validate():
             row |= validated.metrics
@@ -287,6 +297,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            targets=self.targets,
         )
 
     def _advance(self, batch: Batch, signals: StopSignal) -> tuple[dict[str, float], int | None]:
@@ -302,7 +313,7 @@ class Trainer:
         codes = sorted(set(EXIT_CODES.values()))
         asked = np.array([float(signals.exit_code == code) for code in codes])
         sums = self.ranks.sum(np.concatenate([local, asked]))
-        metrics = metrics_of(sums[: len(local)])
+        metrics = self.engine.metrics_of(sums[: len(local)])
         norm = self.engine.gradient_norm()
         metrics["grad_norm"] = float(norm)
         failure.check_finite(self.engine, self.store, batch, metrics)
@@ -357,7 +368,7 @@ class Trainer:
         # the picture first: a run that dies in between draws it again
         watch.reconstructions(self.validation.draw(self.engine, self.step), self.step)
         watch.log.sync()
-        normalization, optimizer = self.store.normalization, self.engine.optimizer
+        normalization, optimizer, head = self.store.normalization, self.engine.optimizer, self.supervision
         latents = validated.latents if validated else None
         provenance = record.provenance(
             self.config,
@@ -369,7 +380,7 @@ class Trainer:
             baselines=watch.baselines,
         )
         save_checkpoint(
-            self.path, self.step, self.model, self.settings, normalization, optimizer, state, latents, provenance
+            self.path, self.step, self.model, self.settings, normalization, optimizer, state, latents, provenance, head
         )
         run.note(newest_checkpoint=self.step)
         watch.log.saved(self.step)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spectralvae.analysis.baselines import reference_errors
 from spectralvae.data import sampling
-from spectralvae.data.loader import grid_crops, read_crops
+from spectralvae.data.loader import TargetReader, grid_crops, read_crops
 from spectralvae.data.sampling import Crop, CropSampler
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
@@ -33,7 +33,8 @@ class Validated(NamedTuple):
     """What a validation found.
 
     Attributes:
-        metrics: `METRICS`, named val_*: pixel_mse per valid sample, the others per tile.
+        metrics: `METRICS` and those of a head, named val_*: pixel_mse per valid sample, the others of `METRICS` per
+            tile, a head's per valid target.
         description: errors by channel, and what the latents are like, as JSON values (see ``_describe``).
         latents: what to scale latents with.
     """
@@ -54,6 +55,7 @@ class Validation:
         max_invalid_fraction: tiles with more invalid samples are left out.
         at_most: how many tiles.
         noise_shape: (E, h, w).
+        targets: what the targets of supervised latents are read with; None without supervision.
 
     Attributes:
         crops: the tiles; empty if the store keeps nothing for validation.
@@ -70,8 +72,9 @@ class Validation:
         max_invalid_fraction: float,
         at_most: int,
         noise_shape: tuple[int, int, int],
+        targets: TargetReader | None = None,
     ) -> None:
-        self.store, self.sampler = store, sampler
+        self.store, self.sampler, self.targets = store, sampler, targets
         self.tile_size, self.batch_size, self.noise_shape = tile_size, batch_size, noise_shape
         on_grid = partial(grid_crops, store, tile_size=tile_size, max_invalid_fraction=max_invalid_fraction)
         self.crops = on_grid(store.indices("val"), at_most=at_most)
@@ -103,16 +106,18 @@ class Validation:
             sums = self._sums(engine)
         ends = np.cumsum([total.size for total in sums])[:-1]
         parts = np.split(engine.ranks.sum(np.concatenate([total.ravel() for total in sums])), ends)
-        totals, channels, latents = (part.reshape(total.shape) for part, total in zip(parts, sums, strict=True))
+        totals, channels, latents, heads = (part.reshape(total.shape) for part, total in zip(parts, sums, strict=True))
         totals[: len(METRICS) - 1] /= len(self.crops)
-        metrics = {f"val_{key}": value for key, value in metrics_of(totals).items()}
+        found = metrics_of(totals) | (engine.supervision.metrics_of(heads) if engine.supervision is not None else {})
+        metrics = {f"val_{key}": value for key, value in found.items()}
         return Validated(metrics, self._describe(channels, latents), _statistics(latents, len(self.crops)))
 
     def _sums(self, engine: Engine) -> list[NDArray[np.float64]]:
-        """Of this process's share: of metrics, by channel and by latent channel."""
+        """Of this process's share: of metrics, by channel, by latent channel, and of a head's errors by product."""
         model = engine.model.eval()
         n_channels, (n_latents, _, _) = self.store.normalization.n_channels, self.noise_shape
-        sums = [np.zeros(len(METRICS) + 1), np.zeros((3, n_channels)), np.zeros((6, n_latents))]
+        n_products = len(engine.supervision.products) if engine.supervision is not None else 0
+        sums = [np.zeros(shape) for shape in (len(METRICS) + 1, (3, n_channels), (6, n_latents), (n_products, 2))]
         for crops, tiles, noise in self._batches(engine):
             x, mask, noise = engine.to_device(tiles, noise)
             x = x.masked_fill(~mask, 0.0)
@@ -120,14 +125,24 @@ class Validation:
                 posterior = model.encode(x)
                 x_hat = model.decode(posterior.sample(noise))
                 _, metrics = model.loss_of(x, x_hat, posterior, mask)
-            found = (metric_sums(metrics, len(tiles)), _channel_sums(x, x_hat, mask), _latent_sums(posterior, mask))
-            for total, part in zip(sums, found, strict=True):
+                heads = self._head_errors(engine, posterior.mode(), crops)
+            parts = (metric_sums(metrics, len(tiles)), _channel_sums(x, x_hat, mask), _latent_sums(posterior, mask))
+            for total, part in zip(sums, (*parts, heads), strict=True):
                 total += part.cpu().numpy()
-            if not np.isfinite(sums[0]).all():
+            if not (np.isfinite(sums[0]).all() and np.isfinite(sums[3]).all()):
                 places = ", ".join(f"{self.store.scenes[c.scene].id} at ({c.y}, {c.x})" for c in crops)
                 raise RunError(f"validation: {metrics_of(sums[0])}: not finite, with the tiles {places}")
         model.train()
         return sums
+
+    def _head_errors(self, engine: Engine, latents: Tensor, crops: list[Crop]) -> Tensor:
+        """(P, 2) of a batch, of predictions from the posterior's mean; (0, 2) without a head."""
+        if engine.supervision is None:
+            return torch.zeros(0, 2)
+        assert self.targets is not None
+        targets = self.targets.read_all(crops, self.tile_size).to(engine.device)
+        errors: Tensor = engine.supervision(latents, targets)
+        return errors.double()
 
     def _describe(self, channels: NDArray[np.float64], latents: NDArray[np.float64]) -> dict[str, Any]:
         """From sums to JSON values.
