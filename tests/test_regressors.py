@@ -106,6 +106,21 @@ def test_network_learns_what_a_line_cannot(monkeypatch: pytest.MonkeyPatch) -> N
     assert min(network.curves["validation"]) == pytest.approx(1 - r2_score(y[new], network.predict(x[new])), abs=0.05)
 
 
+def test_network_finds_what_hardly_varies_in_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels that are nearly alike, and a target in an axis of a millionth of their variance; one channel is dead."""
+    for name, value in {"HIDDEN": 64, "MAX_EPOCHS": 12, "BATCH": 64}.items():
+        monkeypatch.setattr(regressors, name, value)
+    random = np.random.default_rng(3)
+    brightness, gas = random.normal(size=(2, 3000))
+    shapes = random.normal(size=(2, 20))
+    x = (np.outer(brightness, 2.0 + 0.1 * shapes[0]) + 1e-3 * np.outer(gas, shapes[1])).astype(np.float32)
+    x[:, 7] = 0.0
+    scene = np.arange(3000) // 300
+    fit = scene < 8
+    predicted = fit_mlp(x[fit], gas[fit], scene[fit], seed=0).predict(x[~fit])
+    assert r2_score(gas[~fit], predicted) > 0.9
+
+
 @pytest.mark.parametrize("probe", ["linear", "mlp"])
 def test_noise_is_not_learnt(probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither remembers the cells that it saw: both predict about the mean of scenes that they did not see."""
