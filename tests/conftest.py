@@ -192,6 +192,7 @@ def train(store: Path, tmp_path: Path, pictures: None) -> Callable[..., tuple[in
             "training": {"n_steps": 14, "save_every": 5, "val_every": 4, "log_every": 2, "plot_every": 7},
         }
         config["data"] |= training.pop("data", {})
+        config["optimizer"] |= training.pop("optimizer", {})
         config["training"] |= {"device": "cpu", **training}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))

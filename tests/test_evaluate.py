@@ -12,6 +12,7 @@ import yaml
 import zarr
 from sklearn.decomposition import PCA
 from sklearn.metrics import mean_absolute_error, mean_squared_error
+from tiny import tiny_provenance
 
 from spectralvae import load_model
 from spectralvae.analysis import evaluate as command
@@ -22,6 +23,8 @@ from spectralvae.cli import run as cli
 from spectralvae.data.normalize import EPSILON, Normalization
 from spectralvae.data.store import REQUIRED_ARRAYS, Store
 from spectralvae.data.store_writer import finish_store
+from spectralvae.model import AutoencoderKL
+from spectralvae.provenance import Scenes
 from spectralvae.settings import build_model
 from spectralvae.training.checkpoint import save_checkpoint
 
@@ -90,7 +93,7 @@ def stores(tmp_path_factory, make_store):
     return found
 
 
-def make_run(path, store, steps=STEPS, **changes):
+def make_run(path, store, steps=STEPS, provenance=None, training=None, **changes):
     """A training run with random weights."""
     for step in steps:
         model = build_model(SETTINGS)
@@ -98,13 +101,14 @@ def make_run(path, store, steps=STEPS, **changes):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        save_checkpoint(path, step, model, SETTINGS, store.normalization, torch.optim.AdamW(model.parameters()), {})
+        optimizer = torch.optim.AdamW(model.parameters())
+        save_checkpoint(path, step, model, SETTINGS, store.normalization, optimizer, {}, provenance=provenance)
     data = {"store": str(store.path), "tile_size": TILE}
     record = {
         "tool": "spectralvae",
         "command": "train",
         "state": "finished",
-        "config": {"data": data},
+        "config": {"data": data, "training": training or {}},
         "starts": [],
         "store_hash": store.hash,
         "best": {"step": STEPS[0]},
@@ -173,6 +177,7 @@ def truth(store, step_folder):
                         given = torch.from_numpy(np.nan_to_num(tile)).float().permute(2, 0, 1)[None]
                         posterior = model.encode(given)
                         made = model.decode(posterior.mean)[0].permute(1, 2, 0).double().numpy()
+                    made = made.clip(-10, 10)
                     z_hat[here][mine] = made[mine]
                     tiles.append((scene, top + y, x, np.nanmean((made - tile) ** 2)))
                     seen = (np.isfinite(tile).any(-1) & mine).reshape(4, 2, 4, 2).any(axis=(1, 3))
@@ -279,7 +284,7 @@ def test_baselines(tmp_path, stores, evaluate, monkeypatch, transform):
     close(found["mean"], expected_metrics(store, z, np.zeros_like(z)))
     for k in (1, 2, 4):
         pca = PCA(k, svd_solver="full").fit(seen)
-        z_hat = pca.inverse_transform(pca.transform(np.nan_to_num(z)))
+        z_hat = pca.inverse_transform(pca.transform(np.nan_to_num(z))).clip(-10, 10)
         close(found[f"pca_{k}"], expected_metrics(store, z, z_hat), rel=1e-4)
 
 
@@ -469,6 +474,27 @@ def test_all_files(tmp_path, stores, evaluate, capsys):
     assert json.loads((folder / "run.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.parametrize("transform", ["zscore", "log_zscore"])
+def test_what_lies_beyond_the_clip_is_judged_as_users_get_it(tmp_path, stores, evaluate, monkeypatch, transform):
+    """1e20 is decoded as 10, with an error that has a logarithm."""
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: torch.full((len(z), NC, TILE, TILE), 1e20))
+    store = stores[transform]
+    code, folder = evaluate(make_run(tmp_path / "run", store, steps=(5,)))
+    assert code == 0
+    z, _ = pixels(truth(store, None)[0])
+    found = report(folder)
+    close(found["checkpoints"]["5"], expected_metrics(store, z, np.full_like(z, 10.0)))
+
+
+def test_baselines_are_clipped_as_well(tmp_path, stores, evaluate, monkeypatch):
+    monkeypatch.setattr(Baselines, "reconstruct", lambda self, z: ((n, torch.full_like(z, -1e20)) for n in self.names))
+    code, folder = evaluate(make_run(tmp_path / "run", stores["log_zscore"], steps=(5,)))
+    assert code == 0
+    z, _ = pixels(truth(stores["log_zscore"], None)[0])
+    expected = expected_metrics(stores["log_zscore"], z, np.full_like(z, -10.0))
+    close(report(folder)["baselines"]["pca_2"], expected, rel=1e-4)
+
+
 # --- which checkpoints ----------------------------------------------------------------------------
 
 
@@ -502,6 +528,55 @@ def test_a_run_as_train_makes_it(train, evaluate):
     assert found["checkpoints"][str(best)]["mse"] == pytest.approx(mse, rel=0.2)
     baselines = json.loads((run / "baselines.json").read_text())
     assert found["baselines"]["mean"]["mse"] == pytest.approx(baselines["mean"], rel=0.1)
+
+
+# --- what readers should know -------------------------------------------------------------------
+
+
+KNOWN_SCENES, UNKNOWN = "validation scenes judged are among those", "were trained on is unknown"
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize(
+    ("init_from", "changes", "words"),
+    [
+        (None, {"initial_weights": None, "ancestors": []}, None),
+        (None, None, None),  # of an earlier version
+        ("other", {"initial_weights": "beef", "ancestors": ["elsewhere"]}, None),
+        ("other", {"initial_weights": "beef", "ancestors": ["elsewhere", "0" * 64]}, f"1 of the 1 {KNOWN_SCENES}"),
+        ("other", {"initial_weights": "beef", "ancestors": None}, UNKNOWN),
+        ("other", None, UNKNOWN),
+    ],
+)
+def test_initial_weights_that_know_judged_scenes(
+    tmp_path, stores, evaluate, monkeypatch, capsys, init_from, changes, words
+):
+    """On the page and on the terminal, for all scenes of the store have one digest."""
+    monkeypatch.setattr(command, "save_figures", lambda *_: {})
+    provenance = changes and tiny_provenance(**changes, training=Scenes(1, 1, None, None, [], ["mine"]))
+    run = make_run(tmp_path / "run", stores["zscore"], provenance=provenance, training={"init_from": init_from})
+    code, folder = evaluate(run)
+    assert code == 0
+    for text in (capsys.readouterr().out, (folder / "report.html").read_text()):
+        for known in (KNOWN_SCENES, UNKNOWN):
+            assert (known in text) == (words is not None and known in words)
+        assert words is None or words in text
+
+
+@pytest.mark.parametrize(
+    ("state", "keep_last", "wanted", "warned"),
+    [
+        ("running", 2, "all", True),
+        ("running", None, "all", False),
+        ("running", 2, "best", False),
+        ("finished", 2, "all", False),
+    ],
+)
+def test_a_run_that_may_delete_what_is_judged(tmp_path, stores, evaluate, capsys, state, keep_last, wanted, warned):
+    run = make_run(tmp_path / "run", stores["zscore"], state=state, training={"keep_last": keep_last})
+    assert evaluate(run, checkpoints=wanted)[0] == 0
+    told = capsys.readouterr().out
+    assert ("training.keep_last may delete" in told) == ("`checkpoints: best` or a list" in told) == warned
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import spectralvae
 from spectralvae import load_model
 from spectralvae.artifact import read_artifact, weights_sha256
 from spectralvae.cli import run
+from spectralvae.provenance import Scenes
 
 FOREIGN = {key: value for key, value in SETTINGS.items() if key not in ("shape", "logvar_init")}
 MEAN = torch.linspace(1, 3, N_CHANNELS, dtype=torch.float64).div(3).float().double()
@@ -342,6 +343,26 @@ def test_card_tells_of_initial_weights(folder, began, words):
     write_checkpoint(folder, 10, latents=tiny_latents(), provenance=tiny_provenance(initial_weights=began))
     assert convert(source="run") == 0
     assert words in sections((folder / "out" / "README.md").read_text())["Training data"]
+
+
+@pytest.mark.parametrize(
+    ("began", "ancestors", "words"),
+    [
+        ("beef", ["x", "y"], "- 1 of the 2 scenes kept apart for validation were trained on by the initial weights"),
+        ("beef", None, "- whether the initial weights were trained on scenes kept apart for validation is unknown"),
+        ("beef", ["y"], None),
+        (None, [], None),
+        (None, None, None),  # of an earlier version
+    ],
+)
+def test_card_tells_of_validation_scenes_among_the_ancestors(folder, began, ancestors, words):
+    validation = Scenes(2, 2, None, None, [], ["x", "z"])
+    known = tiny_provenance(initial_weights=began, ancestors=ancestors, validation=validation)
+    write_checkpoint(folder, 10, latents=tiny_latents(), provenance=known)
+    assert convert(source="run") == 0
+    told = sections((folder / "out" / "README.md").read_text())["Training data"]
+    found = [line for line in told.splitlines() if "initial weights were" in line or "by the initial weights" in line]
+    assert found == ([words] if words else [])
 
 
 def test_checkpoint_without_validation_is_warned_of(folder, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,10 @@ from tiny import N_CHANNELS, tiny_normalization
 from spectralvae import cli, encode_scene, load_model
 from spectralvae.analysis import probe_report, probe_results, regressors
 from spectralvae.analysis.baselines import PixelPCA
-from spectralvae.analysis.probe_features import Bases, decode_cells, encode_cells, mean_spectra
+from spectralvae.analysis.probe import _on_intervals
+from spectralvae.analysis.probe_data import Question
+from spectralvae.analysis.probe_features import Bases, decode_cells, encode_cells, mean_spectra, middle_pixels
+from spectralvae.analysis.probe_results import Answer, Counts
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.inference.coder import Coder
@@ -31,6 +35,7 @@ from spectralvae.inference.loading import load_artifact
 SIZE = (20, 18)
 CLIP = 0.1
 FEATURES = ["latents", "pca", "raw", "decoded", "decoded_pca", "geometry", "shuffled"]
+OF = {"linear": FEATURES, "mlp": [name for name in FEATURES if not name.startswith("decoded")]}
 PRODUCTS = ["NO2", "HCHO", "O3TOT", "CLDO4"]
 CONFIG = {"filter": {"max_cloud_fraction": 0.7, "max_solar_zenith": 60}, "n_cells": 300}  # three tenths are too cloudy
 
@@ -123,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: Path, store: Store) 
 def test_what_is_known_is_found(folder: Path) -> None:
     scores = scores_of(folder)
     assert list(scores) == PRODUCTS
-    assert all(list(found) == FEATURES for probes in scores.values() for found in probes.values())
+    assert all({name: list(found) for name, found in probes.items()} == OF for probes in scores.values())
     linear = {product: {name: found["r2"] for name, found in scores[product]["linear"].items()} for product in PRODUCTS}
     assert linear["NO2"]["latents"] > 0.9999 > 0.9 > linear["NO2"]["geometry"]
     assert linear["HCHO"]["raw"] > 0.9999 > 0.9 > max(linear["HCHO"][name] for name in ("latents", "pca", "geometry"))
@@ -155,7 +160,7 @@ def test_results_agree_with_each_other_and_with_scikit_learn(folder: Path) -> No
     )
     with (folder / "probes.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(PRODUCTS) * 2 * len(FEATURES) * 2
+    assert len(rows) == len(PRODUCTS) * sum(map(len, OF.values())) * 2
     first = rows[0]
     assert [first[key] for key in ("product", "probe", "features", "pixels")] == [
         "NO2",
@@ -203,6 +208,9 @@ def test_counts_are_told_and_kept(probe: Callable[..., Result], scenes: list[Moc
     assert counts["test_cells"] == (n_passing >= 2).sum()
     page = (done.folder / "report.html").read_text()
     assert f"{valid:,}" in page and f"{clear:,}" in page and "shuffled" in page
+    assert "what 1 principal component a pixel leaves; the latents are 0.75 floats a pixel" in page
+    assert "with 3 test scenes the 95 % intervals mean little" in page
+    assert "WARNING: with 3 test scenes the 95 % intervals mean little" in done.out
     assert "linear probe" in done.out and "latents" in done.out and str(done.folder) in done.out
 
 
@@ -264,6 +272,22 @@ def test_latents_and_spectra_of_a_scene(cut: tuple[Store, Coder]) -> None:
     assert found.from_pca is None
 
 
+def test_the_middle_pixel_is_the_nearest_that_is_valid() -> None:
+    """Against a plain loop; the last cell is cut, and one has no valid pixel."""
+    random = np.random.default_rng(0)
+    z = random.normal(size=(4, 22, 3))
+    z[random.random((4, 22)) < 0.6] = np.nan
+    z[:, 4:8] = np.nan
+    z[2, 2, 0], z[2, 10] = np.nan, [np.nan, 1.0, np.nan]  # partly valid is valid
+    found = middle_pixels(z, 4)
+    assert found.shape == (6, 3) and np.isnan(found[1]).all()
+    for j in (0, 2, 3, 4, 5):
+        pixels = [(y, x) for y in range(4) for x in range(4 * j, min(4 * j + 4, 22)) if np.isfinite(z[y, x]).any()]
+        y, x = min(pixels, key=lambda at: (at[0] - 2) ** 2 + (at[1] - 4 * j - 2) ** 2)
+        np.testing.assert_array_equal(found[j], z[y, x])
+    np.testing.assert_array_equal(found[2], z[2, 10])
+
+
 def test_decoded_is_the_mean_of_decoded_pixels_where_the_scene_was_valid(cut: tuple[Store, Coder]) -> None:
     store, coder = cut
     latents = np.random.default_rng(0).normal(size=(10, 9, 3)).astype(np.float32)
@@ -291,6 +315,31 @@ def test_principal_components_keep_as_many_floats_as_latents(cut: tuple[Store, C
     z_hat[np.isnan(z)] = np.nan
     found = encode_cells(store, 0, coder, bases).from_pca
     np.testing.assert_allclose(found, loop_means(z_hat), rtol=1e-5, atol=1e-6)
+
+
+def test_parts_of_an_answer_are_freed_as_they_are_joined() -> None:
+    """Bytes at most held, beside the parts and one array: the predictions never lie in memory twice."""
+    n, keys = 100_000, [("linear", str(i)) for i in range(20)]
+
+    def part(i: int) -> Answer:
+        small = [np.zeros(1) for _ in range(8)]
+        return Answer(*small, predictions={key: np.full(n, i, np.float32) for key in keys})
+
+    tracemalloc.start()
+    parts = [part(0), part(1)]
+    before = tracemalloc.get_traced_memory()[0]
+    joined = Answer.joined(parts)
+    extra = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert extra < 2.5 * 2 * n * 4
+    np.testing.assert_array_equal(joined.predictions[keys[3]], np.repeat([0, 1], n))
+
+
+def test_nothing_is_decoded_for_a_network_alone(probe: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("spectralvae.analysis.probe.decode_cells")
+    done = probe(products=["CLDO4"], probes=["mlp"])
+    assert done.code == 0, done.message
+    assert list(scores_of(done.folder)["CLDO4"]["mlp"]) == OF["mlp"]
 
 
 # --- the control ----------------------------------------------------------------------------------
@@ -370,6 +419,9 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_written(
     message = refused(probe("d", products=["CLDO4"], n_cells=1))
     assert "CLDO4: fewer than 2 scenes have cells to fit on" in message and "1 of " in message
     assert "fewer than 4 cells are left" in refused(probe("e", products=["CLDO4"], n_cells=3))
+    flat = [replace(s, products={**s.products, "HCHO": np.full(SIZE, 0.5)}) for s in scenes]
+    message = refused(probe("f", store=write_store(tmp_path / "flat", flat).path, products=["HCHO"]))
+    assert "HCHO, filtered: all cells to fit on have the same target" in message
     inside = probe(products=["CLDO4"], output_dir=str(store.path / "probe"))
     assert inside.code == 2 and "lies in store" in inside.message and not (store.path / "probe").exists()
     inside = probe(products=["CLDO4"], output_dir=str(model / "probe"))
@@ -394,6 +446,41 @@ def test_scenes_that_share_a_day_are_told(
     assert done.code == 0 and "WARNING: fit and test scenes share days (2024-06-01)" in done.out
     assert "share days" in (done.folder / "report.html").read_text()
     assert any("share days" in remark for remark in json.loads((done.folder / "run.json").read_text())["remarks"])
+
+
+def test_fit_scenes_of_one_day_are_told(
+    scenes: list[MockScene], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are held back one by one; of other days, a day is."""
+    groups = []
+
+    def spy(x: np.ndarray, y: np.ndarray, group: np.ndarray, *, seed: int) -> regressors.Fitted:
+        groups.append(set(group.tolist()))
+        return regressors.fit_linear(x, y, group, seed=seed)
+
+    monkeypatch.setattr("spectralvae.analysis.probe.fit_linear", spy)
+    days = [scene.time for scene in scenes]
+    config = {"products": ["CLDO4"], "probes": ["linear"]}
+    for name, first in (("one", [0, 0, 0, 0, 0]), ("two", [0, 1, 1, 0, 1])):
+        timed = [replace(s, time=days[k]) for s, k in zip(scenes, [*first, 5, 6, 7], strict=True)]
+        model = write_model(tmp_path / f"model_{name}", timed[:5], timed[5:])
+        done = run_probe(tmp_path / name, model, write_store(tmp_path / f"s_{name}", timed).path, capfd, **config)
+        assert done.code == 0 and ("scenes to fit on are of one day" in done.out) == (name == "one")
+    n = len(groups) // 2
+    assert all(found == {f"scene{i}" for i in range(5)} for found in groups[:n])
+    assert all(found == {"2024-06-01", "2024-06-02"} for found in groups[n:])
+
+
+@pytest.mark.parametrize(
+    ("n", "wanted"), [(1, "no 95 %"), (2, "little"), (3, "little"), (4, "75-81 %"), (15, "75-81 %")]
+)
+def test_intervals_over_few_scenes_are_told(n: int, wanted: str) -> None:
+    counts = Counts(9, 9, 9, 0, None, None, 9, 9, 2, 9, n)
+    clouds, gas = Question("CLDO4", True, transform("CLDO4")), Question("NO2", False, transform("NO2"))
+    (remark,) = _on_intervals({clouds: counts, gas: counts})
+    assert remark.startswith(f"with {n} test scene") and wanted in remark and "CLDO4; NO2, unfiltered" in remark
+    (remark,) = _on_intervals({clouds: counts, gas: replace(counts, test_scenes=16)})
+    assert "NO2" not in remark
 
 
 def test_a_store_without_geometry_has_no_such_features(

@@ -17,6 +17,7 @@ from spectralvae.analysis.probe_data import (
     coordinates_of,
     geometry_names,
     geometry_of,
+    groups_of,
     questions_of,
     quotas,
     read_grid,
@@ -52,12 +53,46 @@ def test_roles_follow_what_the_model_remembers_not_the_splits_of_the_store(tmp_p
     store = write_store(tmp_path / "store", [C, A, NEW, B])
     assert {record.split for record in store.scenes} == {"train"}
     roles = assign_roles(store, remembers([A, B], [C]), MODEL)
-    assert (roles.fit, roles.test, roles.shared_days) == ([1, 2, 3], [0], [])
+    assert (roles.fit, roles.test, roles.remarks) == ([1, 2, 3], [0], [])
 
 
 def test_days_that_the_models_own_split_shares_are_told(tmp_path: Path) -> None:
-    roles = assign_roles(write_store(tmp_path / "store", [A, B]), remembers([A], [B]), MODEL)
-    assert [str(day) for day in roles.shared_days] == ["2024-06-01"]
+    (remark,) = assign_roles(write_store(tmp_path / "store", [A, B]), remembers([A], [B]), MODEL).remarks
+    assert remark.startswith("fit and test scenes share days (2024-06-01),")
+
+
+def test_scenes_of_the_model_that_the_store_lacks_are_told(tmp_path: Path) -> None:
+    some = assign_roles(write_store(tmp_path / "a", [A, C]), remembers([A, B], [C, TEST_DAY, TIMELESS]), MODEL)
+    assert some.remarks == ["1 of 3 validation scenes of the model are in this store"]
+    (remark,) = assign_roles(write_store(tmp_path / "b", [NEW, C]), remembers([A, B], [C]), MODEL).remarks
+    assert remark.startswith("none of the model's own training scenes is in this store")
+
+
+def test_what_the_first_weights_were_trained_on_is_not_tested_on(tmp_path: Path) -> None:
+    """Of ancestors that are not in the store nothing is said; of unknown ones there is a remark."""
+    store = write_store(tmp_path / "store", [A, C])
+    fresh = remembers([A], [C])
+    descended = replace(fresh, initial_weights="abc")
+    for provenance, n_remarks in (
+        (replace(fresh, ancestors=None), 0),  # an earlier version, but from random weights
+        (replace(fresh, ancestors=[]), 0),
+        (replace(descended, ancestors=[A.identity, NEW.identity]), 0),
+        (replace(descended, ancestors=None), 1),
+    ):
+        remarks = assign_roles(store, provenance, MODEL).remarks
+        assert len(remarks) == n_remarks
+        assert all("weights that do not say what they were trained on" in remark for remark in remarks)
+    with pytest.raises(
+        InputError, match=r"scene c, which is to be tested on, .* trained on: prepare the store without"
+    ):
+        assign_roles(store, replace(descended, ancestors=[A.identity, C.identity]), MODEL)
+
+
+def test_days_are_held_back_together(tmp_path: Path) -> None:
+    a, b, c, timeless = write_store(tmp_path / "store", [A, B, C, TIMELESS]).scenes
+    assert groups_of([a, b, c, timeless]) == (["2024-06-01", "2024-06-01", "2024-06-03", "timeless"], False)
+    assert groups_of([a, b]) == (["a", "b"], True)
+    assert groups_of([a, timeless])[1] is groups_of([a])[1] is False
 
 
 @pytest.mark.parametrize(
@@ -69,6 +104,7 @@ def test_days_that_the_models_own_split_shares_are_told(tmp_path: Path) -> None:
         ([C], remembers([A, B], [C]), "holds no others"),
         ([A, C, TEST_DAY], remembers([A], [C]), "test_day, which the model never saw, is of 2024-06-03"),
         ([A, C, TIMELESS], remembers([A], [C]), "timeless, which the model never saw, has no time"),
+        ([A, NEW, TIMELESS], remembers([A], [TIMELESS]), "new, which the model never saw, may be of the day of a test"),
     ],
 )
 def test_what_would_not_be_a_fair_test_is_refused(
@@ -137,9 +173,9 @@ def test_targets_are_transformed_then_averaged_over_pixels_that_pass(tmp_path: P
         {"NO2": asinh, "CLDO4": transform("CLDO4")},
     )
     q, every = Question("NO2", True, asinh, 0.6, 50.0), Question("NO2", False, asinh)
-    found = read_grid(store, 0, [q, every], coordinates_of(store, [0]), S)
+    found = read_grid(store, 0, [q, every], coordinates_of(store, [0])[0], S)
 
-    n_found = 0
+    n_found, n_left_out = 0, {q: 0, every: 0}
     for i in range(4):
         for j in range(5):
             n_pixels, n_samples, targets, unfiltered, geometry_known = 0, 0, [], [], False
@@ -158,8 +194,10 @@ def test_targets_are_transformed_then_averaged_over_pixels_that_pass(tmp_path: P
                 wanted = np.mean(values) if counts and 2 * len(values) >= n_pixels else np.nan
                 np.testing.assert_allclose(found.targets[question][i, j], wanted, rtol=1e-6)
                 n_found += wanted == wanted
+                n_left_out[question] += 2 * len(values) >= n_pixels and not counts
     assert 5 < n_found < 35, "both kinds of cells were seen"
     assert np.isnan(found.targets[every][2, 3]), "its viewing angle is unknown"
+    assert found.left_out == n_left_out and n_left_out[every] > 1
 
 
 def test_filters_count_pixels_one_after_the_other(tmp_path: Path) -> None:
@@ -173,7 +211,7 @@ def test_filters_count_pixels_one_after_the_other(tmp_path: Path) -> None:
         [MockScene("a", np.zeros((2, 4, N_CHANNELS)), products={"O3TOT": values, "CLDO4": clouds}, geometry=places)],
     )
     q = Question("O3TOT", True, transform("O3TOT"), 0.25, 60.0)
-    found = read_grid(store, 0, [q], coordinates_of(store, [0]), S)
+    found = read_grid(store, 0, [q], coordinates_of(store, [0])[0], S)
     assert found.pixels[q] == (7, 5, 3)  # no value 1; no or many clouds 2; a low sun or none 2
     # the left cell keeps one pixel of four, the right one two: 2 and 6
     np.testing.assert_array_equal(found.targets[q], [[np.nan, 4.0]])
@@ -183,7 +221,7 @@ def test_an_array_beside_z_that_has_changed_is_refused(tmp_path: Path) -> None:
     store = store_of(tmp_path / "store", "NO2")
     (tmp_path / "store/scenes/a/latitude/c/0/0").unlink()  # zarr would read zeros
     with pytest.raises(InputError, match="an array beside z has changed"):
-        read_grid(store, 0, [Question("NO2", False, transform("NO2"))], coordinates_of(store, [0]), S)
+        read_grid(store, 0, [Question("NO2", False, transform("NO2"))], coordinates_of(store, [0])[0], S)
 
 
 # --- geometry -------------------------------------------------------------------------------------
@@ -212,16 +250,36 @@ def test_geometry_is_what_all_scenes_have(tmp_path: Path) -> None:
     full = geometry(2, 2, np.random.default_rng(0), "2024-06-01T18:00:00+00:00")
     poor = {name: full[name] for name in ("latitude", "longitude")}
     store = write_store(tmp_path / "store", [replace(A, geometry=full), replace(B, geometry=poor)])
-    assert geometry_names(coordinates_of(store, [0])) == [
+    assert geometry_names(coordinates_of(store, [0])[0]) == [
         *("cos solar_zenith_angle", "sin solar_zenith_angle", "cos viewing_zenith_angle", "sin viewing_zenith_angle"),
         *("cos relative_azimuth_angle", "sin relative_azimuth_angle"),
         *("latitude", "longitude", "cos local time", "sin local time"),
     ]
-    assert geometry_names(coordinates_of(store, [0, 1])) == ["latitude", "longitude"]
+    assert geometry_names(coordinates_of(store, [0, 1])[0]) == ["latitude", "longitude"]
     found = geometry_of(
         {name: np.full((3, 3), v) for name, v in (("latitude", 40.0), ("longitude", -100.0))}, (3, 3), S
     )
     np.testing.assert_allclose(found, np.broadcast_to([40.0, -100.0], (2, 2, 2)), rtol=1e-6)
+
+
+def test_a_coordinate_that_is_unknown_all_over_a_scene_is_left_out_of_all(tmp_path: Path) -> None:
+    """Of the sun's angle the filter still asks, so that no pixel of that scene passes it."""
+    full, unknown = (geometry(2, 2, np.random.default_rng(i), "2024-06-01T18:00:00+00:00") for i in range(2))
+    full["viewing_zenith_angle"][0] = np.nan  # partly
+    unknown["solar_zenith_angle"][:] = np.nan
+    products = {"O3TOT": np.ones((2, 2))}
+    store = write_store(
+        tmp_path / "store", [replace(s, products=products, geometry=g) for s, g in ((A, full), (B, unknown))]
+    )
+    names, remarks = coordinates_of(store, [0, 1])
+    assert "solar_zenith_angle" not in names and "viewing_zenith_angle" in names and len(names) == 5
+    assert remarks == ["solar_zenith_angle is unknown all over scene b, so geometry goes without it"]
+    assert len(coordinates_of(store, [0])[0]) == 6
+    filtered = Question("O3TOT", True, transform("O3TOT"), max_solar_zenith=90.0)
+    every = Question("O3TOT", False, transform("O3TOT"))
+    first, second = (read_grid(store, i, [filtered, every], names, S) for i in (0, 1))
+    assert first.pixels[filtered] == (4, 4, 4) and second.pixels[filtered] == (4, 4, 0)
+    assert second.targets[every] == 1 and np.isnan(second.targets[filtered])
 
 
 # --- cells to fit on ------------------------------------------------------------------------------

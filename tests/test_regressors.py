@@ -205,14 +205,14 @@ def test_given_arrays_are_left_alone(probe: str, brief: None) -> None:
 @pytest.mark.parametrize("probe", ["linear", "mlp"])
 def test_one_scene_is_refused(probe: str) -> None:
     x, y, groups = spectra(0, n_scenes=1)
-    with pytest.raises(InputError, match=rf"{len(x)} cells .* 1 scene; at least 2"):
+    with pytest.raises(InputError, match=rf"{len(x)} cells .* 1 day or scene; at least 2"):
         FITS[probe](x, y, groups, seed=0)
 
 
 @pytest.mark.parametrize("probe", ["linear", "mlp"])
 def test_targets_that_do_not_vary_are_refused(probe: str) -> None:
     x, y, groups = spectra(0)
-    with pytest.raises(InputError, match=r"target 0\.1"):
+    with pytest.raises(InputError, match=r"one target, 0\.1, of all cells"):
         FITS[probe](x, np.full_like(y, 0.1), groups, seed=0)
 
 
@@ -221,6 +221,25 @@ def test_targets_that_vary_only_where_held_back_are_refused() -> None:
     left_out = np.isin(groups, np.random.default_rng(0).permutation(np.arange(7))[:1])
     with pytest.raises(InputError, match="nothing can be learnt"):
         fit_mlp(x, np.where(left_out, y, 0.1), groups, seed=0)
+
+
+def test_a_network_that_one_cell_is_left_to_is_refused() -> None:
+    """Two scenes, of which the one held back has all cells but one."""
+    x, y, _ = spectra(0)
+    one = np.arange(len(y)) == 0
+    left_out = np.random.default_rng(0).permutation([0, 1])[0]
+    with pytest.raises(InputError, match=r"of all cells to fit on \(1\)"):
+        fit_mlp(x, y, np.where(one, 1 - left_out, left_out), seed=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+@pytest.mark.parametrize("probe", ["linear", "mlp"])
+def test_features_that_do_not_vary_tell_the_mean(probe: str, value: float, brief: None) -> None:
+    """Warnings are errors here. Where the channels vary in new cells alone, that tells nothing either."""
+    x, y, groups = spectra(0)
+    found = FITS[probe](np.full_like(x, value), y, groups, seed=0).predict(x)
+    assert np.ptp(found) < 1e-3 * y.std()
+    assert abs(found[0] - y.mean()) < 0.5 * y.std()
 
 
 @pytest.mark.parametrize("probe", ["linear", "mlp"])

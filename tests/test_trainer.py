@@ -1,5 +1,6 @@
 """The training run: what it writes, that it goes on exactly, and that it stops when it should."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,11 +23,13 @@ from spectralvae.cli import run as cli
 from spectralvae.config import TrainConfig
 from spectralvae.data import sampling
 from spectralvae.data.loader import make_sampler, read_crops
-from spectralvae.data.store import Store
+from spectralvae.data.store import REQUIRED_ARRAYS, Store
+from spectralvae.data.store_writer import finish_store
 from spectralvae.errors import RunError
 from spectralvae.model import AutoencoderKL
 from spectralvae.provenance import Scenes
 from spectralvae.training import record, trainer
+from spectralvae.training.engine import Engine
 from spectralvae.training.trainer import Trainer
 from spectralvae.training.validation import Validation
 
@@ -55,6 +58,20 @@ def final_bytes(run, step=N_STEPS):
     folder = run / "checkpoints" / f"step={step:06d}"
     names = ("model.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json")
     return {name: (folder / name).read_bytes() for name in names} | {"metrics": (run / "metrics.jsonl").read_bytes()}
+
+
+def newest(run):
+    return sorted((run / "checkpoints").iterdir())[-1]
+
+
+def rewritten(run, name, change):
+    """Change a JSON file of the newest checkpoint; the manifest fits."""
+    folder = newest(run)
+    files = dict(verify(folder))
+    content = json.loads(files[name])
+    change(content)
+    shutil.rmtree(folder)
+    write_folder(folder, {**files, name: json.dumps(content).encode()})
 
 
 def at_step(monkeypatch, step, action):
@@ -206,6 +223,7 @@ def test_times_and_sources_of_many_scenes(make_store, tmp_path):
         store,
         store.indices("train"),
         initial_weights=None,
+        ancestors=None,
         n_val_tiles=0,
         metrics=None,
         baselines=None,
@@ -230,15 +248,100 @@ def test_old_checkpoint_goes_on(train):
     shutil.rmtree(folder)
     write_folder(folder, {**files, "config.json": json.dumps(config).encode()})
     run_json = json.loads((run / "run.json").read_text())
-    began = run_json.pop("initial_weights")
+    began, ancestors = run_json.pop("initial_weights"), run_json.pop("ancestors")
     assert began == weights_sha256(load_model(source))
     (run / "run.json").write_text(json.dumps(run_json))
     assert train("old", **changes)[0] == 0
     found, expected = (read_artifact(folder / "checkpoints/step=000008")[0] for folder in (run, whole))
     assert weights_sha256(found.model) == weights_sha256(expected.model)
     assert expected.provenance.initial_weights == began
-    assert found.provenance == replace(expected.provenance, initial_weights="unknown")
+    assert ancestors == expected.provenance.ancestors == read_artifact(newest(source))[0].provenance.training.identities
+    assert found.provenance == replace(expected.provenance, initial_weights="unknown", ancestors=None)
     np.testing.assert_array_equal(found.latents.std, expected.latents.std)
+
+
+@pytest.mark.parametrize("n_steps", [5, 8])
+def test_run_of_before_some_keys_goes_on(train, capsys, n_steps):
+    """One that is finished says so; one that is to have more steps has them."""
+    _, run = train(n_steps=5)
+    record = json.loads((run / "run.json").read_text())
+    for key in ("warmup_steps", "decay_steps"):
+        del record["config"]["optimizer"][key]
+    del record["config"]["supervision"]
+    (run / "run.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert train(n_steps=n_steps)[0] == 0
+    assert ("finished; nothing to do" in capsys.readouterr().out) == (n_steps == 5)
+    found = json.loads((run / "run.json").read_text())
+    assert len(found["starts"]) == (1 if n_steps == 5 else 2)
+    if n_steps == 8:
+        assert found["starts"][-1]["changed"] == {"training.n_steps": [5, 8]}
+        assert rows(run)[-1]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [
+        (lambda state: None, False),
+        (lambda state: state.pop("validation_tiles"), True),
+        (lambda state: state.update(validation_tiles="0" * 16), True),
+    ],
+)
+def test_other_validation_tiles_are_warned_of_once(train, capsys, change, warned):
+    _, run = train(n_steps=5)
+    rewritten(run, "trainer.json", change)
+    for first, n_steps in ((True, 8), (False, 10)):
+        capsys.readouterr()
+        assert train(n_steps=n_steps)[0] == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert told.count("val_* before and after are not comparable, nor is `best`") == (warned and first)
+
+
+def test_digest_of_tiles():
+    """Depends on each place and on their order, on nothing else."""
+    crops = [sampling.Crop(0, 8, 16), sampling.Crop(1, 0, 0)]
+    expected = hashlib.sha256(b"[[0, 8, 16], [1, 0, 0]]").hexdigest()
+    assert expected.startswith(record.tiles_digest(crops))
+    others = [crops[::-1], crops[:1], [sampling.Crop(0, 8, 17), crops[1]], [sampling.Crop(2, 8, 16), crops[1]]]
+    assert len({record.tiles_digest(c) for c in [crops, *others]}) == 5
+
+
+def test_ancestors(train, make_store, tmp_path, monkeypatch):
+    """Scenes of all earlier weights, through three runs and a resume; unknown from where one does not know."""
+
+    def other_store(name, digest, val):
+        z = np.random.default_rng(0).normal(size=(16, 16, 24))
+        opened = make_store(tmp_path / name, {"a": z, "b": z}, val=(val,))
+        path = opened.path
+        records = [replace(r, sha256=f"{digest}{r.id}") for r in opened.scenes]
+        arrays = {key: np.zeros(24) for key in REQUIRED_ARRAYS if key not in opened.normalization.arrays()}
+        copied = tmp_path / f"{name}_named"
+        shutil.copytree(path / "scenes", copied / "scenes")
+        finish_store(copied, records, opened.normalization, arrays, "float16")
+        return {"store": str(copied)}
+
+    def provenance(run):
+        return read_artifact(newest(run))[0].provenance
+
+    one, two, three = other_store("one", "1", "b"), other_store("two", "2", "b"), other_store("three", "3", "a")
+    _, first = train("first", n_steps=2, data=one)
+    assert provenance(first).ancestors == []
+    _, second = train("second", n_steps=2, data=two, init_from=str(first))
+    assert provenance(second).ancestors == ["1a"]
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    options = {"n_steps": 4, "data": three, "init_from": str(second)}
+    assert train("third", **options)[0] == 75
+    assert provenance(tmp_path / "third").ancestors == ["1a", "2a"]
+    shutil.rmtree(second)
+    code, third = train("third", **{**options, "init_from": str(tmp_path / "second")})
+    assert code == 0
+    assert (provenance(third).ancestors, provenance(third).training.identities) == (["1a", "2a"], ["3b"])
+    rewritten(third, "config.json", lambda config: config["provenance"].pop("ancestors"))
+    _, fourth = train("fourth", n_steps=2, data=one, init_from=str(third))
+    assert provenance(fourth).ancestors is None
+    rewritten(first, "config.json", lambda config: config["provenance"].pop("ancestors"))  # it began at random
+    _, fifth = train("fifth", n_steps=2, data=two, init_from=str(first))
+    assert provenance(fifth).ancestors == ["1a"]
 
 
 def test_killed_run_goes_on_exactly(train, store, tmp_path):
@@ -325,6 +428,20 @@ def test_not_finite_stops_before_the_update(train, monkeypatch, capsys, where):
     assert ["TEMPO_RAD_L1" in tile["scene"] for tile in report["tiles"]] == [True] * 3
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step=000005"]
     assert json.loads((run / "run.json").read_text())["state"] == "failed"
+
+
+def test_report_of_a_failure_has_the_learning_rate_of_its_step(train, monkeypatch):
+    """Step 7 of a warm-up of 20."""
+    original = Engine.gradients
+
+    def gradients(self, batch):
+        return original(self, batch) * (np.nan if batch.step == 6 else 1.0)
+
+    monkeypatch.setattr(Engine, "gradients", gradients)
+    code, run = train(optimizer={"lr": 2e-3, "warmup_steps": 20})
+    assert code == 1
+    report = json.loads((run / "failures/step=000007.json").read_text())
+    assert report["learning_rate"] == pytest.approx(2e-3 * 7 / 20)
 
 
 def test_validation_by_hand(tmp_path, make_store, train):

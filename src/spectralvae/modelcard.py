@@ -134,7 +134,20 @@ def _training(artifact: Artifact) -> list[str]:
         f"- {n_steps} of {found.batch_size} tiles of {found.tile_size} x {found.tile_size} pixels, seed {found.seed}",
         f"- loss: {settings['nll_loss_type']} of z, KL weight {settings['kl_weight']:g}",
         f"- initial weights: {began}",
+        *_ancestry(found),
     ]
+
+
+def _ancestry(found: Provenance) -> list[str]:
+    """What one must know of the initial weights to believe the figures of the validation."""
+    earlier, kept = found.ancestry(), found.validation.identities
+    if earlier == []:
+        return []
+    if earlier is None or kept is None:
+        return ["- whether the initial weights were trained on scenes kept apart for validation is unknown"]
+    if known := len(set(kept) & set(earlier)):
+        return [f"- {known} of the {len(kept)} scenes kept apart for validation were trained on by the initial weights"]
+    return []
 
 
 def _scenes(scenes: Scenes) -> str:

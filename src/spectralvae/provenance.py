@@ -77,6 +77,8 @@ class Provenance:
         n_val_tiles: how many validation tiles there are.
         metrics: on these, named as in metrics.jsonl; None if they were not judged at this step.
         baselines: mean squared errors of z on these, of the mean and of PCA; None where unknown.
+        ancestors: `SceneRecord.identity` of all scenes that earlier weights were trained on, from which these began;
+            [] for random ones, None where unknown and in what earlier versions wrote.
     """
 
     store: str
@@ -90,6 +92,16 @@ class Provenance:
     n_val_tiles: int
     metrics: dict[str, float] | None
     baselines: dict[str, float] | None
+    ancestors: list[str] | None = None
+
+    def ancestry(self) -> list[str] | None:
+        """``ancestors``, whatever version wrote this: random weights have none."""
+        return [] if self.initial_weights is None else self.ancestors
+
+    def lineage(self) -> list[str] | None:
+        """Identities of all scenes that these weights have learned from, by themselves or before; None if unknown."""
+        earlier, own = self.ancestry(), self.training.identities
+        return None if earlier is None or own is None else sorted({*earlier, *own})
 
     def values(self) -> dict[str, Any]:
         """As JSON values."""

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
+from pydantic import ValidationError
+
 from spectralvae import __version__
 from spectralvae.config import CommandConfig
 from spectralvae.configfile import dump_config, to_yaml
@@ -124,6 +126,14 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _completed(recorded: Mapping[str, Any], schema: type[CommandConfig]) -> Mapping[str, Any]:
+    """A recorded config, with the defaults of keys that it had not yet; as it is if the schema does not take it."""
+    try:
+        return dump_config(schema.model_validate(recorded))
+    except ValidationError:  # then the comparison names what differs
+        return recorded
+
+
 def _no_exceptions(key: str, old: Any, new: Any) -> bool:
     return False
 
@@ -176,7 +186,7 @@ class RunDir:
         if overwrite:
             self._clear = True
             return
-        old = _flatten(record["config"])
+        old = _flatten(_completed(record["config"], type(config)))
         new = _flatten(self.config)
         old["output_dir"] = new["output_dir"]  # wherever it is and however it is called: it is this directory
         differing = {

@@ -40,7 +40,7 @@ from spectralvae.analysis.report import write_evaluation_report
 from spectralvae.artifact import Artifact, read_artifact
 from spectralvae.config import EvaluateConfig
 from spectralvae.config.training import DataConfig
-from spectralvae.console import new_progress
+from spectralvae.console import new_progress, warn
 from spectralvae.data.loader import grid_crops, read_crops
 from spectralvae.data.normalize import EPSILON, Float64
 from spectralvae.data.sampling import evenly
@@ -63,6 +63,8 @@ N_VIEWS = 6
 def evaluate(config: EvaluateConfig, run: RunDir, console: Console) -> None:
     """Judge checkpoints of a run, and write tables, pictures and a page into ``run``'s directory.
 
+    Reconstructions, also those of the baselines, are clipped as `decode` clips them.
+
     Args:
         config: of the command.
         run: its output directory.
@@ -73,7 +75,7 @@ def evaluate(config: EvaluateConfig, run: RunDir, console: Console) -> None:
         InputError: it is no training run, a checkpoint is damaged, or the store is not the one it was trained on.
         RunError: a checkpoint gives values that are not finite.
     """
-    subject = _admit(config)
+    subject = _admit(config, console)
     for key, path in (("run", config.run), ("run", subject.store.path)):
         _refuse_place(config.output_dir, key, path)
         run.refuse_inside(key, path)
@@ -83,10 +85,13 @@ def evaluate(config: EvaluateConfig, run: RunDir, console: Console) -> None:
         f"{len(subject.checkpoints)} checkpoints, {len(tiles.crops)} validation tiles of {len(tiles.scenes)} scenes "
         f"({tiles.n_left_out} more are left out: too many invalid samples)"
     )
+    remarks = _remarks(subject, tiles)
+    for remark in remarks:
+        warn(console, remark)
     baselines = _fit_baselines(subject, device)
     with run, torch.no_grad(), exact_float32():
         run.note(versions=record.versions(), device=record.describe_device(device), store_hash=subject.store.hash)
-        found = _judge_all(subject, Judge(tiles, device, config.batch_size), baselines)
+        found = _judge_all(subject, Judge(tiles, device, config.batch_size), baselines, remarks)
         _write(found, subject, run.path)
         run.note(peak_memory_gb=round(peak_memory(device) / 1e9, 2))
     _print_table(found, console)
@@ -106,15 +111,18 @@ class _Subject:
         store: what it was trained on.
         data: its `data:` section.
         checkpoints: by step.
+        ancestors: identities of the scenes that weights were trained on from which any checkpoint began; None where
+            one does not know.
     """
 
     path: Path
     store: Store
     data: DataConfig
     checkpoints: dict[int, Path]
+    ancestors: set[str] | None
 
 
-def _admit(config: EvaluateConfig) -> _Subject:
+def _admit(config: EvaluateConfig, console: Console) -> _Subject:
     """Open a run and its store; every checkpoint that will be judged is loaded once.
 
     Raises:
@@ -124,9 +132,19 @@ def _admit(config: EvaluateConfig) -> _Subject:
     run_record, data = _read_record(path)
     checkpoints = _choose(config, run_record)
     store = _open_store(path, run_record, data)
+    training = run_record["config"].get("training", {})
+    if config.checkpoints == "all" and run_record.get("state") == "running" and training.get("keep_last"):
+        warn(
+            console,
+            f"{path} is still running, and training.keep_last may delete a checkpoint before it is judged, which would "
+            "cost all results: judge `checkpoints: best` or a list of steps, or wait until it is finished",
+        )
+    ancestors: set[str] | None = set()
     for checkpoint in checkpoints.values():
-        _load(checkpoint, store)
-    return _Subject(path, store, data, checkpoints)
+        provenance = _load(checkpoint, store).provenance
+        known = (provenance.ancestry() if provenance else None) if training.get("init_from") else []
+        ancestors = None if ancestors is None or known is None else ancestors | set(known)
+    return _Subject(path, store, data, checkpoints, ancestors)
 
 
 def _read_record(path: Path) -> tuple[dict[str, Any], DataConfig]:
@@ -204,7 +222,23 @@ def _refuse_place(output_dir: Path, key: str, path: Path) -> None:
 # --- the work -------------------------------------------------------------------------------------
 
 
-def _judge_all(subject: _Subject, judge: Judge, baselines: Baselines) -> Evaluation:
+def _remarks(subject: _Subject, tiles: Tiles) -> list[str]:
+    """Whether the run began with weights that know scenes which are judged."""
+    if subject.ancestors is None:
+        return [
+            "What the weights that this run began with were trained on is unknown: if it was on validation scenes, "
+            "they look better reconstructed than unseen ones would."
+        ]
+    judged = {tiles.store.scenes[crop.scene].identity for crop in tiles.crops}
+    if known := len(judged & subject.ancestors):
+        return [
+            f"{known} of the {len(judged)} validation scenes judged are among those that the weights were trained on "
+            "with which this run began: they look better reconstructed than unseen ones would."
+        ]
+    return []
+
+
+def _judge_all(subject: _Subject, judge: Judge, baselines: Baselines, remarks: list[str]) -> Evaluation:
     """Baselines once, then one checkpoint after the other; at last the best one is looked at."""
     store, tiles, noise = subject.store, judge.tiles, _noise(subject.store)
     with new_progress() as progress:
@@ -250,6 +284,7 @@ def _judge_all(subject: _Subject, judge: Judge, baselines: Baselines) -> Evaluat
         shown=shown,
         worst=judge.worst(artifact, tile_mse, N_WORST),
         views=views,
+        remarks=remarks,
     )
 
 

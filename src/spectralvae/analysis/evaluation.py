@@ -162,6 +162,7 @@ class Evaluation:
         shown: step of the checkpoint with the smallest mse, which the views are of.
         worst: tiles with the largest errors, the worst first.
         views: some scenes.
+        remarks: what readers should know of the run.
     """
 
     run: str
@@ -182,6 +183,7 @@ class Evaluation:
     shown: int
     worst: list[TileView]
     views: list[SceneView]
+    remarks: Sequence[str] = ()
 
     def judged(self) -> dict[str, Judged]:
         """Checkpoints ("step_2000") and baselines, by name."""

@@ -1,5 +1,7 @@
 """Networks and baselines over all validation tiles of a store, one batch of them in memory at a time.
 
+Reconstructions of z are clipped to the range of the normalisation, as `decode` clips them: what users get is judged.
+
 Shapes: C channels, E latent channels; t pixels along a tile, s along a latent cell.
 """
 
@@ -129,7 +131,7 @@ class Judge:
     def __init__(self, tiles: Tiles, device: torch.device, batch_size: int) -> None:
         self.tiles, self.device, self.batch_size = tiles, device, batch_size
         normalization = tiles.store.normalization
-        self._n_channels = normalization.n_channels
+        self._n_channels, self._clip = normalization.n_channels, normalization.clip
         self._row = {scene: i for i, scene in enumerate(tiles.scenes)}
         self.radiance = Radiance.of(
             normalization.mean,
@@ -149,7 +151,7 @@ class Judge:
                     observed = Observed(z, self.radiance)
                     truth.add(scene, observed)
                     for name, z_hat in baselines.reconstruct(observed.z):
-                        errors[name].add(scene, *observed.errors(z_hat))
+                        errors[name].add(scene, *observed.errors(self._clipped(z_hat)))
             advance(len(batch.crops))
         return truth, errors
 
@@ -211,16 +213,19 @@ class Judge:
     def _on_device(self, artifact: Artifact) -> AutoencoderKL:
         return artifact.model.to(self.device, memory_format=memory_format_for(self.device))  # type: ignore[call-overload, no-any-return]
 
+    def _clipped(self, z_hat: Tensor) -> Tensor:
+        return z_hat.clamp(-self._clip, self._clip)
+
     def _reconstruct(
         self, model: AutoencoderKL, artifact: Artifact, batch: Batch
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """(B, C, t, t) from the posterior's mode, and the posterior."""
+        """(B, C, t, t) from the posterior's mode, clipped, and the posterior."""
         posterior = model.encode(batch.x.nan_to_num())
         x_hat = model.decode(posterior.mode())
         if not bool(torch.isfinite(x_hat).all()):
             places = ", ".join(f"{self.tiles.store.scenes[c.scene].id} at ({c.y}, {c.x})" for c in batch.crops)
             raise RunError(f"{artifact.path}: gives values that are not finite, with the tiles {places}")
-        return x_hat, posterior
+        return self._clipped(x_hat), posterior
 
     # --- what is looked at ----------------------------------------------------------------------
 

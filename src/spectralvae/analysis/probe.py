@@ -1,8 +1,8 @@
 """The command `probe`: what latents tell of level-2 products, beside controls.
 
-Memory: some 200 bytes for each cell of the store, and more for each prediction of a test cell; two spectra for each
-cell that is fitted on, and a few times the cells of one fit in float64 while it runs; four spectra for each cell of
-one scene; the strips of the network (see `Coder`). Spectra of pixels are streamed.
+Memory: with all products and probes about 76 bytes for each cell of every scene, and about 700 for each test cell; two
+spectra for each cell that is fitted on, and a few times the cells of one fit in float64 while it runs; four spectra
+for each cell of one scene; the strips of the network (see `Coder`). Spectra of pixels are streamed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from spectralvae.analysis.probe_data import (
     choose_cells,
     coordinates_of,
     geometry_names,
+    groups_of,
     questions_of,
     read_grid,
 )
@@ -43,6 +44,7 @@ from spectralvae.training.device import choose_device
 from spectralvae.training.distributed import Ranks
 
 MIN_SCENES = 2  # that are fitted on: probes choose their complexity on scenes held back
+ENOUGH_SCENES = 16  # to test on: fewer are told
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -131,6 +133,10 @@ class Study:
         parts = np.split(together[n_fit:], np.cumsum([len(part) for part in test])[:-1])
         return together[:n_fit], dict(zip(self.roles.test, parts, strict=True))
 
+    def scenes(self, question: Question) -> list[int]:
+        """Those with cells to fit on."""
+        return [i for i, cells in self.chosen[question].items() if len(cells)]
+
     def test_targets(self, question: Question, scene: int) -> Float32:
         """Of those cells of a scene that count."""
         targets = self.grids[scene].targets[question]
@@ -158,7 +164,7 @@ def _plan(config: ProbeConfig, run: RunDir, console: Console) -> Study:
     console.print(f"model: {artifact.path}{step}")
     console.print(f"store: {store.path}: {len(roles.fit)} scenes to fit on, {len(roles.test)} to test on")
     scenes = [*roles.fit, *roles.test]
-    coordinates = coordinates_of(store, scenes)
+    coordinates, unknown = coordinates_of(store, scenes)
     grids = {}
     for i in _shown(scenes, "level 2 (scenes)"):
         store.check_files(i)
@@ -167,15 +173,41 @@ def _plan(config: ProbeConfig, run: RunDir, console: Console) -> Study:
     for q in questions:
         counted = [np.isfinite(grids[i].targets[q]) for i in roles.fit]
         chosen[q] = dict(zip(roles.fit, choose_cells(counted, config.n_cells, config.seed), strict=True))
-    study = Study(config, store, coder, roles, coordinates, grids, chosen)
+    study = Study(config, store, coder, roles, coordinates, grids, chosen, remarks=[*roles.remarks, *unknown])
     for q in questions:
         study.counts[q] = _count(study, q)
         console.print(f"{q.name}: {study.counts[q]}")
-    if roles.shared_days:
-        days = ", ".join(map(str, roles.shared_days))
-        study.remarks.append(f"fit and test scenes share days ({days}), so test scenes are of weather that was seen")
-        warn(console, study.remarks[-1])
+    study.remarks.extend([*_on_groups(study), *_on_intervals(study.counts)])
+    for remark in study.remarks:
+        warn(console, remark)
     return study
+
+
+def _on_groups(study: Study) -> list[str]:
+    one_day = [q.name for q in study.chosen if groups_of([study.store.scenes[i] for i in study.scenes(q)])[1]]
+    if not one_day:
+        return []
+    return [
+        f"all scenes to fit on are of one day, so probes chose their complexity on scenes of weather that they had "
+        f"seen, for {'; '.join(one_day)}"
+    ]
+
+
+def _on_intervals(counts: dict[Question, Counts]) -> list[str]:
+    """How far to trust intervals over few scenes; the figures are those of `scores`."""
+    remarks = []
+    for n in sorted({c.test_scenes for c in counts.values() if c.test_scenes < ENOUGH_SCENES}):
+        if n == 1:
+            what = "with 1 test scene there are no 95 % intervals"
+        elif n < 4:
+            what = f"with {n} test scenes the 95 % intervals mean little"
+        else:
+            what = (
+                f"with {n} test scenes the 95 % intervals are too narrow: in simulations they held the truth in "
+                "75-81 % (4 scenes), 83-90 % (8)"
+            )
+        remarks.append(f"{what}; so it is of {'; '.join(q.name for q, c in counts.items() if c.test_scenes == n)}")
+    return remarks
 
 
 def _check_normalization(artifact: Artifact, store: Store) -> None:
@@ -193,7 +225,7 @@ def _count(study: Study, q: Question) -> Counts:
     """How much there is of a question.
 
     Raises:
-        InputError: too little to fit or test on.
+        InputError: too little to fit or test on, or nothing to learn.
     """
     roles, grids = study.roles, study.grids
     valid, clear, pixels = map(sum, zip(*(grids[i].pixels[q] for i in (*roles.fit, *roles.test)), strict=True))
@@ -204,11 +236,12 @@ def _count(study: Study, q: Question) -> Counts:
         valid_pixels=valid,
         clear_pixels=clear,
         pixels=pixels,
+        left_out_cells=sum(grid.left_out[q] for grid in grids.values()),
         max_cloud_fraction=q.max_cloud_fraction,
         max_solar_zenith=q.max_solar_zenith,
         fit_cells_found=sum(fit),
         fit_cells=sum(chosen),
-        fit_scenes=int(np.count_nonzero(chosen)),
+        fit_scenes=len(study.scenes(q)),
         test_cells=sum(test),
         test_scenes=int(np.count_nonzero(test)),
     )
@@ -217,6 +250,7 @@ def _count(study: Study, q: Question) -> Counts:
         "no test cell is left": not counts.test_cells,
         f"fewer than {MIN_SCENES} scenes have cells to fit on": counts.fit_scenes < MIN_SCENES,
         f"fewer than {least} cells are left to fit on": counts.fit_cells < least,
+        "all cells to fit on have the same target": len(np.unique(study.targets(q, shuffled=False)[0])) < 2,
     }
     for what, is_short in short.items():
         if is_short:
@@ -273,7 +307,7 @@ def _sample(study: Study) -> Sample:
 
 
 def _fit(study: Study, sample: Sample) -> dict[Question, dict[Key, Fitted]]:
-    """All probes of all features, for all questions."""
+    """All probes of all features, for all questions; they choose their complexity on days held back."""
     config = study.config
     wanted = [
         (q, features, name)
@@ -286,11 +320,12 @@ def _fit(study: Study, sample: Sample) -> dict[Question, dict[Key, Fitted]]:
     for q, features, name in _shown(wanted, "fitting (probes)"):
         x = sample.features[features][sample.rows(study.chosen[q])]
         y, _ = study.targets(q, features == "shuffled")
-        scenes = np.repeat(list(study.chosen[q]), [len(cells) for cells in study.chosen[q].values()])
+        groups, _ = groups_of([study.store.scenes[i] for i in study.scenes(q)])
+        group = np.repeat(groups, [len(study.chosen[q][i]) for i in study.scenes(q)])
         if name == "linear":
-            fitted = fit_linear(x, y, scenes, seed=config.seed)
+            fitted = fit_linear(x, y, group, seed=config.seed)
         else:
-            fitted = fit_mlp(x, y, scenes, seed=config.seed, device=study.coder.device)
+            fitted = fit_mlp(x, y, group, seed=config.seed, device=study.coder.device)
         fits[q][name, features] = fitted
     weakest = [
         f"{q.name}: {key[1]}" for q in fits for key, fit in fits[q].items() if fit.facts.get("edge") == "weakest"
@@ -303,7 +338,7 @@ def _fit(study: Study, sample: Sample) -> dict[Question, dict[Key, Fitted]]:
 
 
 def _answer(study: Study, bases: Bases, fits: dict[Question, dict[Key, Fitted]]) -> dict[Question, Answer]:
-    """What all probes predict for all test cells, scene by scene."""
+    """What all probes predict for all test cells, scene by scene, the linear ones also for decoded spectra."""
     parts: dict[Question, list[Answer]] = {q: [] for q in fits}
     shuffled = {q: study.targets(q, shuffled=True)[1] for q in fits}
     for i in _shown(study.roles.test, "testing (scenes)"):
@@ -313,11 +348,12 @@ def _answer(study: Study, bases: Bases, fits: dict[Question, dict[Key, Fitted]])
             cells = np.flatnonzero(np.isfinite(targets))
             predictions = {}
             for (name, fitted_on), fit in found.items():
-                for tested_on in (fitted_on, *(key for key, of in APPLIED.items() if of == fitted_on)):
+                applied = [key for key, of in APPLIED.items() if (name, fitted_on) == ("linear", of)]
+                for tested_on in (fitted_on, *applied):
                     x = features[tested_on][cells]
                     predictions[name, tested_on] = _predict(fit.predict, x)
             parts[q].append(Answer.of_scene(i, study.grids[i], cells, targets, shuffled[q][i], predictions))
-    return {q: Answer.joined(found) for q, found in parts.items()}
+    return {q: Answer.joined(parts.pop(q)) for q in fits}  # each freed before the next is joined
 
 
 def _predict(predict: Callable[[NDArray[Any]], Float64], x: Float32) -> Float32:
@@ -326,17 +362,19 @@ def _predict(predict: Callable[[NDArray[Any]], Float64], x: Float32) -> Float32:
 
 def _test_features(study: Study, scene: int, bases: Bases) -> dict[str, Float32]:
     """(cell, k) of all cells of a scene."""
-    encoded = encode_cells(study.store, scene, study.coder, bases)
-    assert encoded.from_pca is not None
+    decoding = "linear" in study.config.probes
+    encoded = encode_cells(study.store, scene, study.coder, bases if decoding else None)
     grids = {
         "latents": encoded.latents,
         "shuffled": encoded.latents,
         "pca": bases.features(encoded.spectra),
         "raw": encoded.spectra,
         "geometry": study.grids[scene].geometry,
-        "decoded": decode_cells(study.store, scene, study.coder, encoded.latents),
-        "decoded_pca": encoded.from_pca,
     }
+    if decoding:
+        assert encoded.from_pca is not None
+        grids["decoded"] = decode_cells(study.store, scene, study.coder, encoded.latents)
+        grids["decoded_pca"] = encoded.from_pca
     return {name: _flat(grid) for name, grid in grids.items()}
 
 

@@ -6,7 +6,7 @@ Shapes: a scene is (y, x) pixels and C channels, its grid of latents (h, w) cell
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,12 @@ class Roles:
     Attributes:
         fit: numbers of the scenes that probes are fitted on.
         test: numbers of the scenes that they are tested on: all that the model was validated on.
-        shared_days: days that both have scenes of, as the model's own split has it.
+        remarks: what readers of the results should know of this.
     """
 
     fit: list[int]
     test: list[int]
-    shared_days: list[date]
+    remarks: list[str] = field(default_factory=list)
 
 
 def assign_roles(store: Store, provenance: Provenance | None, model: Path) -> Roles:
@@ -62,16 +62,16 @@ def assign_roles(store: Store, provenance: Provenance | None, model: Path) -> Ro
         model: its path, for messages.
 
     Raises:
-        InputError: the model does not remember its scenes; the store has none of one side; or an unknown scene is of
-            the day of a test scene, so that what was fitted on the one would be tested on the other.
+        InputError: the model does not remember its scenes; the store has none of one side; weights that it began
+            with were trained on a test scene; or an unknown scene is, or may be, of the day of a test scene, so that
+            what was fitted on the one would be tested on the other.
     """
-    known = provenance and (provenance.training.identities, provenance.validation.identities)
-    if not known or known[0] is None or known[1] is None:
+    if not provenance or provenance.training.identities is None or provenance.validation.identities is None:
         raise InputError(
             f"{model}: does not tell which scenes it was trained and validated on (it is of an older version, or from "
             "elsewhere), so nothing keeps the test fair: train it with this version"
         )
-    training, validation = set(known[0]), set(known[1])
+    training, validation = set(provenance.training.identities), set(provenance.validation.identities)
     numbered = list(enumerate(store.scenes))
     test = [i for i, scene in numbered if scene.identity in validation]
     fit = [i for i, scene in numbered if scene.identity not in validation]
@@ -84,16 +84,64 @@ def assign_roles(store: Store, provenance: Provenance | None, model: Path) -> Ro
                 f"store {store.path}: holds {what}, so probes have nothing to {role} on; give a store with scenes of "
                 "the model's training and of its validation, as that which it was trained on"
             )
-    test_days = {day for i in test if (day := _day(store.scenes[i]))}
-    for i in fit:
-        scene, day = store.scenes[i], _day(store.scenes[i])
-        if scene.identity not in training and (day is None or day in test_days):
-            when = "has no time, so it may be" if day is None else f"is of {day} (UTC - 6 h), the day"
+    sides = [store.scenes[i] for i in fit], [store.scenes[i] for i in test]
+    _check_test(*sides, provenance, store.path)
+    return Roles(fit, test, _remarks(*sides, provenance))
+
+
+def _check_test(fit: Sequence[SceneRecord], test: Sequence[SceneRecord], provenance: Provenance, store: Path) -> None:
+    """Refuse test scenes that ancestors were trained on, and scenes new to the model that may be of their days."""
+    for scene in test:
+        if scene.identity in (provenance.ancestry() or ()):
             raise InputError(
-                f"store {store.path}: scene {scene.id}, which the model never saw, {when} of a test scene: prepare the "
-                "store without it"
+                f"store {store}: scene {scene.id}, which is to be tested on, is among those that the weights which the "
+                "model began with were trained on: prepare the store without it"
             )
-    return Roles(fit, test, sorted(test_days & {day for i in fit if (day := _day(store.scenes[i]))}))
+    test_days = {_day(scene) for scene in test}
+    for scene in fit:
+        day = _day(scene)
+        if scene.identity in (provenance.training.identities or ()):
+            continue
+        if day is None:
+            when = "has no time, so it may be of the day of a test scene"
+        elif day in test_days:
+            when = f"is of {day} (UTC - 6 h), the day of a test scene"
+        elif None in test_days:
+            when = "may be of the day of a test scene, for one of these has no time"
+        else:
+            continue
+        raise InputError(
+            f"store {store}: scene {scene.id}, which the model never saw, {when}: prepare the store without it"
+        )
+
+
+def _remarks(fit: Sequence[SceneRecord], test: Sequence[SceneRecord], provenance: Provenance) -> list[str]:
+    shared = sorted({day for s in fit if (day := _day(s))} & {day for s in test if (day := _day(s))})
+    days = ", ".join(map(str, shared))
+    n_here, n_all = len({scene.identity for scene in test}), len(set(provenance.validation.identities or ()))
+    own = set(provenance.training.identities or ())
+    remarks = {
+        f"fit and test scenes share days ({days}), so test scenes are of weather that was seen": bool(shared),
+        f"{n_here} of {n_all} validation scenes of the model are in this store": n_here < n_all,
+        "none of the model's own training scenes is in this store: probes are fitted on scenes that it never saw": (
+            not any(scene.identity in own for scene in fit)
+        ),
+        "the run began with weights that do not say what they were trained on: test scenes may have been among that": (
+            provenance.ancestry() is None
+        ),
+    }
+    return [remark for remark, is_due in remarks.items() if is_due]
+
+
+def groups_of(scenes: Sequence[SceneRecord]) -> tuple[list[str], bool]:
+    """What probes hold back together when they choose their complexity: a day, or a scene without a time.
+
+    Returns:
+        The group of each scene; and whether all are of one day: then each scene is a group of its own.
+    """
+    groups = [str(_day(scene) or scene.id) for scene in scenes]
+    one_day = len(scenes) > 1 and len(set(groups)) == 1
+    return [scene.id for scene in scenes] if one_day else groups, one_day
 
 
 def _day(scene: SceneRecord) -> date | None:
@@ -184,6 +232,7 @@ class Grid:
     Attributes:
         targets: by question, (h, w) float32, NaN where a cell does not count.
         pixels: by question: how many are valid, have few enough clouds as well, and the sun high enough as well.
+        left_out: by question: how many cells have a target, but do not count.
         geometry: (h, w, k) float32; k as many as `geometry_names`.
         latitude, longitude: (h, w) float32 in degrees; NaN where unknown.
         time: (h) seconds since 1970, mean of a cell's rows; NaN where unknown.
@@ -191,16 +240,30 @@ class Grid:
 
     targets: dict[Question, Float32]
     pixels: dict[Question, tuple[int, int, int]]
+    left_out: dict[Question, int]
     geometry: Float32
     latitude: Float32
     longitude: Float32
     time: Float64
 
 
-def coordinates_of(store: Store, scenes: Iterable[int]) -> list[str]:
-    """The coordinates that all of these scenes have."""
+def coordinates_of(store: Store, scenes: Iterable[int]) -> tuple[list[str], list[str]]:
+    """The coordinates that all of these scenes have, and a remark on each that is unknown all over one of them."""
     folders = [scene_folder(store.path, store.scenes[i].id) for i in scenes]
-    return [name for name in COORDINATES if all((folder / name).is_dir() for folder in folders)]
+    names, remarks = [], []
+    for name in COORDINATES:
+        if all((folder / name).is_dir() for folder in folders):
+            unknown = [folder.name for folder in folders if np.isnan(_read(folder, name)).all()]
+            if unknown:
+                remarks.append(f"{name} is unknown all over scene {unknown[0]}, so geometry goes without it")
+            else:
+                names.append(name)
+    return names, remarks
+
+
+def _read(folder: Path, name: str) -> NDArray[Any]:
+    """An array of a scene."""
+    return np.asarray(zarr.open_array(folder / name, mode="r")[...])
 
 
 def geometry_names(coordinates: Sequence[str]) -> list[str]:
@@ -230,36 +293,35 @@ def read_grid(store: Store, scene: int, questions: Sequence[Question], coordinat
     folder = scene_folder(store.path, record.id)
     if beside_digest(folder) != record.beside_sha256:  # zarr reads a lost chunk as zeros, without a word
         raise InputError(f"{folder}: an array beside z has changed (the SHA-256 is not the table's); prepare it again")
-
-    def read(name: str) -> NDArray[Any]:
-        return np.asarray(zarr.open_array(folder / name, mode="r")[...])
-
-    fields = {name: read(name) for name in coordinates}
-    clouds = read(f"l2/{CLOUDS}") if any(q.max_cloud_fraction is not None for q in questions) else None
-    solar_zenith = fields.get("solar_zenith_angle")
+    fields = {name: _read(folder, name) for name in coordinates}
+    clouds = _read(folder, f"l2/{CLOUDS}") if any(q.max_cloud_fraction is not None for q in questions) else None
+    angle = "solar_zenith_angle"  # which may be no feature
+    solar_zenith = _read(folder, angle) if any(q.max_solar_zenith is not None for q in questions) else None
     ny, nx, nc = record.shape
     n_samples = cell_sums(np.full((ny, nx), nc), s)
     geometry = geometry_of(fields, (ny, nx), s)
     counts = cell_sums(store.n_invalid(scene), s) <= (1 - LEAST_VALID) * n_samples
     counts &= np.isfinite(geometry).all(axis=-1)
-    targets, pixels = {}, {}
+    targets, pixels, left_out = {}, {}, {}
     for q in questions:
-        values = read(f"l2/{q.product}")
+        values = _read(folder, f"l2/{q.product}")
         clear = np.isfinite(values)
         left = [int(clear.sum())]
-        for field, limit in ((clouds, q.max_cloud_fraction), (solar_zenith, q.max_solar_zenith)):
+        for limited, limit in ((clouds, q.max_cloud_fraction), (solar_zenith, q.max_solar_zenith)):
             if limit is not None:
-                assert field is not None
-                clear &= field <= limit
+                assert limited is not None
+                clear &= limited <= limit
             left.append(int(clear.sum()))
         means = cell_means(q.transform.transform(np.where(clear, values, np.nan)), s)
         targets[q] = np.where(counts, means, np.nan).astype(np.float32)
         pixels[q] = (left[0], left[1], left[2])
+        left_out[q] = int((np.isfinite(means) & ~counts).sum())
     places = on_grid({name: (("y", "x")[: f.ndim], f) for name, f in fields.items()}, s)
     unknown = np.full(counts.shape, np.nan, np.float32)
     return Grid(
         targets,
         pixels,
+        left_out,
         geometry,
         places.get("latitude", unknown),
         places.get("longitude", unknown),

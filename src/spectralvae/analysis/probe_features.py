@@ -20,7 +20,8 @@ Float32 = NDArray[np.float32]
 
 # features that probes are fitted on; `shuffled` are the latents, with targets of other cells
 FITTED = ("latents", "pca", "raw", "geometry", "shuffled")
-# what the probe of another is tested on: does radiance that went through so many floats still do?
+# what the linear probe of another is tested on: does radiance that went through so many floats still do? Of a network
+# the answer would tell how it extrapolates
 APPLIED = {"decoded": "raw", "decoded_pca": "raw"}
 
 
@@ -39,12 +40,18 @@ class Bases:
     @classmethod
     def fit(cls, spectra: NDArray[Any], middles: NDArray[Any], coder: Coder) -> Bases:
         """From (cell, C) mean spectra, and (cell, C) spectra of one pixel of each cell, NaN = invalid."""
-        n = coder.model.embed_dim
-        return cls(PixelPCA.fit(_blocks(spectra), n), PixelPCA.fit(_blocks(middles), max(1, round(n / coder.scale**2))))
+        cell = PixelPCA.fit(_blocks(spectra), coder.model.embed_dim)
+        return cls(cell, PixelPCA.fit(_blocks(middles), pixel_components(coder)))
 
     def features(self, spectra: NDArray[Any]) -> Float32:
         """(..., C) mean spectra of cells -> (..., components)."""
         return np.asarray((spectra - self.cell.mean) @ self.cell.components.T, np.float32)
+
+
+def pixel_components(coder: Coder) -> int:
+    """As many as there are latent channels a pixel, rounded, but at least one."""
+    n: int = coder.model.embed_dim
+    return max(1, round(n / coder.scale**2))
 
 
 def _blocks(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -59,7 +66,7 @@ class Encoded:
     Attributes:
         latents: (h, w, E), the posterior's mean, as `encode` makes it.
         spectra: (h, w, C), `mean_spectra` of z.
-        middles: (h, w, C), z of a pixel in the middle of each cell, NaN = invalid.
+        middles: (h, w, C), `middle_pixels` of z.
         from_pca: (h, w, C), `mean_spectra` of what `Bases.pixel` makes of the valid samples; None without bases.
     """
 
@@ -102,10 +109,9 @@ def encode_cells(store: Store, scene: int, coder: Coder, bases: Bases | None = N
     for piece in coder.encode(z_of(store, scene), (ny, nx)):
         cells = (piece.rows, piece.columns)
         latents[cells] = piece.result
-        middle = [np.minimum(np.arange(0, size, s) + s // 2, size - 1) for size in piece.seen.shape[:2]]
-        middles[cells] = piece.seen[np.ix_(*middle)]
         for row, block in zip(range(piece.rows.start, piece.rows.stop), _rows(piece.seen, s), strict=True):
             spectra[row, piece.columns] = mean_spectra(block, s)[0]
+            middles[row, piece.columns] = middle_pixels(block, s)
             if bases and from_pca is not None:
                 seen_again = bases.pixel.reconstruct(block, len(bases.pixel.components))
                 from_pca[row, piece.columns] = mean_spectra(np.where(np.isfinite(block), seen_again, np.nan), s)[0]
@@ -144,6 +150,18 @@ def mean_spectra(z: NDArray[Any], s: int) -> Float32:
         n_valid = np.add.reduceat(valid.sum(axis=0), columns, axis=0)
         mean[...] = np.add.reduceat(total, columns, axis=0) / np.maximum(n_valid, 1)
     return means
+
+
+def middle_pixels(z: NDArray[Any], s: int) -> NDArray[Any]:
+    """(up to s, x, C) pixels of a row of cells, NaN = invalid -> (w, C): of each cell that nearest to its middle which
+    has a valid sample; NaN where none has."""
+    ny, nx = z.shape[:2]
+    w = -(-nx // s)
+    y, x = np.ogrid[:ny, :nx]
+    away = np.where(np.isfinite(z).any(axis=-1), (y - s // 2) ** 2 + (x % s - s // 2) ** 2, np.inf)
+    away = np.pad(away, ((0, 0), (0, w * s - nx)), constant_values=np.inf).reshape(ny, w, s)
+    row, column = np.divmod(away.swapaxes(0, 1).reshape(w, ny * s).argmin(axis=1), s)
+    return np.asarray(z[row, np.arange(w) * s + column])
 
 
 def _rows(z: NDArray[Any], s: int) -> Iterator[NDArray[Any]]:

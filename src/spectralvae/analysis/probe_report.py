@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from spectralvae.analysis.probe_data import Question
+from spectralvae.analysis.probe_features import pixel_components
 from spectralvae.analysis.probe_figures import (
     Predicted,
     draw_hexbin,
@@ -31,15 +32,20 @@ from spectralvae.training.plots import save_figure
 
 DRAWN = ("latents", "pca", "raw")  # predictions of these are drawn cell by cell
 
-EXPLANATIONS = {
-    "latents": "the posterior's mean, as encode gives it",
-    "pca": "principal components of the cell's mean spectrum, as many as latent channels",
-    "raw": "mean spectrum of the cell, all channels",
-    "decoded": "the probe of raw, tested on mean spectra of what is decoded from the latents",
-    "decoded_pca": "the probe of raw, tested on what as many principal components a pixel leave as there are latents",
-    "geometry": "angles, place and local time alone",
-    "shuffled": "latents, with targets of other cells: a check of the probes, about 0",
-}
+
+def _explanations(coder: Coder) -> dict[str, str]:
+    """Of all features."""
+    k, floats = pixel_components(coder), coder.model.embed_dim / coder.scale**2
+    return {
+        "latents": "the posterior's mean, as encode gives it",
+        "pca": "principal components of the cell's mean spectrum, as many as latent channels",
+        "raw": "mean spectrum of the cell, all channels",
+        "decoded": "the linear probe of raw, tested on mean spectra of what is decoded from the latents",
+        "decoded_pca": f"the linear probe of raw, tested on what {k} principal component{'s' if k > 1 else ''} a pixel "
+        f"leave{'' if k > 1 else 's'}; the latents are {floats:.4g} floats a pixel",
+        "geometry": "angles, place and local time alone",
+        "shuffled": "latents, with targets of other cells: a check of the probes, about 0",
+    }
 
 
 def _draw(folder: Path, results: Results, s: int) -> dict[str, bytes]:
@@ -128,7 +134,7 @@ def write_page(folder: Path, results: Results, config: ProbeConfig, coder: Coder
         "a cell": f"{coder.scale} x {coder.scale} pixels, {coder.model.embed_dim} latent channels",
         "seed": str(config.seed),
         "intervals": "95 %, bootstrap over test scenes",
-        **EXPLANATIONS,
+        **_explanations(coder),
     }
     both = {q.product for q in results.answers if not q.filtered}
     probes = next(iter(results.scores.values()))
@@ -191,13 +197,13 @@ def _error_table(product: str, nested: Nested, both: bool) -> Table:
 
 def _count_table(counts: Mapping[Question, Counts]) -> Table:
     header = [
-        *("product", "valid pixels", "with few clouds", "with the sun high enough"),
+        *("product", "valid pixels", "with few clouds", "with the sun high enough", "cells left out"),
         *("cells to fit on", "of", "their scenes", "test cells", "their scenes"),
     ]
     rows = [
         [
             q.name,
-            *(f"{n:,}" for n in (c.valid_pixels, c.clear_pixels, c.pixels)),
+            *(f"{n:,}" for n in (c.valid_pixels, c.clear_pixels, c.pixels, c.left_out_cells)),
             *(f"{n:,}" for n in (c.fit_cells, c.fit_cells_found, c.fit_scenes, c.test_cells, c.test_scenes)),
         ]
         for q, c in counts.items()
@@ -208,7 +214,8 @@ def _count_table(counts: Mapping[Question, Counts]) -> Table:
         for name, limit in (("cloud fraction", q.max_cloud_fraction), ("solar zenith in degrees", q.max_solar_zenith))
         if limit is not None
     }
-    note = f"of gases, the filter asks for {' and '.join(sorted(limits))}" if limits else ""
+    note = "left out: cells with a target, but unknown geometry or too few valid samples"
+    note += f"; of gases, the filter asks for {' and '.join(sorted(limits))}" if limits else ""
     return Table("What the filters left", header, rows, note)
 
 

@@ -37,6 +37,7 @@ class Counts:
         valid_pixels: with a value of the product.
         clear_pixels: of these, with few enough clouds.
         pixels: of these, with the sun high enough.
+        left_out_cells: with a target that do not count, for their geometry is unknown or too few samples are valid.
         max_cloud_fraction, max_solar_zenith: the limits; None: there is none.
         fit_cells_found: cells of the scenes to fit on that count.
         fit_cells, fit_scenes: of these chosen to fit on, and their scenes.
@@ -46,6 +47,7 @@ class Counts:
     valid_pixels: int
     clear_pixels: int
     pixels: int
+    left_out_cells: int
     max_cloud_fraction: float | None
     max_solar_zenith: float | None
     fit_cells_found: int
@@ -60,6 +62,8 @@ class Counts:
             parts.append(f"{self.clear_pixels:,} with cloud fraction <= {self.max_cloud_fraction:g}")
         if self.max_solar_zenith is not None:
             parts.append(f"{self.pixels:,} with solar zenith <= {self.max_solar_zenith:g} degrees")
+        if self.left_out_cells:
+            parts.append(f"{self.left_out_cells:,} cells left out (unknown geometry, or too few valid samples)")
         parts.append(f"{self.fit_cells:,} of {self.fit_cells_found:,} cells of {self.fit_scenes} scenes to fit on")
         parts.append(f"{self.test_cells:,} cells of {self.test_scenes} scenes to test on")
         return ", ".join(parts)
@@ -115,12 +119,12 @@ class Answer:
 
     @classmethod
     def joined(cls, parts: Sequence[Answer]) -> Answer:
-        """Of all scenes."""
+        """Of all scenes. The parts lose their predictions one by one, so that memory never holds them all twice."""
         names = [name for name in vars(parts[0]) if name != "predictions"]
         arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        keys = parts[0].predictions
+        keys = list(parts[0].predictions)
         return cls(
-            **arrays, predictions={key: np.concatenate([part.predictions[key] for part in parts]) for key in keys}
+            **arrays, predictions={key: np.concatenate([part.predictions.pop(key) for part in parts]) for key in keys}
         )
 
     def truth_of(self, features: str) -> NDArray[np.float64]:

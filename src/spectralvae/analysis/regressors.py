@@ -1,7 +1,7 @@
 """What predicts a quantity from the features of a cell: ridge regression, and a small network.
 
-Both choose their complexity on scenes that they were not fitted on, among those they are given: cells of one scene
-resemble each other, and would praise what merely remembers them.
+Both choose their complexity on groups of cells that they were not fitted on, among those they are given: cells of one
+scene, and scenes of one day, resemble each other, and would praise what merely remembers them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HIDDEN, DROPOUT = 512, 0.1
 LR, WEIGHT_DECAY = 1e-3, 1e-2
 BATCH = 512  # cells
 MAX_EPOCHS, PATIENCE = 100, 10
-HELD_BACK = 0.2  # share of the scenes that tell the network when to stop
+HELD_BACK = 0.2  # share of the groups that tell the network when to stop
 SEEN = 4  # every so many-th of the cells fitted on is enough for the curve
 LEAST_VARIANCE = 1e-10  # of a principal axis, beside the largest: less is rounding
 PREDICTED = 16_384  # cells that are predicted at a time
@@ -48,10 +48,10 @@ class Fitted:
     Attributes:
         predict: (n, k) -> (n), in the units of the targets that it was fitted on.
         curves: how it came to its complexity. `strength` or `epoch`: what was tried, and of each `training` and
-            `validation`: mean squared error on the cells fitted on (the network: on every fourth) and on scenes held
+            `validation`: mean squared error on the cells fitted on (the network: on every fourth) and on groups held
             back, in variances of the target (0 perfect, 1 no better than the mean).
         facts: what was chosen: `alpha`, `strength` and `edge` (weakest or strongest if the grid ended there, else
-            empty); or `epoch` and `epochs`, and `held_back` scenes.
+            empty); or `epoch` and `epochs`, and `held_back` groups.
     """
 
     predict: Callable[[NDArray[Any]], Float64]
@@ -63,22 +63,22 @@ def fit_linear(x: NDArray[Any], y: NDArray[Any], groups: NDArray[Any], *, seed: 
     """Ridge regression (Hoerl & Kennard 1970, Technometrics 12, 55-67) on standardised features.
 
     Minimises |y - b0 - x b|^2 + alpha |b|^2 with alpha = strength * cells. The strength is the one of `STRENGTHS`
-    with the least squared error in cross-validation over up to five groups of scenes, each left out once; scales
-    are those of the cells fitted on. With it, all cells are fitted.
+    with the least squared error in cross-validation over up to five folds of whole groups, each left out once;
+    scales are those of the cells fitted on. With it, all cells are fitted.
 
     Args:
         x: (n, k) finite features.
         y: (n) finite targets.
-        groups: (n) the scene of each.
+        groups: (n) the day or scene of each.
         seed: of the division into folds.
 
     Raises:
-        InputError: the cells are of one scene, or the targets do not vary.
+        InputError: the cells are of one group, or the targets do not vary.
     """
-    scenes = _check(x, y, groups)
+    names = _check(x, y, groups)
     alphas = STRENGTHS * len(x)
     variance = float(np.var(y, dtype=np.float64))
-    folds = GroupKFold(min(N_FOLDS, len(scenes)), shuffle=True, random_state=seed)
+    folds = GroupKFold(min(N_FOLDS, len(names)), shuffle=True, random_state=seed)
     errors = np.zeros((2, len(alphas)))  # on cells fitted on, and on those left out: means over the folds
     for fitted, left_out in folds.split(x, y, groups):
         predict = _ridge(x[fitted], y[fitted], alphas)
@@ -103,7 +103,7 @@ def fit_mlp(
     Whitened: neighbouring channels of spectra are so alike that a gas shows in axes of a millionth of their variance,
     which the network would take thousands of epochs to find. A ridge finds them as they are.
 
-    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on batches of 512 cells. A fifth of the scenes, at least one,
+    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on batches of 512 cells. A fifth of the groups, at least one,
     is held back; the weights are those of the epoch with the least squared error on them, 0 being the network as it
     was drawn, and training ends `PATIENCE` epochs after it. The same seed gives the same weights on the same machine;
     the global random state is left as it was.
@@ -111,18 +111,20 @@ def fit_mlp(
     Args:
         x: (n, k) finite features.
         y: (n) finite targets.
-        groups: (n) the scene of each.
-        seed: of the scenes held back, the first weights, the order of cells and dropout.
+        groups: (n) the day or scene of each.
+        seed: of the groups held back, the first weights, the order of cells and dropout.
         device: where to compute.
 
     Raises:
-        InputError: the cells are of one scene, or the targets (of all scenes, or of those fitted on) do not vary.
+        InputError: the cells are of one group, or the targets (of all groups, or of those fitted on, which may be one
+            cell) do not vary.
     """
-    scenes = _check(x, y, groups)
+    names = _check(x, y, groups)
     device = torch.device(device)
-    held_back = np.random.default_rng(seed).permutation(scenes)[: max(1, round(HELD_BACK * len(scenes)))]
+    held_back = np.random.default_rng(seed).permutation(names)[: max(1, round(HELD_BACK * len(names)))]
     left_out = np.isin(groups, held_back)
-    whiten, scale = _whitening(x[~left_out]), _Scale.of(y[~left_out])
+    scale = _Scale.of(y[~left_out])
+    whiten = _whitening(x[~left_out])
 
     def tensors(part: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
         target = ((y[part] - scale.mean) / scale.std).astype(np.float32)
@@ -165,22 +167,25 @@ class _Scale:
     def of(cls, y: NDArray[Any]) -> _Scale:
         mean, std = float(np.mean(y, dtype=np.float64)), float(np.std(y, dtype=np.float64))
         if y.min() == y.max():
-            raise InputError(f"probe: all {len(y)} cells to fit on have the target {y[0]:g}: nothing can be learnt")
+            raise InputError(
+                f"probe: there is one target, {y[0]:g}, of all cells to fit on ({len(y)}), so nothing can be learnt: "
+                "give a larger n_cells, or more scenes"
+            )
         return cls(mean, std)
 
 
 def _check(x: NDArray[Any], y: NDArray[Any], groups: NDArray[Any]) -> NDArray[Any]:
-    """The scenes there are."""
+    """The groups there are."""
     assert x.ndim == 2 and y.shape == groups.shape == x.shape[:1]
     assert np.isfinite(x).all() and np.isfinite(y).all(), "what cannot be learnt from is left out beforehand"
-    scenes = np.unique(groups)
-    if len(scenes) < 2:
+    names = np.unique(groups)
+    if len(names) < 2:
         raise InputError(
-            f"probe: the {len(x)} cells to fit on are of {len(scenes)} scene; at least 2 are needed, "
-            "for probes choose their complexity on scenes held back: prepare a store with more scenes"
+            f"probe: the {len(x)} cells to fit on are of {len(names)} day or scene; at least 2 are needed, "
+            "for probes choose their complexity on what is held back: prepare a store with more scenes"
         )
     _Scale.of(y)
-    return scenes
+    return names
 
 
 def _ridge(x: NDArray[Any], y: NDArray[Any], alphas: Float64) -> Callable[[NDArray[Any]], Float64]:
@@ -200,12 +205,19 @@ def _ridge(x: NDArray[Any], y: NDArray[Any], alphas: Float64) -> Callable[[NDArr
 
 
 def _whitening(x: NDArray[Any]) -> Callable[[NDArray[Any]], Float32]:
-    """To the principal axes of standardised features, each scaled to variance 1; fitted on (n, k)."""
+    """To the principal axes of standardised features, each scaled to variance 1; fitted on (n, k), n at least 2.
+
+    Of features that are all constant it makes a single 0.
+    """
     scaler = StandardScaler()
-    axes = PCA(svd_solver="covariance_eigh").fit(scaler.fit_transform(x.astype(np.float64)))
-    variance = axes.explained_variance_
-    kept = variance > LEAST_VARIANCE * variance[0]
-    matrix = axes.components_[kept].T / np.sqrt(variance[kept])
+    standardised = scaler.fit_transform(x.astype(np.float64))
+    if standardised.var(axis=0).max() < 0.5:  # of a feature that varies it is 1
+        matrix = np.zeros((x.shape[1], 1))
+    else:
+        axes = PCA(svd_solver="covariance_eigh").fit(standardised)
+        variance = axes.explained_variance_
+        kept = variance > LEAST_VARIANCE * variance[0]
+        matrix = axes.components_[kept].T / np.sqrt(variance[kept])
 
     def whiten(cells: NDArray[Any]) -> Float32:
         blocks = (cells[i : i + PREDICTED].astype(np.float64) for i in range(0, len(cells), PREDICTED))

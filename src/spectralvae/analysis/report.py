@@ -133,7 +133,7 @@ def write_evaluation_report(path: Path, e: Evaluation, pictures: Mapping[str, by
         path,
         title=f"Evaluation of {Path(e.run).name}",
         facts=_facts(e),
-        remarks=verdicts(e),
+        remarks=[*verdicts(e), *e.remarks],
         tables=[_table(e)],
         groups=groups,
         charts=charts,

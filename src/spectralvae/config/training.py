@@ -110,9 +110,10 @@ class SupervisionConfig(Section):
     """Level-2 products that the latents are to tell, by 1x1 convolutions on their grid.
 
     Targets are the store's transforms of the pixels, standardised and averaged over the pixels of a latent cell. The
-    loss grows by the sum over products of weight x squared errors of the cells' targets x samples of a cell: the term
-    of reconstruction is a sum over these, too, so that a weight of 1 lets one target count as much as one z. In
-    metrics.jsonl, `loss` stays that without supervision; supervision_PRODUCT is the mean squared error of a target.
+    loss grows by the sum over products of weight x squared errors of the cells' targets x samples of a cell. The term
+    of reconstruction is a sum over these samples, so that a weight of 1 lets the target of a cell count as much as all
+    z of that cell together, if these count with their squared errors at logvar 0. In metrics.jsonl, `loss` stays that
+    without supervision; supervision_PRODUCT is the mean squared error of a target.
     """
 
     products: dict[Product, Annotated[float, Field(ge=0)]] = Field(

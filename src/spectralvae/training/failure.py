@@ -15,7 +15,7 @@ from spectralvae.data.loader import Batch
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.rundir import write_atomic
-from spectralvae.training.engine import Engine
+from spectralvae.training.engine import Engine, learning_rate
 
 
 def check_finite(engine: Engine, store: Store, batch: Batch, metrics: Mapping[str, float]) -> None:
@@ -41,7 +41,7 @@ def check_finite(engine: Engine, store: Store, batch: Batch, metrics: Mapping[st
             report = {
                 "step": batch.step + 1,
                 "metrics": metrics,
-                "learning_rate": engine.config.optimizer.lr,
+                "learning_rate": learning_rate(engine.config.optimizer, batch.step),
                 "gradient_norms": gradient_norms(engine.model) | _head_norms(engine),
                 "tiles": [tile for share in shares for tile in share],
             }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralvae.artifact import Artifact
 from spectralvae.config import TrainConfig
 from spectralvae.configfile import dump_config
 from spectralvae.data.store import Store
@@ -59,7 +60,7 @@ def check_forward(settings: dict[str, Any], batch_size: int) -> None:
         ) from error
 
 
-def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Path:
+def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Artifact:
     """Put the weights of another run, checkpoint, export or mltools file into the network.
 
     Args:
@@ -68,7 +69,7 @@ def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Pa
         path: where the weights come from.
 
     Returns:
-        Which checkpoint or file they came from.
+        The model that they came from, with the path of its checkpoint or file.
 
     Raises:
         InputError: ``path`` is missing or damaged.
@@ -91,7 +92,7 @@ def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Pa
             "give the settings of the source in `model:`"
         )
     model.load_state_dict(source.model.state_dict())
-    return source.path
+    return source
 
 
 def _differing_weights(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 
 from spectralvae import __version__
 from spectralvae.config import OptimizerConfig, TrainConfig
+from spectralvae.data.sampling import Crop
 from spectralvae.data.store import Store
 from spectralvae.provenance import Provenance, Scenes
 from spectralvae.training.supervision import Supervision
@@ -62,6 +63,12 @@ def describe_device(device: torch.device) -> str:
 def hash_of(config: Mapping[str, Any]) -> str:
     """SHA-256 of a config, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tiles_digest(crops: Sequence[Crop]) -> str:
+    """What a choice of tiles of a store is known by."""
+    places = [[crop.scene, crop.y, crop.x] for crop in crops]
+    return hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16]
 
 
 def rounding_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -126,6 +133,7 @@ def provenance(
     training_scenes: Sequence[int],
     *,
     initial_weights: str | None,
+    ancestors: list[str] | None,
     n_val_tiles: int,
     metrics: dict[str, float] | None,
     baselines: dict[str, float] | None,
@@ -136,6 +144,7 @@ def provenance(
         config, store: of the run.
         training_scenes: indices of those that are used.
         initial_weights: what is known of the weights of `training.init_from`.
+        ancestors: what is known of the scenes that these were trained on.
         n_val_tiles, metrics, baselines: as of a `Provenance`.
     """
     return Provenance(
@@ -150,6 +159,7 @@ def provenance(
         n_val_tiles=n_val_tiles,
         metrics=metrics,
         baselines=baselines,
+        ancestors=ancestors if config.training.init_from else [],
     )
 
 

@@ -63,15 +63,17 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
             raise ConfigError(f"data.store: {store.path} is not the store of this run (its hash differs)")
     initial = config.training.init_from
     goes_on = ranks.share(bool(run and run.resuming and list_checkpoints(run.path)))
-    begun_with = {}
+    begun_with: dict[str, Any] = {}
     with ranks.together():
         if run:
             run.refuse_inside("data.store", store.path)
             if initial is not None:
                 run.refuse_inside("training.init_from", initial)
         if initial is not None and not goes_on:
-            console.print(f"initial weights: {start_from(trainer.model, trainer.settings, initial)}")
-            begun_with = {"initial_weights": weights_sha256(trainer.model)}
+            source = start_from(trainer.model, trainer.settings, initial)
+            console.print(f"initial weights: {source.path}")
+            ancestors = source.provenance.lineage() if source.provenance else None
+            begun_with = {"initial_weights": weights_sha256(trainer.model), "ancestors": ancestors}
     here = {
         "versions": record.versions(),
         "git_revision": record.git_revision(),
@@ -239,6 +241,7 @@ class Trainer:
                 state = restore(newest, self.model, self.engine.optimizer, self.supervision)
                 self.step = state["step"]
                 self.console.print(f"going on from {newest}")
+                self._warn_of_other_tiles(state)
             if self.run:
                 self.run.note_start(from_step=self.step)
                 self.watch = Watch(
@@ -260,6 +263,16 @@ class Trainer:
         if self.supervision is not None:
             self.console.print(f"supervision: {self.supervision.described}")
         self.console.print(f"output directory: {self.path.resolve()}")
+
+    def _warn_of_other_tiles(self, state: dict[str, Any]) -> None:
+        """Versions differ in which validation tiles they choose; earlier ones did not note it."""
+        crops = self.validation.crops
+        if crops and state.get("validation_tiles") != record.tiles_digest(crops):
+            warn(
+                self.console,
+                f"another version chose the validation tiles until step {self.step}, and they may be others now: "
+                "val_* before and after are not comparable, nor is `best`; `spectralvae evaluate` judges all alike",
+            )
 
     def _begin(self) -> None:
         """Before the first update: what comes in, what to compare with, and how the untrained network does."""
@@ -364,6 +377,7 @@ class Trainer:
             "store_hash": self.store.hash,
             "rows": watch.log.n_rows,
             "spikes": watch.spike_state,
+            "validation_tiles": record.tiles_digest(self.validation.crops),
         }
         # the picture first: a run that dies in between draws it again
         watch.reconstructions(self.validation.draw(self.engine, self.step), self.step)
@@ -375,6 +389,7 @@ class Trainer:
             self.store,
             self.sampler.scenes,
             initial_weights=run.record.get("initial_weights"),
+            ancestors=run.record.get("ancestors"),
             n_val_tiles=len(self.validation.crops),
             metrics=validated.metrics if validated else None,
             baselines=watch.baselines,
