@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -723,3 +724,10 @@ def test_finished(tmp_path, stores, evaluate, capsys):
     capsys.readouterr()
     assert evaluate(run)[0] == 0
     assert "finished" in capsys.readouterr().out
+
+
+def test_a_signal_stops_it(tmp_path, stores, evaluate, monkeypatch):
+    monkeypatch.setattr(command, "_judge_all", lambda *_: signal.raise_signal(signal.SIGTERM))
+    code, folder = evaluate(make_run(tmp_path / "run", stores["zscore"]))
+    assert code == 75
+    assert json.loads((folder / "run.json").read_text())["state"] == "stopped"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -491,3 +492,10 @@ def test_a_store_without_geometry_has_no_such_features(
     done = run_probe(tmp_path / "run", model, bare.path, capfd, **config)
     assert done.code == 0
     assert list(scores_of(done.folder)["CLDO4"]["linear"]) == [name for name in FEATURES if name != "geometry"]
+
+
+def test_a_signal_stops_it(probe: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spectralvae.analysis.probe._sample", lambda _: signal.raise_signal(signal.SIGTERM))
+    stopped = probe()
+    assert stopped.code == 75
+    assert json.loads((stopped.folder / "run.json").read_text())["state"] == "stopped"

@@ -48,6 +48,7 @@ from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference.coder import exact_float32
 from spectralvae.rundir import RunDir, command_of, write_atomic
+from spectralvae.signals import stop_at_once
 from spectralvae.training import record
 from spectralvae.training.checkpoint import list_checkpoints, step_of
 from spectralvae.training.device import choose_device, peak_memory
@@ -82,14 +83,14 @@ def evaluate(config: EvaluateConfig, run: RunDir, console: Console) -> None:
     device = choose_device(config.device, Ranks(), console, key="device")
     tiles = Tiles(subject.store, subject.data.tile_size, subject.data.max_invalid_fraction)
     console.print(
-        f"{len(subject.checkpoints)} checkpoints, {len(tiles.crops)} validation tiles of {len(tiles.scenes)} scenes "
+        f"{len(subject.checkpoints)} checkpoint{'s' * (len(subject.checkpoints) > 1)}, {len(tiles.crops)} validation tiles of {len(tiles.scenes)} scenes "
         f"({tiles.n_left_out} more are left out: too many invalid samples)"
     )
     remarks = _remarks(subject, tiles)
     for remark in remarks:
         warn(console, remark)
     baselines = _fit_baselines(subject, device)
-    with run, torch.no_grad(), exact_float32():
+    with run, stop_at_once(), torch.no_grad(), exact_float32():
         run.note(versions=record.versions(), device=record.describe_device(device), store_hash=subject.store.hash)
         found = _judge_all(subject, Judge(tiles, device, config.batch_size), baselines, remarks)
         _write(found, subject, run.path)

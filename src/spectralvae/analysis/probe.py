@@ -40,6 +40,7 @@ from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference.coder import Coder
 from spectralvae.inference.loading import load_artifact
 from spectralvae.rundir import RunDir
+from spectralvae.signals import stop_at_once
 from spectralvae.training.device import choose_device
 from spectralvae.training.distributed import Ranks
 
@@ -67,7 +68,7 @@ def probe(config: ProbeConfig, run: RunDir, console: Console) -> None:
     stages = Stages()
     with stages.timed("level 2"):
         study = _plan(config, run, console)
-    with run:
+    with run, stop_at_once():
         with stages.timed("encoding"):
             sample = _sample(study)
         with stages.timed("fitting"):
@@ -333,6 +334,17 @@ def _fit(study: Study, sample: Sample) -> dict[Question, dict[Key, Fitted]]:
     if weakest:
         study.remarks.append(
             f"the ridge took the weakest of all strengths tried, and might want a weaker one, for {'; '.join(weakest)}"
+        )
+    untrained = [
+        f"{q.name}: {features}"
+        for q in fits
+        for (_, features), fit in fits[q].items()
+        if fit.facts.get("epoch") == 0 and features != "shuffled"
+    ]
+    if untrained:
+        study.remarks.append(
+            "the network did best before it had learnt anything, judged by the days held back, so its R2 says nothing, "
+            f"for {'; '.join(untrained)}"
         )
     return fits
 
