@@ -82,8 +82,9 @@ def evaluate(config: EvaluateConfig, run: RunDir, console: Console) -> None:
         run.refuse_inside(key, path)
     device = choose_device(config.device, Ranks(), console, key="device")
     tiles = Tiles(subject.store, subject.data.tile_size, subject.data.max_invalid_fraction)
+    n = len(subject.checkpoints)
     console.print(
-        f"{len(subject.checkpoints)} checkpoint{'s' * (len(subject.checkpoints) > 1)}, {len(tiles.crops)} validation tiles of {len(tiles.scenes)} scenes "
+        f"{n} checkpoint{'s' * (n > 1)}, {len(tiles.crops)} validation tiles of {len(tiles.scenes)} scenes "
         f"({tiles.n_left_out} more are left out: too many invalid samples)"
     )
     remarks = _remarks(subject, tiles)
