@@ -274,8 +274,8 @@ def test_resume_that_loses_something_is_found(patient, tmp_path, monkeypatch, lo
         assert cli(["train", configs[1]]) == 1
     restore = trainer.restore
 
-    def losing(path, model, optimizer):
-        state = restore(path, model, optimizer)
+    def losing(path, model, optimizer, supervision):
+        state = restore(path, model, optimizer, supervision)
         if lost == "all":
             optimizer.state.clear()
         elif lost:

@@ -19,7 +19,7 @@ from spectralvae.cli import run
 
 ROOT = Path(__file__).parents[1]
 SMALLER = {
-    "simulate": ["--set", "n_granules=4", "--set", "shape=[33, 41]", "--set", "n_channels=24", "--set", "products=[]"],
+    "simulate": ["--set", "n_granules=4", "--set", "shape=[33, 41]", "--set", "n_channels=24"],
     "train": ["--set", "training.n_steps=10", "--set", "training.save_every=10", "--set", "training.device=cpu"],
 }
 
