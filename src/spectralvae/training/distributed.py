@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from traceback import clear_frames
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,7 +70,10 @@ class Ranks:
             )
         try:
             yield
-        except Stopped:  # by all together
+        except Stopped as stopped:  # by all together
+            # Its frames hold the gradients' reducer. Released later, as the last to hold the group, that would wait
+            # for the group's threads while it holds Python's lock, which these may want.
+            clear_frames(stopped.__traceback__)
             distributed.destroy_process_group()
             raise
         distributed.destroy_process_group()
