@@ -283,7 +283,7 @@ def draw_learning(product: str, fits: Mapping[str, Mapping[str, Curves]]) -> Fig
     panels[0].yaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("mean squared error / variance of the target")
     handles = [_handle(name, FEATURES[name]) for name in names]
-    handles += [Line2D([], [], color="0.3", lw=1.6, label="scenes held back; marked: chosen")]
+    handles += [Line2D([], [], color="0.3", lw=1.6, label="days held back; marked: chosen")]
     handles += [Line2D([], [], color="0.3", lw=1.0, ls="--", label="cells fitted on")]
     figure.legend(handles=handles, loc="outside lower center", ncols=1 + 2 * len(panels), frameon=False)
     figure.suptitle(f"{product}: how the probes learnt; 1 is predicting the mean")
