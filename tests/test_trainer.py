@@ -654,7 +654,7 @@ def test_debug_mode_is_a_short_run_with_everything(store, tmp_path, monkeypatch)
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_closed_pipe_and_closed_terminal_cost_nothing(train, tmp_path, store, number):
     """The reader of stdout dies (tee, a terminal); the run goes on, and SIGHUP stops it as SIGTERM does."""
-    _, whole = train("whole", n_steps=400, log_every=100, val_every=100, save_every=400)
+    _, whole = train("whole", n_steps=200, log_every=100, val_every=100, save_every=200)
     config = yaml.safe_load((tmp_path / "whole.yaml").read_text()) | {"output_dir": str(tmp_path / "cut")}
     (tmp_path / "cut.yaml").write_text(yaml.safe_dump(config))
     script = (
@@ -684,8 +684,8 @@ def test_closed_pipe_and_closed_terminal_cost_nothing(train, tmp_path, store, nu
     assert (process.wait(), error) == (75, b"")
     record = json.loads((tmp_path / "cut/run.json").read_text())
     assert (record["state"], record["starts"][0]["to_step"] > 20) == ("stopped", True)
-    assert train("cut", n_steps=400, log_every=100, val_every=100, save_every=400)[0] == 0
-    assert final_bytes(tmp_path / "cut", 400) == final_bytes(whole, 400)
+    assert train("cut", n_steps=200, log_every=100, val_every=100, save_every=200)[0] == 0
+    assert final_bytes(tmp_path / "cut", 200) == final_bytes(whole, 200)
 
 
 def test_lost_history_is_not_begun_anew(train, capsys):
