@@ -124,6 +124,37 @@ def test_three_go_on_exactly(starter, config):
     assert differing(run, whole_run) == []
 
 
+PARTED = """
+import os
+from pathlib import Path
+
+import torch
+
+from spectralvae.training.distributed import find_ranks
+
+def work():
+    network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    network(torch.ones(1, 2)).sum().backward()
+    cycle = [network]
+    cycle.append(cycle)
+
+with find_ranks().joined(60):
+    work()
+    during = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+left = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert any("gloo" in name for name in during)
+assert not any("gloo" in name for name in left), left
+"""
+
+
+def test_no_thread_of_the_group_outlives_it():
+    """One that still releases a tensor when Python ends would abort the process. In processes of their own: what was
+    imported before matters."""
+    ranks = [{**os.environ, **rank, "OMP_NUM_THREADS": "1"} for rank in environments(2)]
+    children = [subprocess.Popen([sys.executable, "-c", PARTED], env=rank) for rank in ranks]
+    assert [child.wait(60) for child in children] == [0, 0]
+
+
 # --- processes that are gone ------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ by all together, and a process that is gone, or does not answer in time, ends th
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,7 @@ class Ranks:
             yield
             return
         import torch
+        import torch.distributed.nn  # imported later, its functions' defaults would hold on to the group for ever
         from torch import distributed
 
         self._timeout = timeout
@@ -71,12 +73,10 @@ class Ranks:
         try:
             yield
         except Stopped as stopped:  # by all together
-            # Its frames hold the gradients' reducer. Released later, as the last to hold the group, that would wait
-            # for the group's threads while it holds Python's lock, which these may want.
             clear_frames(stopped.__traceback__)
-            distributed.destroy_process_group()
+            _part()
             raise
-        distributed.destroy_process_group()
+        _part()
 
     # --- talking --------------------------------------------------------------------------------
 
@@ -154,6 +154,19 @@ class Ranks:
         """Call a function in the first process only; what goes wrong there goes wrong everywhere."""
         with self.together():
             return function(*arguments, **options) if self.leads else None
+
+
+def _part() -> None:
+    """Leave the group, and end its threads.
+
+    Nothing else may hold the group by then: one of its threads that still has to release a tensor when Python ends
+    aborts the process; and who releases the group last, other than here, waits for its threads while holding Python's
+    lock, which these may want.
+    """
+    from torch import distributed
+
+    gc.collect()  # DistributedDataParallel, whose reducer holds the group, is part of a cycle
+    distributed.destroy_process_group()
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
