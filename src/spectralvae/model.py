@@ -177,7 +177,7 @@ class AttnBlock(nn.Module):
 
         def split(t: Tensor) -> Tensor:
             t = t.reshape(t.shape[0], -1, self.n_attention_heads, t.shape[2] * t.shape[3])  # (B, K/heads, heads, P)
-            return t.permute(0, 2, 3, 1)  # (B, heads, P, K/heads)
+            return t.permute(0, 2, 3, 1).contiguous()  # (B, heads, P, K/heads); as views, torch.compile misreads them
 
         normed = self.norm(x)
         q, k, v = split(self.q(normed)), split(self.k(normed)), split(self.v(normed))
