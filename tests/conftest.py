@@ -1,8 +1,10 @@
 """Shared by all tests: where the real files are, writers of tiny inputs, and the golden table at the end of a run."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from spectralvae.readers.products import PRODUCTS
 
 # A job in the background of a shell inherits that Ctrl-C is ignored; tests and their processes send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No test loses power: to wait for the disk, thousands of times, would prove nothing. A wrong descriptor still fails.
+os.fsync = lambda descriptor: os.fstat(descriptor) and None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -165,6 +170,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser.close()
 
 
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Any]:
+    """Starts train, encode and decode in processes of their own, which begin at once."""
+    from inferring import Runs
+
+    starter = Runs()
+    yield starter
+    starter.close()
+
+
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Pictures take most of a tiny run's time: drawn only where a test is marked so."""
@@ -178,10 +193,25 @@ def pictures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
         monkeypatch.setattr(Validation, "draw", lambda *_: Figure(figsize=(1, 1)))
 
 
+@cache
+def _check_forward(settings: str, batch_size: int) -> None:
+    from spectralvae.training.network import check_forward
+
+    check_forward(json.loads(settings), batch_size)
+
+
 @pytest.fixture
-def train(store: Path, tmp_path: Path, pictures: None) -> Callable[..., tuple[int, Path]]:
-    """Run `spectralvae train` on a tiny network and the module's `store`; returns exit code and run directory."""
+def train(
+    store: Path, tmp_path: Path, pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, Path]]:
+    """Run `spectralvae train` on a tiny network and the module's `store`; returns exit code and run directory.
+
+    Whether a network can take a batch at all, which takes a quarter of a tiny run's time, is tried out once for each.
+    """
     from spectralvae.cli import run as cli
+    from spectralvae.training import trainer
+
+    monkeypatch.setattr(trainer, "check_forward", lambda settings, n: _check_forward(json.dumps(settings), n))
 
     def run(name: str = "run", *, model: Mapping[str, Any] | None = None, **training: Any) -> tuple[int, Path]:
         config: dict[str, Any] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -113,18 +112,10 @@ def names(folder: Path) -> set[str]:
 
 
 class Runs(Starter):
-    """Starts encode and decode as `running.Starter` does train."""
+    """Starts encode and decode as well as train."""
 
     def __init__(self) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**environment, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
-        )
-        self._children = []
+        super().__init__(__file__)
 
     def start(
         self,

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from itertools import count, dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,16 @@ class Child:
 
 
 class Starter:
-    """A process that has imported everything and starts runs."""
+    """A process that has imported everything and starts runs.
 
-    def __init__(self) -> None:
+    Args:
+        script: what it executes: this module, or one that puts more into runs.
+    """
+
+    def __init__(self, script: str = __file__) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -311,6 +315,38 @@ def at_update(step: int, number: int, rank: int = 0) -> None:
     _around(Trainer, "_advance", advance)
 
 
+def line_a_step(pipe: str) -> None:
+    """Print into a pipe, and at once."""
+    from spectralvae.training import terminal
+
+    os.dup2(os.open(pipe, os.O_WRONLY), sys.stdout.fileno())
+    terminal.LOG_LINE_SECONDS = 0.0
+
+
+def slowed(seconds: float) -> None:
+    """Wait before every update."""
+    from spectralvae.training.trainer import Trainer
+
+    def advance(original: Any, self: Any, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return original(self, *arguments)
+
+    _around(Trainer, "_advance", advance)
+
+
+def slow_blocks(n_samples: int) -> None:
+    """Prepare scenes in blocks of so many samples, so slowly that any moment can be met."""
+    from spectralvae.data import scenes
+
+    def blocks(original: Any, *arguments: Any, **options: Any) -> Any:
+        for block in original(*arguments, **options):
+            time.sleep(0.04)
+            yield block
+
+    scenes.BLOCK_SAMPLES = n_samples
+    _around(scenes, "blocks", blocks)
+
+
 def killed_before(name: str, step: int) -> None:
     """SIGKILL after the checkpoint of a step: right before "thin_out", or before "draw"."""
     from spectralvae.training import trainer
@@ -345,9 +381,9 @@ def channels_last() -> None:
     """The memory layout that GPUs get."""
     import torch
 
-    from spectralvae.training import engine
+    from spectralvae import placement
 
-    engine.memory_format_for = lambda _: torch.channels_last
+    placement._fastest_layout = lambda *_: torch.channels_last
 
 
 def recorded(path: str) -> None:
@@ -435,9 +471,11 @@ def _prepare() -> None:
     import torch.utils.tensorboard
 
     import spectralvae.cli
+    import spectralvae.data.prepare
     import spectralvae.settings
     import spectralvae.training.trainer  # noqa: F401
 
+    os.fsync = lambda descriptor: None  # a kill is no power loss
     assert torch.get_num_threads() == len(list(Path("/proc/self/task").iterdir())) == 1
 
 
@@ -457,6 +495,34 @@ def _become(request: Mapping[str, Any]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def srun(arguments: list[str]) -> int:
+    """Do as srun does with two tasks of a step: they are forked, so that all is imported once.
+
+    A run that STOP names gets a signal in its second process when it has a checkpoint.
+
+    Returns:
+        The larger of their exit codes.
+    """
+    program, *arguments = dropwhile(lambda argument: argument.startswith("--"), arguments)
+    assert program == "spectralvae"
+    _prepare()
+    small_pictures()
+    pids = []
+    for task in ("0", "1"):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node1"}
+            os.environ.update(step, SLURM_PROCID=task, SLURM_LOCALID=task)
+            from spectralvae.cli import run
+
+            return run(arguments)
+    if os.environ["STOP"]:
+        while not list(Path(os.environ["STOP"]).glob("checkpoints/step=*")):
+            time.sleep(0.02)
+        os.kill(pids[1], signal.SIGUSR1)
+    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
 
 
 def _wait(pid: int, timeout: float) -> int | None:

@@ -195,8 +195,15 @@ def test_nothing_is_kept_for_gradients() -> None:
 
 
 PRECISIONS = """
-import torch
-exec({before!r})
+import os, sys, torch
+for before in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        break
+    assert os.waitpid(child, 0)[1] == 0, before
+else:
+    sys.exit()
+exec(before)
 from tests.test_coder import ONES, Pooling, functional, make
 
 backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
@@ -214,21 +221,16 @@ assert states() == before, (before, states())
 """
 
 
-@pytest.mark.parametrize(
-    "before",
-    [
+def test_float32_is_float32_and_settings_come_back() -> None:
+    """In processes of their own: torch's settings are of a whole process, and old and new ones do not mix."""
+    before = (
         "",
         "torch.backends.cuda.matmul.allow_tf32 = True",
         "torch.backends.cudnn.allow_tf32 = False",
         "torch.set_float32_matmul_precision('high')",
-    ],
-)
-def test_float32_is_float32_and_settings_come_back(before: str) -> None:
-    """In a process of its own: torch's settings are of the whole process, and old and new ones do not mix."""
-    script = PRECISIONS.replace("{before!r}", repr(before))
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )
+    command = [sys.executable, "-c", PRECISIONS, *before]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

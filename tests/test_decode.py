@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,6 @@ BOOKKEEPING = {"CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dim
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "export")
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    runs = Runs()
-    yield runs
-    runs.close()
 
 
 @pytest.fixture(autouse=True)
@@ -621,13 +614,13 @@ NAMES = ("a.nc", "b.nc", "c.nc")
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_cut_off_in_the_middle_of_a_file(
-    encode: Any, decode: Any, make: Any, runs: Runs, model: Path, tmp_path: Path, number: int
+    encode: Any, decode: Any, make: Any, starter: Runs, model: Path, tmp_path: Path, number: int
 ) -> None:
     latents = encode(*(make(name, 20, 20, seed=i) for i, name in enumerate(NAMES)))
     whole = decode(*latents, name="whole")
     config = write_config(tmp_path / "run.yaml", tmp_path / "run", model, latents)
 
-    child = runs.start("decode", config, ("at_file", "b.nc", number, 5))
+    child = starter.start("decode", config, ("at_file", "b.nc", number, 5))
 
     run = tmp_path / "run"
     if number == signal.SIGKILL:
@@ -649,7 +642,7 @@ def test_cut_off_in_the_middle_of_a_file(
 
 
 def test_a_file_is_done_when_all_of_it_is(
-    encode: Any, decode: Any, make: Any, runs: Runs, model: Path, tmp_path: Path
+    encode: Any, decode: Any, make: Any, starter: Runs, model: Path, tmp_path: Path
 ) -> None:
     """Its figure, too: killed right before the file has its name."""
     source = make("a.nc", 9, 9)
@@ -657,7 +650,7 @@ def test_a_file_is_done_when_all_of_it_is(
     run = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", run, model, [latents], sources=[str(source)])
 
-    assert runs.start("decode", config, ("at_rename", "a.nc")).wait() == -signal.SIGKILL
+    assert starter.start("decode", config, ("at_rename", "a.nc")).wait() == -signal.SIGKILL
 
     assert names(run) == {".a.nc.part", "figures", "run.json", "config.yaml"}
     done = decode(latents, sources=[source])
@@ -665,7 +658,7 @@ def test_a_file_is_done_when_all_of_it_is(
     assert names(run) == {"a.nc", "figures", "run.json", "config.yaml"}
 
 
-def test_two_processes(encode: Any, decode: Any, make: Any, runs: Runs, model: Path, tmp_path: Path) -> None:
+def test_two_processes(encode: Any, decode: Any, make: Any, starter: Runs, model: Path, tmp_path: Path) -> None:
     """One of which is killed; then both go on, and all is as if nothing had been."""
     sources = [make(f"{i}.nc", 11, 9 + i, seed=i) for i in range(4)]
     latents = encode(*sources)
@@ -673,9 +666,9 @@ def test_two_processes(encode: Any, decode: Any, make: Any, runs: Runs, model: P
     given = {"sources": [str(source) for source in sources]}
     config = write_config(tmp_path / "run.yaml", tmp_path / "run", model, latents, **given)
 
-    cut = runs.start_ranks("decode", config, 2, ("at_file", "3.nc", signal.SIGKILL, 1, 1), to_the_end=True)
+    cut = starter.start_ranks("decode", config, 2, ("at_file", "3.nc", signal.SIGKILL, 1, 1), to_the_end=True)
     assert [child.wait() for child in cut] == [1, -signal.SIGKILL]
-    children = runs.start_ranks("decode", config, 2)
+    children = starter.start_ranks("decode", config, 2)
 
     assert [child.wait() for child in children] == [0, 0]
     assert "3 of 4 files are done already" in children[0].output

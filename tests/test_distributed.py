@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from running import (
-    Starter,
     differing,
     environments,
     newest_checkpoint,
@@ -29,13 +28,6 @@ from spectralvae.training.distributed import SLURM_PORTS, Ranks, find_ranks
 
 SBATCH = Path(__file__).parents[1] / "examples" / "slurm" / "train.sbatch"
 PATIENCE = 4.0  # peer_timeout where it is to run out
-
-
-@pytest.fixture(scope="module")
-def starter():
-    starter = Starter()
-    yield starter
-    starter.close()
 
 
 @pytest.fixture(scope="module")
@@ -182,25 +174,34 @@ def test_killed_process_ends_the_other(starter, config, rank):
     assert record(run)["starts"][-1]["from_step"] == 5
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_frozen_process_ends_the_other(starter, config, rank):
-    path, run = config(training={"peer_timeout": PATIENCE})
-    children = train_ranks(starter, path, 2, ("at_update", 7, signal.SIGSTOP, rank), to_the_end=True)
-    (line,) = survivor_of(children, rank, PATIENCE + 20)
-    assert re.search(rf"process {1 - rank} of 2: .*has not answered for 4 s \(training.peer_timeout\)", line)
-    if rank == 1:
-        assert record(run)["state"] == "stopped"
-    assert newest_checkpoint(run).name == "step=000005"
+def one_run_for_each_rank(starter, config, *put):
+    """(rank, run's directory, processes), twice at once: what takes as long as one's patience is waited for together.
+
+    Args:
+        put: what happens to the process of that rank, which is its last argument.
+    """
+    started = []
+    for rank in (0, 1):
+        path, run = config(f"run{rank}", training={"peer_timeout": PATIENCE})
+        started.append((rank, run, train_ranks(starter, path, 2, (*put, rank), to_the_end=True)))
+    return started
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_process_that_never_starts(starter, config, rank):
-    path, run = config(training={"peer_timeout": PATIENCE})
-    children = train_ranks(starter, path, 2, ("never_there", rank), to_the_end=True)
-    assert children[rank].wait() == 0
-    *_, line = survivor_of(children, rank, PATIENCE + 5)  # torch may have said something before
-    assert "another process is gone, or has not answered for 4 s" in line
-    assert not run.exists()
+def test_frozen_process_ends_the_other(starter, config):
+    for rank, run, children in one_run_for_each_rank(starter, config, "at_update", 7, signal.SIGSTOP):
+        (line,) = survivor_of(children, rank, PATIENCE + 20)
+        assert re.search(rf"process {1 - rank} of 2: .*has not answered for 4 s \(training.peer_timeout\)", line)
+        if rank == 1:
+            assert record(run)["state"] == "stopped"
+        assert newest_checkpoint(run).name == "step=000005"
+
+
+def test_process_that_never_starts(starter, config):
+    for rank, run, children in one_run_for_each_rank(starter, config, "never_there"):
+        assert children[rank].wait() == 0
+        *_, line = survivor_of(children, rank, PATIENCE + 5)  # torch may have said something before
+        assert "another process is gone, or has not answered for 4 s" in line
+        assert not run.exists()
 
 
 # --- errors in one process --------------------------------------------------------------------------------------
@@ -410,14 +411,12 @@ def test_torchrun(config):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder for PATH: scontrol that notes what is put back into the queue, and the tools that run in a job."""
+    """A folder for PATH: scontrol that notes what is put back into the queue, and python3; srun is for the test."""
     folder = tmp_path / "bin"
     folder.mkdir()
     scripts = {
         "scontrol": 'case $1 in show) echo 127.0.0.1 ;; requeue) echo "$2" >> "$QUEUE" ;; esac',
         "python3": f'exec {sys.executable} "$@"',
-        "spectralvae": f'cd {Path(__file__).parent} && exec {sys.executable} -c "import running as r, sys; '
-        'r.small_pictures(); import spectralvae.cli as c; sys.exit(c.run())" "$@"',
     }
     for name, script in scripts.items():
         write_script(folder / name, script)
@@ -449,23 +448,8 @@ def submit(cluster, config, run, **environment):
 def test_batch_script_goes_on_until_the_run_is_finished(cluster, config):
     """srun's two processes; the first time, one of them is told that the time is up."""
     path, run = config()
-    write_script(
-        cluster / "srun",
-        """
-        while [ "${1#--}" != "$1" ]; do shift; done
-        for i in 0 1; do
-            SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=node1 "$@" &
-            pids[i]=$!
-        done
-        if [ -n "$STOP" ]; then
-            until ls "$STOP"/checkpoints/step=* > /dev/null 2>&1; do sleep 0.02; done
-            kill -USR1 "${pids[1]}"
-        fi
-        wait "${pids[0]}"; a=$?
-        wait "${pids[1]}"; b=$?
-        exit $(( a > b ? a : b ))
-        """,
-    )
+    script = "import running, sys; sys.exit(running.srun(sys.argv[1:]))"
+    write_script(cluster / "srun", f'cd {Path(__file__).parent} && exec {sys.executable} -c "{script}" "$@"')
     code, printed, queue = submit(cluster, path, run, STOP=str(run))
     assert (code, queue) == (0, ["77"]), printed
     assert record(run)["state"] == "stopped"

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tiny import N_CHANNELS, SETTINGS, tiny_model, tiny_normalization, write_tin
 from spectralvae import cli, encode_scene, load_model, open_scene
 from spectralvae.artifact import pack_model, write_folder
 from spectralvae.data.normalize import Normalization
-from spectralvae.inference import writer_base
+from spectralvae.inference import reading, writer_base
 from spectralvae.simulate import simulate_granules
 
 BAND, OTHER_BAND = "band_290_490_nm", "band_540_740_nm"
@@ -33,13 +33,6 @@ BAND, OTHER_BAND = "band_290_490_nm", "band_540_740_nm"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "export", step=12)
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    runs = Runs()
-    yield runs
-    runs.close()
 
 
 @pytest.fixture
@@ -545,14 +538,14 @@ FILES = ("a.nc", "b.nc", "c.nc")
 @pytest.mark.parametrize("kind", ["netcdf", "zarr"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_cut_off_in_the_middle_of_a_file(
-    encode: Any, make: Any, runs: Runs, model: Path, tmp_path: Path, number: int, kind: str
+    encode: Any, make: Any, starter: Runs, model: Path, tmp_path: Path, number: int, kind: str
 ) -> None:
     inputs = [make(name, 20, 20, seed=i) for i, name in enumerate(FILES)]
     a, b, c = (f"{Path(name).stem}.latents.{'nc' if kind == 'netcdf' else kind}" for name in FILES)
     whole = encode(*inputs, name="whole", format=kind)
     config = write_config(tmp_path / "run.yaml", tmp_path / "run", model, inputs, format=kind)
 
-    child = runs.start("encode", config, ("at_file", b, number, 5))
+    child = starter.start("encode", config, ("at_file", b, number, 5))
 
     run = tmp_path / "run"
     if number == signal.SIGKILL:
@@ -581,13 +574,13 @@ def codes(children: Any) -> list[int | None]:
     return [child.wait() for child in children]
 
 
-def test_two_processes_make_what_one_does(encode: Any, make: Any, runs: Runs, model: Path, tmp_path: Path) -> None:
+def test_two_processes_make_what_one_does(encode: Any, make: Any, starter: Runs, model: Path, tmp_path: Path) -> None:
     dark = np.full((9, 9, N_CHANNELS), np.nan)
     inputs = [make(f"{i}.nc", 11, 9 + i, seed=i) for i in range(3)] + [make("night.nc", 9, 9, values=dark)]
     whole = encode(*inputs, name="whole", all_invalid="leave_out")
     config = write_config(tmp_path / "run.yaml", tmp_path / "run", model, inputs, all_invalid="leave_out")
 
-    children = runs.start_ranks("encode", config, 2)
+    children = starter.start_ranks("encode", config, 2)
 
     assert codes(children) == [0, 0]
     assert names(tmp_path / "run") == names(whole.folder)
@@ -605,13 +598,13 @@ def test_two_processes_make_what_one_does(encode: Any, make: Any, runs: Runs, mo
     assert children[0].output.endswith("3 files, 1 left out\n")
 
 
-def test_an_error_in_one_process(make: Any, runs: Runs, model: Path, tmp_path: Path) -> None:
+def test_an_error_in_one_process(make: Any, starter: Runs, model: Path, tmp_path: Path) -> None:
     """The others do their own files, learn of it, and end."""
     dark = np.full((9, 9, N_CHANNELS), np.nan)
     inputs = [make("0.nc", 9, 9), make("1.nc", 9, 9, values=dark), make("2.nc", 9, 9), make("3.nc", 9, 9)]
     config = write_config(tmp_path / "run.yaml", tmp_path / "run", model, inputs)
 
-    children = runs.start_ranks("encode", config, 2, to_the_end=True)
+    children = starter.start_ranks("encode", config, 2, to_the_end=True)
 
     assert codes(children) == [1, 2]
     for child in children:
@@ -625,14 +618,16 @@ def test_an_error_in_one_process(make: Any, runs: Runs, model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_is_killed(encode: Any, make: Any, runs: Runs, model: Path, tmp_path: Path, rank: int) -> None:
+def test_a_process_that_is_killed(
+    encode: Any, make: Any, starter: Runs, model: Path, tmp_path: Path, rank: int
+) -> None:
     """Nobody waits for it, and what both have done is known to whoever goes on."""
     inputs = [make(f"{i}.nc", 11, 11, seed=i) for i in range(4)]
     whole = encode(*inputs, name="whole")
     config = write_config(tmp_path / "run.yaml", tmp_path / "run", model, inputs)
 
     cut = ("at_file", f"{2 + rank}.latents.nc", signal.SIGKILL, 1, rank)
-    children = runs.start_ranks("encode", config, 2, cut, to_the_end=True)
+    children = starter.start_ranks("encode", config, 2, cut, to_the_end=True)
 
     assert children[rank].wait() == -signal.SIGKILL
     assert children[1 - rank].wait() == 1
@@ -651,7 +646,7 @@ def test_a_process_that_is_killed(encode: Any, make: Any, runs: Runs, model: Pat
 
 
 def test_all_inputs_are_looked_at_before_a_folder_is_cleared(
-    encode: Any, make: Any, runs: Runs, model: Path, tmp_path: Path
+    encode: Any, make: Any, starter: Runs, model: Path, tmp_path: Path
 ) -> None:
     """Those of other processes, too."""
     source = make("scene.nc", 9, 9)
@@ -659,7 +654,7 @@ def test_all_inputs_are_looked_at_before_a_folder_is_cleared(
     inside = Path(shutil.copy(source, folder / "inside.nc"))
     config = write_config(tmp_path / "run.yaml", folder, model, [source, inside])
 
-    children = runs.start_ranks("encode", config, 2, options=["--overwrite"])
+    children = starter.start_ranks("encode", config, 2, options=["--overwrite"])
 
     assert codes(children) == [2, 1]
     assert f"inputs: {inside} lies in output_dir" in children[0].errors[0]
@@ -667,17 +662,17 @@ def test_all_inputs_are_looked_at_before_a_folder_is_cleared(
 
 
 def test_a_source_of_another_process_that_has_changed(
-    encode: Any, make: Any, runs: Runs, model: Path, tmp_path: Path
+    encode: Any, make: Any, starter: Runs, model: Path, tmp_path: Path
 ) -> None:
     """All of them end, and none has gone on with the rest."""
     inputs = [make(f"{i}.nc", 9, 9, seed=i) for i in range(3)]
     config = write_config(tmp_path / "run.yaml", tmp_path / "run", model, inputs)
-    cut = runs.start("encode", config, ("at_file", "2.latents.nc", signal.SIGTERM, 0))
+    cut = starter.start("encode", config, ("at_file", "2.latents.nc", signal.SIGTERM, 0))
     assert cut.wait() == 75
     after = (tmp_path / "run/1.latents.nc").stat().st_mtime_ns + 10**9
     os.utime(inputs[1], ns=(after, after))
 
-    children = runs.start_ranks("encode", config, 2, to_the_end=True)
+    children = starter.start_ranks("encode", config, 2, to_the_end=True)
 
     assert codes(children) == [1, 2]
     assert all("1.nc has changed since" in child.errors[0] for child in children)
@@ -697,7 +692,8 @@ def peak(call: Callable[[], Any]) -> int:
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_a_scene(make: Any, encode: Any) -> None:
+def test_memory_does_not_grow_with_a_scene(make: Any, encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "BLOCK_SAMPLES", 2**14)  # a block is held whole
     plain = {"geometry": None, "seconds": None}
     short, long = make("short.nc", 64, 400, **plain), make("long.nc", 512, 400, **plain)
     encode(make("first.nc", 9, 9), name="first")  # what is made once

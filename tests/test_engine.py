@@ -7,11 +7,11 @@ from tiny import N_CHANNELS, SETTINGS
 from tiny import tiny_model as small_model
 from torch import nn
 
+from spectralvae import placement
 from spectralvae.config import OptimizerConfig, TrainConfig
 from spectralvae.data.loader import Batch
 from spectralvae.errors import ConfigError
 from spectralvae.model import AttnBlock
-from spectralvae.training import engine as engine_module
 from spectralvae.training.distributed import Ranks
 from spectralvae.training.engine import Engine, check_shares, idle_parameters, learning_rate, metrics_of
 from spectralvae.training.failure import gradient_norms
@@ -98,7 +98,7 @@ def test_learning_rates_are_those_of_torch(warmup, decay):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_several_steps_are_those_of_a_plain_loop(grad_clip, warmup, decay, layout, monkeypatch):
     """Its AdamW is not fused, and its batches and weights are contiguous."""
-    monkeypatch.setattr(engine_module, "memory_format_for", lambda _: layout)
+    monkeypatch.setattr(placement, "_fastest_layout", lambda *_: layout)
     plain, model = tiny_model(), tiny_model()
     idle = idle_names(plain)
     config = make_config(grad_clip=grad_clip, n_steps=8)
@@ -229,7 +229,7 @@ def test_bf16_keeps_posterior_and_loss_in_float32(monkeypatch):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_tiles_arrive_in_the_layout_of_the_weights(layout, monkeypatch):
-    monkeypatch.setattr(engine_module, "memory_format_for", lambda _: layout)
+    monkeypatch.setattr(placement, "_fastest_layout", lambda *_: layout)
     engine = Engine(tiny_model(), make_config(), CPU, Ranks())
     batch = make_batch()
     x, mask, noise = engine.to_device(batch.tiles, batch.noise)

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from inferring import Runs
 from preparing import (
     NC,
     NX,
@@ -308,30 +307,16 @@ def test_stopped_by_a_signal_it_goes_on(
     assert same_content(out, run_prepare(tmp_path / "fresh", granules, **settings).path)
 
 
-# The command, so slow that any moment can be met.
-SLOW = """\
-import sys, time
-from spectralvae import cli
-from spectralvae.data import scenes
-original = scenes.blocks
-def blocks(*arguments, **options):
-    for block in original(*arguments, **options):
-        time.sleep(0.08)
-        yield block
-scenes.blocks = blocks
-scenes.BLOCK_SAMPLES = int(sys.argv.pop(1))
-cli.main()
-"""
-
-
-def test_killed_at_any_time(tmp_path: Path, granules: list[Path], settings: dict[str, Any], small_blocks: None) -> None:
+def test_killed_at_any_time(
+    tmp_path: Path, granules: list[Path], settings: dict[str, Any], small_blocks: None, starter: Runs
+) -> None:
     """Whatever a kill leaves is no store, or is all of it; the next start goes on from there."""
     whole = run_prepare(tmp_path / "whole", granules, **settings)
     out, file = tmp_path / "store", tmp_path / "prepare.yaml"
     config = {"output_dir": str(out), "inputs": [str(p) for p in granules], **settings}
     file.write_text(yaml.safe_dump(config))
     rng = random.Random(4)
-    command = [sys.executable, "-c", SLOW, str(scenes_module.BLOCK_SAMPLES), "prepare", str(file)]
+    slow = ("slow_blocks", scenes_module.BLOCK_SAMPLES)
     codes = []
 
     def starts() -> int:
@@ -340,20 +325,19 @@ def test_killed_at_any_time(tmp_path: Path, granules: list[Path], settings: dict
 
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL):
         before = starts()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while starts() == before and process.poll() is None:
+        child = starter.start("prepare", file, slow)
+        while starts() == before and child.wait(0) is None:
             time.sleep(0.02)
-        time.sleep(rng.uniform(0.2, 1.2))
-        process.send_signal(number)
-        process.communicate()
-        codes.append(process.returncode)
+        time.sleep(rng.uniform(0.1, 0.6))
+        child.send(number)
+        codes.append(child.wait())
         if not (out / "zarr.json").exists():
             assert nothing_opens(out)
         else:
             assert Store(out).hash == whole.hash
     assert codes[:2] == [-signal.SIGKILL, 75]  # the others may come too late
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    last = starter.start("prepare", file, slow)
+    assert last.wait() == 0, last.errors
     assert json.loads((out / "run.json").read_text())["state"] == "finished"
     assert same_content(out, whole.path)
 

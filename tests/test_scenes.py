@@ -15,6 +15,7 @@ from spectralvae import decode_scene, encode_scene, load_model, open_scene
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference import coder as coder_module
 from spectralvae.inference import latents as latents_module
+from spectralvae.inference import reading as reading_module
 from spectralvae.inference import scenes as scenes_module
 from spectralvae.inference.latents import on_grid
 
@@ -340,6 +341,8 @@ def test_blocks_and_panels_change_nothing_and_every_sample_is_counted_once(
     expected = encode_scene(model, scene)
     radiance_expected = decode_scene(model, expected).radiance
     monkeypatch.setattr(latents_module, "BLOCK_SAMPLES", block)
+    monkeypatch.setattr(reading_module, "BLOCK_SAMPLES", block)
+    monkeypatch.setattr(scenes_module, "LAZY_SAMPLES", block)
     monkeypatch.setattr(coder_module, "STRIP_SAMPLES", strip)
     counts: dict[str, int] = {}
     stream = latents_module.stream_latents

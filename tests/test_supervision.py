@@ -13,7 +13,7 @@ import torch
 import yaml
 import zarr
 from rich.console import Console
-from running import Starter, differing, left_behind, newest_checkpoint, record, rows, train_ranks, write_config
+from running import differing, left_behind, newest_checkpoint, record, rows, train_ranks, write_config
 from safetensors.torch import load_file
 from tiny import equal_weights, flip, tiny_model
 
@@ -62,13 +62,6 @@ def write_store(make_store, path: Path) -> Path:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, make_store):
     return write_store(make_store, tmp_path_factory.mktemp("data") / "store")
-
-
-@pytest.fixture(scope="module")
-def starter():
-    starter = Starter()
-    yield starter
-    starter.close()
 
 
 def config_file(folder: Path, name: str, store: Path, supervision=None, **changes) -> tuple[Path, Path]:

@@ -10,7 +10,6 @@ import signal
 import numpy as np
 import pytest
 from running import (
-    Starter,
     Trace,
     differing,
     newest_checkpoint,
@@ -23,13 +22,6 @@ from running import (
 
 N_STEPS = 14
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
-
-
-@pytest.fixture(scope="module")
-def starter():
-    starter = Starter()
-    yield starter
-    starter.close()
 
 
 @pytest.fixture(scope="module")

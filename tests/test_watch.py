@@ -15,8 +15,10 @@ from spectralvae.data import sampling
 from spectralvae.data.loader import TileStream
 from spectralvae.data.store import Store
 from spectralvae.training import record
+from spectralvae.training import watch as watch_module
 from spectralvae.training.engine import Engine
 from spectralvae.training.spikes import LEARNING
+from spectralvae.training.watch import Watch
 
 
 @pytest.fixture
@@ -285,3 +287,36 @@ def test_a_start_elsewhere_is_warned_of(train, monkeypatch, capsys):
     starts = json.loads((run / "run.json").read_text())["starts"]
     assert [start["devices"] == ["there: x86_64 CPU, 77 threads"] for start in starts] == [False, False, True]
     assert all(start["versions"]["torch"] == torch.__version__ for start in starts)
+
+
+def test_drawing_takes_no_more_than_its_share(tmp_path, monkeypatch):
+    """Of steps of 0.1 s, with drawings that take 1 s each; the last drawing is made in any case."""
+    seconds, drawn = [100.0], []
+
+    def slow(*_):
+        drawn.append(seconds[0])
+        seconds[0] += 1.0
+
+    monkeypatch.setattr(watch_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(watch_module.plots, "draw_curves", slow)
+    monkeypatch.setattr(Watch, "_write_page", lambda *_: None)
+    watch = Watch(tmp_path, 0, n_steps=2000, batch_size=1, facts={}, spikes={})
+    for step in range(1901):
+        seconds[0] += 0.1
+        if step % 50 == 0:
+            watch.draw(step, "running" if step < 1900 else "finished")
+    watch.log.close()
+    # 50 s after the one before began, at the next step that is due
+    at = [0, 500, 1000, 1500, 1900]
+    assert drawn == pytest.approx([100 + 0.1 * (step + 1) + before for before, step in enumerate(at)])
+
+
+def test_run_tells_where_its_time_went(train, capsys):
+    code, run = train(n_steps=4, val_every=2)
+    assert code == 0
+    seconds = json.loads((run / "run.json").read_text())["starts"][-1]["seconds"]
+    parts = {"waiting for data", "validation", "saving", "drawing"}
+    assert seconds.keys() == {"all", *parts}
+    assert 0 < sum(seconds[part] for part in parts) < seconds["all"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("time of the loop:")]
+    assert all(part in line for part in parts)

@@ -27,7 +27,7 @@ from spectralvae.data.sampling import Crop
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.model import AutoencoderKL, DiagonalGaussianDistribution
-from spectralvae.training.engine import memory_format_for
+from spectralvae.placement import place
 
 ALL = 2**62  # more than there are tiles
 BLOCK_SAMPLES = 2**20  # that are summed up at a time: more would leave the processor's cache between two operations
@@ -130,6 +130,7 @@ class Judge:
 
     def __init__(self, tiles: Tiles, device: torch.device, batch_size: int) -> None:
         self.tiles, self.device, self.batch_size = tiles, device, batch_size
+        self._layout = torch.contiguous_format  # of the network that is judged
         normalization = tiles.store.normalization
         self._n_channels, self._clip = normalization.n_channels, normalization.clip
         self._row = {scene: i for i, scene in enumerate(tiles.scenes)}
@@ -198,7 +199,7 @@ class Judge:
         """(B, C, t, t) float32 on the device, NaN = invalid, in the network's memory layout."""
         tiles = read_crops(self.tiles.store, crops, self.tiles.tile_size)
         x = tiles.to(self.device).permute(0, 3, 1, 2)
-        return x.to(torch.float32, memory_format=memory_format_for(self.device))
+        return x.to(torch.float32, memory_format=self._layout)
 
     def _blocks(self, counts: Mask, *images: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """(C, t, t) each -> (C, P) each, some pixels that count at a time."""
@@ -211,7 +212,8 @@ class Judge:
             yield tuple(image[:, start : start + size] for image in flat)
 
     def _on_device(self, artifact: Artifact) -> AutoencoderKL:
-        return artifact.model.to(self.device, memory_format=memory_format_for(self.device))  # type: ignore[call-overload, no-any-return]
+        self._layout = place(artifact.model, self.device)
+        return artifact.model
 
     def _clipped(self, z_hat: Tensor) -> Tensor:
         return z_hat.clamp(-self._clip, self._clip)

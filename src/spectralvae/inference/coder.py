@@ -18,7 +18,7 @@ from spectralvae.artifact import Artifact, weights_sha256
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.tiling import Cover, Panel, mirrored
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.training.engine import memory_format_for
+from spectralvae.placement import place
 
 OVERLAP = 0.25  # of a tile; benchmarks/seams.py shows why
 STRIP_SAMPLES = 150_000_000  # 600 MB of float32: as high as a tile of 64, as wide as a TEMPO granule
@@ -68,7 +68,8 @@ class Coder:
             "model_sha256": weights_sha256(artifact.model),
             "normalization_sha256": self.normalization.sha256(),
         }
-        self.model = artifact.model.eval().to(device, memory_format=memory_format_for(device))  # type: ignore[call-overload]
+        self.model = artifact.model.eval()
+        self._layout = place(self.model, device)
         self.scale: int = self.model.scale
         self.overlap = default_overlap(self.tile, self.scale) if overlap is None else overlap
         if not 0 <= self.overlap < self.tile or self.overlap % self.scale:
@@ -120,7 +121,7 @@ class Coder:
     def _to_device(self, tiles: Float32) -> torch.Tensor:
         """(B, y, x, channel) -> (B, channel, y, x) in the network's memory layout."""
         x = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2)
-        return x.contiguous(memory_format=memory_format_for(self.device))
+        return x.contiguous(memory_format=self._layout)
 
     def _stream(
         self,

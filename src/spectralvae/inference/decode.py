@@ -25,8 +25,9 @@ from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference.coder import Coder, Float32
 from spectralvae.inference.encode import open_scene_for
 from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
-from spectralvae.inference.latents import check_latents, stream_radiance, z_reader
+from spectralvae.inference.latents import check_latents, stream_radiance
 from spectralvae.inference.layout import new_scene, read_layout
+from spectralvae.inference.reading import z_reader
 from spectralvae.inference.source import check_source
 from spectralvae.readers import Scene, guard
 from spectralvae.readers.base import check_file, damage_named

@@ -7,10 +7,9 @@ scene. What is on the grid comes from the pixels beneath.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,30 +17,15 @@ from numpy.typing import NDArray
 from spectralvae import __version__
 from spectralvae.data.cells import cell_sums
 from spectralvae.data.normalize import Normalization
-from spectralvae.data.validity import Validity
 from spectralvae.data.wavelengths import channel_means, span, wavelength_gap
 from spectralvae.errors import InputError
 from spectralvae.inference.coder import Coder, Float32, Read
+from spectralvae.inference.reading import Source, z_reader
 from spectralvae.readers.base import Coordinate
 
 FORMAT = 1
-BLOCK_SAMPLES = 4_000_000  # normalised at a time
+BLOCK_SAMPLES = 4_000_000  # decoded at a time
 GEOLOCATION = ("latitude", "longitude")
-
-
-class Source(Protocol):
-    """What is encoded: a scene of a file, or one in memory."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-    @property
-    def wavelength(self) -> NDArray[np.float64]: ...
-    @property
-    def units(self) -> str | None: ...
-    @property
-    def region(self) -> Sequence[int] | None: ...
-    def coordinates(self) -> dict[str, Coordinate]: ...
-    def read(self, rows: slice, columns: slice) -> tuple[Float32, dict[str, int]]: ...
 
 
 Write = Callable[[str, tuple[slice, ...], NDArray[Any]], None]  # variable, part, values
@@ -80,50 +64,6 @@ def check_scene(name: str, source: Source, normalization: Normalization) -> None
             f"{name}: has no solar_zenith_angle, but the model was trained on pixels of at most "
             f"{normalization.max_solar_zenith:g} degrees only"
         )
-
-
-def z_reader(source: Source, normalization: Normalization, counts: dict[str, int]) -> Read:
-    """z of parts of a scene, valid as in the model's training: (rows, columns, channel) float32, NaN = invalid.
-
-    Args:
-        source: the scene.
-        normalization: the model's.
-        counts: to which the numbers of rejected samples are added, by rule: once each, where the parts that are read
-            go from the top to the bottom of panels, and these from the left to the right and may overlap.
-    """
-    validity = Validity.of_model(normalization)
-    limited = normalization.max_solar_zenith is not None
-    solar_zenith = source.coordinates()["solar_zenith_angle"][1] if limited else None
-
-    panel, counted_to = slice(0, 0), 0  # columns; those before are counted already
-
-    def fetch(rows: slice, columns: slice) -> tuple[Float32, dict[str, int]]:
-        values, found = source.read(rows, columns)
-        found = found | validity.reject(values, None if solar_zenith is None else solar_zenith[rows, columns])
-        return values, found
-
-    def read(rows: slice, columns: slice) -> Float32:
-        nonlocal panel, counted_to
-        if columns != panel:
-            panel, counted_to = columns, panel.stop
-        z = np.empty((rows.stop - rows.start, columns.stop - columns.start, source.shape[2]), np.float32)
-        height = max(1, BLOCK_SAMPLES // (z.shape[1] * z.shape[2]))
-        bands = [slice(top, min(top + height, rows.stop)) for top in range(rows.start, rows.stop, height)]
-        cut = min(max(columns.start, counted_to), columns.stop)
-        pieces = [slice(columns.start, cut), slice(cut, columns.stop)]
-        parts = [(band, piece) for band in bands for piece in pieces if piece.start < piece.stop]
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-            ahead = [reader.submit(fetch, *part) for part in parts[:1]]
-            for k, (band, piece) in enumerate(parts):
-                values, found = ahead.pop().result()
-                ahead = [reader.submit(fetch, *following) for following in parts[k + 1 : k + 2]]
-                place = slice(band.start - rows.start, band.stop - rows.start)
-                z[place, piece.start - columns.start : piece.stop - columns.start] = normalization.normalize(values)
-                for rule, n in found.items():
-                    counts[rule] = counts.get(rule, 0) + n * (piece.start >= counted_to)
-        return z
-
-    return read
 
 
 # --- contents ---------------------------------------------------------------------------------

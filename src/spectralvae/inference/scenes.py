@@ -30,6 +30,7 @@ from spectralvae.readers.base import Coordinate, invalidate
 from spectralvae.readers.tempo import REJECTED_FLAG_BITS
 
 DIMS = ("y", "x", "channel")
+LAZY_SAMPLES = 2**24  # read at a time
 
 
 def encode_scene(
@@ -180,7 +181,7 @@ def _coder(model: AutoencoderKL, overlap: int | None, batch_size: int) -> Iterat
 
 
 class _Scene:
-    """A scene in memory, or opened lazily, as `spectralvae.inference.latents.Source`."""
+    """A scene in memory, or opened lazily, as `spectralvae.inference.reading.Source`."""
 
     def __init__(self, scene: xr.Dataset | NDArray[Any], coder: Coder) -> None:
         self.name = "scene"
@@ -207,6 +208,8 @@ class _Scene:
         self.shape: tuple[int, int, int] = self._radiance.shape
         if 0 in self.shape:
             raise InputError(f"{self.name}: (y, x, channel) = {self.shape}: is empty")
+        # More than a row, for a file that is read lazily may have chunks of many rows.
+        self.chunk = (max(1, LAZY_SAMPLES // math.prod(self.shape[1:])), self.shape[1])
         self.units = self._radiance.attrs.get("units")
         self.region = scene.attrs.get("region")
         flag_bits = coder.normalization.flag_bits
@@ -248,6 +251,13 @@ class _Scene:
         if time.dtype.kind != "M":
             raise InputError(f"{self.name}: time is {time.dtype}; needed: datetime64, as xarray.decode_cf makes it")
         return np.where(np.isnat(time), np.nan, time.astype("datetime64[ns]").astype(np.int64) / 1e9)
+
+    def blocks(self, max_samples: int) -> Iterator[tuple[slice, slice]]:
+        """As of `spectralvae.readers.Scene`: some rows each."""
+        ny, nx, nc = self.shape
+        height = max(1, max_samples // (nx * nc))
+        for top in range(0, ny, height):
+            yield slice(top, min(top + height, ny)), slice(0, nx)
 
     def read(self, rows: slice, columns: slice) -> tuple[Float32, dict[str, int]]:
         """As of `spectralvae.readers.Scene`: what is not finite is invalid, and fills that files do not declare."""

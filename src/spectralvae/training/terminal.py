@@ -42,14 +42,37 @@ def terminal(step: int, n_steps: int, console: Console) -> Iterator[Terminal]:
         yield Terminal(progress, task, n_steps, console)
 
 
-def summarize(watch: Watch, step: int, console: Console) -> None:
-    """Say how well the network does, and where to look."""
+class Stopwatch:
+    """Where the time of a run's loop goes, as the first process sees it."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        """Count the time of the block."""
+        began = time.monotonic()
+        yield
+        self._seconds[what] = self._seconds.get(what, 0.0) + time.monotonic() - began
+
+    def seconds(self) -> dict[str, float]:
+        """Of all, and of each thing that is no training step."""
+        found = {"all": time.monotonic() - self._began, **self._seconds}
+        return {what: round(seconds, 3) for what, seconds in found.items()}
+
+
+def summarize(watch: Watch, step: int, seconds: Mapping[str, float], console: Console) -> None:
+    """Say how well the network does, what took the time, and where to look."""
     validation = watch.log.curves.get("val_pixel_mse")
     if validation is not None and validation.first is not None and validation.last is not None:
         errors = {"before training": validation.first, f"at step {step}": validation.last, **watch.references}
         console.print("validation pixel MSE (in z):")
         for label, value in errors.items():
             console.print(f"  {label:22s} {value:.4g}")
+    whole = seconds["all"]
+    parts = [f"{what} {part / whole:.1%}" for what, part in seconds.items() if what != "all"]
+    console.print(f"time of the loop: {whole:.0f} s; of that: {', '.join(parts) or 'all for steps'}")
     console.print("pictures to look at:")
     console.print(f"  {watch.path / 'summary' / 'index.html'}")
     for name, _, _ in CURVES:

@@ -35,7 +35,7 @@ from spectralvae.training.distributed import Ranks
 from spectralvae.training.engine import Engine, check_shares, out_of_memory
 from spectralvae.training.network import check_forward, network_settings, start_from
 from spectralvae.training.supervision import build_supervision
-from spectralvae.training.terminal import summarize, terminal
+from spectralvae.training.terminal import Stopwatch, summarize, terminal
 from spectralvae.training.validation import Validated, Validation
 from spectralvae.training.watch import Watch
 
@@ -167,6 +167,7 @@ class Trainer:
         )
         self.step = 0
         self.watch: Watch | None = None  # of the first process
+        self.clock = Stopwatch()
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -190,7 +191,8 @@ class Trainer:
         finally:
             if self.run and self.watch:
                 self.watch.log.close()
-                self.run.record["starts"][-1]["to_step"] = self.step  # written when the directory is left
+                # written when the directory is left
+                self.run.record["starts"][-1] |= {"to_step": self.step, "seconds": self.clock.seconds()}
 
     def _run(self, signals: StopSignal) -> None:
         n_steps = self.config.training.n_steps
@@ -202,9 +204,10 @@ class Trainer:
                 # a kill after the newest checkpoint may have cost what was to follow
                 self._tidy_up(self.run, self.watch)
                 self.watch.draw(self.step, "running" if self.step < n_steps else "finished")
+        self.clock = Stopwatch()
         with terminal(self.step, n_steps, self.console) as shown:
             while self.step < n_steps:
-                with self.ranks.together():
+                with self.ranks.together(), self.clock.of("waiting for data"):
                     batch = next(batches)
                 if self.step == first_step:
                     self.engine.settle(batch)
@@ -218,7 +221,7 @@ class Trainer:
                     self.console.print(f"stopped by a signal, saved at step {self.step}; start it again to go on")
                     raise Stopped(exit_code)
         if self.watch:
-            summarize(self.watch, self.step, self.console)
+            summarize(self.watch, self.step, self.clock.seconds(), self.console)
 
     def _set_up(self) -> None:
         """Device, optimizer, and the newest checkpoint if there is one."""
@@ -353,9 +356,11 @@ class Trainer:
                 if logged:
                     self._log(self.watch, metrics | (validated.metrics if validated else {}))
                 if saved:
-                    self._save(self.run, self.watch, validated)
+                    with self.clock.of("saving"):
+                        self._save(self.run, self.watch, validated)
                 if drawn:
-                    self.watch.draw(self.step, "finished" if last else "stopped" if stopping else "running")
+                    with self.clock.of("drawing"):
+                        self.watch.draw(self.step, "finished" if last else "stopped" if stopping else "running")
 
     def _log(self, watch: Watch, row: dict[str, float]) -> None:
         watch.log.log({"step": self.step, **row}, peak_memory(self.device) / 1e9)
@@ -364,7 +369,8 @@ class Trainer:
         """Judge the network on the validation tiles; None if there are none."""
         if not self.validation.crops:
             return None
-        validated = self.validation.run(self.engine)
+        with self.clock.of("validation"):
+            validated = self.validation.run(self.engine)
         with self.ranks.together():
             if self.watch:
                 self.watch.validated(self.step, validated.description)

@@ -22,6 +22,7 @@ from spectralvae.training.spikes import SpikeDetector
 from spectralvae.training.validation import REFERENCE_LABELS
 
 WATCHED = ("loss", "grad_norm")  # for spikes, on every step
+DRAWING_SHARE = 0.02  # of the time, at most
 
 
 class Watch:
@@ -51,6 +52,7 @@ class Watch:
         self._detectors = {key: SpikeDetector(spikes.get(key)) for key in WATCHED}
         self._first = self._step = step
         self._started = time.monotonic()
+        self._next_drawing = 0.0
 
     @property
     def spike_state(self) -> dict[str, dict[str, float]]:
@@ -119,10 +121,16 @@ class Watch:
         self.log.picture("reconstructions", plots.save_figure(figure, self.figure_path(step)), step)
 
     def draw(self, step: int, state: State) -> None:
-        """Redraw the curves and the page."""
+        """Redraw the curves and the page; while the run goes on, not so often that this takes more than
+        `DRAWING_SHARE` of the time.
+        """
+        began = time.monotonic()
+        if state == "running" and began < self._next_drawing:
+            return
         spikes = [event.step for event in self.log.events if event.kind == "spike"]
         plots.draw_curves(self.log.curves, self._folder("summary"), self.references, spikes)
         self._write_page(step, state)
+        self._next_drawing = began + (time.monotonic() - began) / DRAWING_SHARE
 
     def failed(self, step: int, error: Exception) -> None:
         """Show on the page that the run failed, and why."""
