@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test torture lint clean
+.PHONY: demo test torture bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spectralvae simulate configs/demo/simulate.yaml
@@ -21,6 +21,16 @@ test: $(VENV)/.installed-test
 torture: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --torture -n auto tests/test_torture_*.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --steps 6000
+
+# All that is measured on CPUs, into benchmarks/results; on a GPU, train_step.py, loader.py and encode.py take it.
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/train_step.py --modes plain-two-forwards plain ours ours-float32-nchw ours-bf16 --profile --json benchmarks/results/train_step.json
+	$(BIN)/python benchmarks/train_step.py --network small --batch-size 8 --json benchmarks/results/train_step_small.json
+	$(BIN)/python benchmarks/loader.py --json benchmarks/results/loader.json
+	$(BIN)/python benchmarks/prepare.py --json benchmarks/results/prepare.json
+	$(BIN)/python benchmarks/encode.py --json benchmarks/results/encode.json
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,247 @@
+"""How the cost of training grows.
+
+    python benchmarks/scaling.py [--network full|small] [--quick] [--questions NAME ...] [--json FILE]
+
+A table for each question:
+
+    channels, tile, batch   one step of ours, as the trainer makes it, on the CPU, against the number of channels,
+                            pixels along a side of a tile, and tiles a step; all else as the network has it. Time,
+                            and how much the RSS of a process of its own that makes two steps grows at most
+    scenes                  what stands before the first step: opening a store, making the sampler, the first batch;
+                            against the number of scenes (tiny ones, from the page cache). Memory by tracemalloc
+    ranks                   a step of one process with all threads, and of two, by gloo, with half the threads and
+                            half the batch each; they are started anew at each repeat and timed after a warm-up
+
+The points of a question take turns; given are medians of the repeats with the least and the most (of ranks, a repeat is
+the median of some steps). --quick takes the first two points of each question. What the record and the plots of a run
+cost with its length is measured by watching.py; how long it takes to open a store of 10,000 scenes, by open_store.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import socket
+import statistics
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from loader import write_store
+from steps import (
+    NETWORKS,
+    Network,
+    in_children,
+    make_batch,
+    make_config,
+    make_model,
+    our_step,
+    peak_memory,
+    seconds,
+    spread,
+    write_report,
+)
+
+from spectralvae.data.loader import TileStream, make_sampler
+from spectralvae.data.store import Store
+from spectralvae.training.distributed import Ranks, find_ranks
+from spectralvae.training.engine import Engine
+
+CPU = torch.device("cpu")
+POINTS = {
+    "channels": [64, 128, 256, 512, 1028],
+    "tile": [16, 32, 64],
+    "batch": [1, 2, 4, 8],
+    "scenes": [10, 100, 1000],
+}
+FIELDS = {"channels": "n_channels", "tile": "tile_size", "batch": "batch_size"}
+SCENE_SHAPE = (24, 24, 16)
+STEPS_OF_RANKS = 5
+PEER_TIMEOUT = 300.0  # seconds
+
+
+# --- one step ---------------------------------------------------------------------------------
+
+
+def make_step(network: Network) -> Callable[[], float]:
+    """A function that makes a step of ours."""
+    config = make_config(network)
+    model = make_model(config)
+    return partial(our_step, Engine(model, config, CPU, Ranks()), make_batch(config, model, network.batch_size))
+
+
+def two_steps(network: Network) -> None:
+    """For the memory that they take: after the first one, the optimizer has its state."""
+    step = make_step(network)
+    for _ in range(2):
+        step()
+
+
+def cost_of_steps(question: str, base: Network, points: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """A row for each point."""
+    networks = {point: Network(**{**base._asdict(), FIELDS[question]: point}) for point in points}
+    steps = {point: make_step(network) for point, network in networks.items()}
+    for step in steps.values():
+        for _ in range(2):
+            step()
+    times: dict[int, list[float]] = {point: [] for point in points}
+    for _ in range(repeats):
+        for point, step in steps.items():
+            times[point].append(1000 * seconds(step, CPU, 1) / networks[point].batch_size)
+    del steps, step
+    return [
+        {question: point, "ms_per_tile": spread(times[point]), **peak_memory(two_steps, networks[point])}
+        for point in points
+    ]
+
+
+# --- the store --------------------------------------------------------------------------------
+
+
+def begin(path: Path) -> dict[str, float]:
+    """Milliseconds of what stands before the first step."""
+    size = SCENE_SHAPE[0] * 2 // 3
+    moments = [time.perf_counter()]
+    store = Store(path)
+    moments.append(time.perf_counter())
+    sampler = make_sampler(store, store.indices("train"), seed=0, tile_size=size, max_invalid_fraction=0.5)
+    moments.append(time.perf_counter())
+    next(iter(TileStream(store, sampler, batch_size=8, tile_size=size, noise_shape=(4, 4, 4))))
+    moments.append(time.perf_counter())
+    parts = zip(("open", "sampler", "first_batch"), moments, moments[1:], strict=False)
+    return {f"{name}_ms": 1000 * (end - begun) for name, begun, end in parts}
+
+
+def traced_peak(function: Callable[[], Any]) -> int:
+    """Bytes that a call takes at most."""
+    gc.collect()
+    tracemalloc.start()
+    function()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def cost_of_scenes(points: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """A row for each number of scenes."""
+    with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
+        paths = {n: Path(folder) / str(n) for n in points}
+        for n, path in paths.items():
+            write_store(path, n, SCENE_SHAPE, "float16")
+            begin(path)
+        found: dict[int, list[dict[str, float]]] = {n: [] for n in points}
+        for _ in range(repeats):
+            for n, path in paths.items():
+                found[n].append(begin(path))
+        return [
+            {"scenes": n}
+            | {key: spread([times[key] for times in found[n]]) for key in found[n][0]}
+            | {"memory_mb": traced_peak(partial(begin, path)) / 1e6}
+            for n, path in paths.items()
+        ]
+
+
+# --- processes --------------------------------------------------------------------------------
+
+
+def steps_of_rank(environment: dict[str, str], network: Network, n_threads: int) -> list[float]:
+    """Milliseconds of some steps, in one of the processes that make them together."""
+    torch.set_num_threads(n_threads)
+    os.environ.update(environment)
+    ranks = find_ranks(environment)
+    with ranks.joined(PEER_TIMEOUT):
+        return time_steps(ranks, network)
+
+
+def time_steps(ranks: Ranks, network: Network) -> list[float]:
+    """Apart, since nothing may hold on to the engine when the processes part."""
+    config = make_config(network)
+    model = make_model(config)
+    batch = make_batch(config, model, network.batch_size // ranks.world_size)
+    engine = Engine(model, config, CPU, ranks)
+    engine.settle(batch)
+    for _ in range(2):
+        our_step(engine, batch)
+    return [1000 * seconds(partial(our_step, engine, batch), CPU, 1) for _ in range(STEPS_OF_RANKS)]
+
+
+def ms_of_ranks(n: int, network: Network, n_threads: int) -> float:
+    """Of a step of n processes; the slower of them counts, but they wait for each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    calls = [
+        ({**address, "RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank)}, network, max(1, n_threads // n))
+        for rank in range(n)
+    ]
+    return max(statistics.median(times) for times in in_children(steps_of_rank, calls))
+
+
+def cost_of_ranks(network: Network, repeats: int) -> list[dict[str, Any]]:
+    """A row for one process, and one for two."""
+    n_threads = torch.get_num_threads()
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for n, times in found.items():
+            times.append(ms_of_ranks(n, network, n_threads))
+    return [
+        {
+            "ranks": n,
+            "threads_each": max(1, n_threads // n),
+            "batch_each": network.batch_size // n,
+            "ms_per_tile": spread([ms / network.batch_size for ms in times]),
+            "times_faster": spread([alone / ms for alone, ms in zip(found[1], times, strict=True)]),
+        }
+        for n, times in found.items()
+    ]
+
+
+# --- all --------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{median:.2f} ({least:.2f} - {most:.2f})".format(**value)
+        return str(value) if isinstance(value, int) else f"{value:.1f}"
+
+    lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("   ".join(f"{cell:>{n}s}" for cell, n in zip(line, widths, strict=True)) for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--network", choices=NETWORKS, default="small")
+    parser.add_argument("--questions", nargs="+", choices=[*POINTS, "ranks"], default=[*POINTS, "ranks"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="two points a question")
+    options = parser.parse_args(arguments)
+    load_before, network = os.getloadavg(), NETWORKS[options.network]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for question in options.questions:
+        points = POINTS.get(question, [])[: 2 if options.quick else None]
+        if question == "scenes":
+            found[question] = cost_of_scenes(points, options.repeats)
+        elif question == "ranks":
+            found[question] = cost_of_ranks(network, options.repeats)
+        else:
+            found[question] = cost_of_steps(question, network, points, options.repeats)
+        print(f"{question}:\n{table(found[question])}\n", flush=True)
+    if options.json:
+        write_report(options.json, vars(options), load_before, {"network": network._asdict(), **found})
+
+
+if __name__ == "__main__":
+    main()
