@@ -135,7 +135,8 @@ class TrainingConfig(Section):
     val_every: PositiveInt = Field(50, description="steps between validations; checkpoints are validated in any case")
     log_every: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
     plot_every: PositiveInt = Field(
-        50, description="steps between updates of the plots in summary/; more where they would take over 2 % of the time"
+        50,
+        description="steps between updates of the plots in summary/; more where that takes over 2 % of the time",
     )
     grad_clip: float = Field(1.0, gt=0, description="longer gradients (norm over all weights) are scaled down to this")
     precision: Literal["32-true", "bf16-mixed"] = Field(
