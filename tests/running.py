@@ -323,12 +323,13 @@ def line_a_step(pipe: str) -> None:
     terminal.LOG_LINE_SECONDS = 0.0
 
 
-def slowed(seconds: float) -> None:
-    """Wait before every update."""
+def paused(step: int, until: str) -> None:
+    """Wait before an update until there is a file."""
     from spectralvae.training.trainer import Trainer
 
     def advance(original: Any, self: Any, *arguments: Any) -> Any:
-        time.sleep(seconds)
+        while self.step + 1 == step and not Path(until).exists():
+            time.sleep(0.005)
         return original(self, *arguments)
 
     _around(Trainer, "_advance", advance)

@@ -97,19 +97,19 @@ def test_of_tall_chunks_no_more_is_kept_than_may_be(
     inflated: Counter[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of a scene in chunks as high as it: these are inflated several times."""
-    monkeypatch.setattr(reading, "BAND_SAMPLES", 8 * WIDTH * N_CHANNELS)
-    values = write(tmp_path / "scene.nc", 40, (40, 10, 6))
+    monkeypatch.setattr(reading, "BAND_SAMPLES", reading.TALL_SHARE * 8 * WIDTH * N_CHANNELS)
+    values = write(tmp_path / "scene.nc", 48, (48, 10, 6))
     with open_reader(tmp_path / "scene.nc") as scene:
         reader = reading._ZReader(scene, NORMALIZATION, {})
         kept = []
-        for rows in strips(40):
+        for rows in strips(48):
             np.testing.assert_array_equal(
                 reader.read(rows, slice(0, WIDTH)), NORMALIZATION.normalize(values[rows]).astype(np.float32)
             )
             kept.append(reader._kept[1].size if reader._kept else 0)
 
     assert max(kept) == 8 * WIDTH * N_CHANNELS
-    assert set(inflated.values()) == {5}  # 40 rows, 8 at a time
+    assert set(inflated.values()) == {6}  # 48 rows, 8 at a time
 
 
 def test_a_lazily_opened_scene(

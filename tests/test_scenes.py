@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 import xarray as xr
 from tiny import N_CHANNELS, tiny_latents, tiny_model, tiny_normalization, write_tiny
 
-from spectralvae import decode_scene, encode_scene, load_model, open_scene
+from spectralvae import AutoencoderKL, decode_scene, encode_scene, load_model, open_scene
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference import coder as coder_module
 from spectralvae.inference import latents as latents_module
 from spectralvae.inference import reading as reading_module
 from spectralvae.inference import scenes as scenes_module
+from spectralvae.inference.coder import Coder
 from spectralvae.inference.latents import on_grid
+from spectralvae.inference.loading import artifact_of
 
 WAVELENGTH = tiny_normalization().wavelength
 
@@ -288,6 +291,11 @@ def test_a_model_is_left_as_it_was(tmp_path: Path) -> None:
     model.train()
     encode_scene(model, radiance(8, 8))
     assert model.training
+
+    wide = AutoencoderKL({"shape": (300, 32, 32), "chs": (256, 256), "z_channels": 2})
+    before = [(p.data_ptr(), p.stride()) for p in wide.parameters()], [type(m) for m in wide.modules()]
+    Coder(replace(artifact_of(model), model=wide), torch.device("cpu"), overlap=0, batch_size=1, borrowed=True)
+    assert ([(p.data_ptr(), p.stride()) for p in wide.parameters()], [type(m) for m in wide.modules()]) == before
 
     refused(
         lambda: encode_scene(model.half(), radiance(8, 8)), r"weights in torch.float16.*model.float\(\)", ConfigError

@@ -51,13 +51,16 @@ class Coder:
         device: where to compute.
         overlap: pixels that neighbouring tiles share; None for a quarter of a tile.
         batch_size: tiles at a time.
+        borrowed: the network is somebody else's, who may train it: on the CPU its layers and layout stay as they are.
 
     Raises:
         InputError: the model has no normalisation, no wavelengths, or no size of tiles; or it is one for volumes.
         ConfigError: the overlap does not fit the tiles.
     """
 
-    def __init__(self, artifact: Artifact, device: torch.device, *, overlap: int | None, batch_size: int) -> None:
+    def __init__(
+        self, artifact: Artifact, device: torch.device, *, overlap: int | None, batch_size: int, borrowed: bool = False
+    ) -> None:
         self.normalization, self.tile = _requirements(artifact)
         self.device, self.batch_size = device, batch_size
         if wrong := {str(p.dtype) for p in artifact.model.parameters()} - {"torch.float32"}:
@@ -69,7 +72,7 @@ class Coder:
             "normalization_sha256": self.normalization.sha256(),
         }
         self.model = artifact.model.eval()
-        self._layout = place(self.model, device)
+        self._layout = place(self.model, device, plain=borrowed)
         self.scale: int = self.model.scale
         self.overlap = default_overlap(self.tile, self.scale) if overlap is None else overlap
         if not 0 <= self.overlap < self.tile or self.overlap % self.scale:

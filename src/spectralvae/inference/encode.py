@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,12 +111,7 @@ class _Encoding:
         scene, config = self.scene, self.config
         counts: dict[str, int] = {}
         try:
-            with (
-                scene,
-                new_file(self.result, config.format) as writer,
-                ThreadPoolExecutor(1, thread_name_prefix="digest") as digester,
-            ):
-                digest = digester.submit(scene.sha256)
+            with scene, new_file(self.result, config.format) as writer:
                 will_be = contents(scene, self.coder, config.log_variance, self._attributes())
                 create(writer, will_be)
                 write_layout(writer, layout_of(scene))
@@ -125,7 +119,6 @@ class _Encoding:
                 n_valid = counts.pop("valid")
                 if not n_valid:
                     raise _NothingValidError
-                writer.group("", {"source_sha256": digest.result()})
         except _NothingValidError:
             return self._left_out(counts)
         n_samples = int(np.prod(scene.shape))
@@ -147,11 +140,12 @@ class _Encoding:
         return {"left_out": why, "n_samples": n_samples, "n_valid": 0, "invalid": counts}
 
     def _attributes(self) -> dict[str, Any]:
-        """Where the latents come from, but for the source's digest, which takes its time."""
+        """Where the latents come from."""
         scene, given = self.scene, self.spec.model_dump(mode="json", exclude={"path"}, exclude_none=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {
             "source": scene.path.name,
+            "source_sha256": scene.sha256(),
             "source_format": scene.format,
             "source_arguments": json.dumps(given),
             "band": scene.band,

@@ -1,4 +1,4 @@
-"""z of a scene, read along the chunks of its file: none is decompressed twice, and few rows are in memory."""
+"""z of a scene, read along the chunks of its file, so that they are decompressed once where few rows fill them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from spectralvae.readers.base import Coordinate
 
 BLOCK_SAMPLES = 4_000_000  # normalised at a time
 BAND_SAMPLES = 75_000_000  # kept of rows that chunks span: 300 MB of float32, 35 rows of a TEMPO granule
+TALL_SHARE = 5  # so much less is read at a time of chunks with more: often whole scenes that are not compressed
 
 Found = tuple[Float32, dict[str, int]]  # radiance, and how many samples were rejected, by rule
 T = TypeVar("T")
@@ -43,8 +44,8 @@ class Source(Protocol):
 def z_reader(source: Source, normalization: Normalization, counts: dict[str, int]) -> Read:
     """z of parts of a scene, valid as in the model's training: (rows, columns, channel) float32, NaN = invalid.
 
-    Rows that a chunk spans beyond those asked for are kept for the next part. A chunk of more than `BAND_SAMPLES` in
-    the width of the scene is read several times, and so is one across the border of two panels.
+    Rows that a chunk spans beyond those asked for are kept for the next part. Chunks of more than
+    `BAND_SAMPLES` in the width of the scene are read several times, and so are those across the border of two panels.
 
     Args:
         source: the scene.
@@ -121,11 +122,15 @@ class _ZReader:
 
 
 def _block_size(source: Source) -> int:
-    """Samples to read at a time: all rows of a chunk, unless they are more than may be kept."""
+    """Samples to read at a time: all rows of a chunk, unless they are more than may be kept; reading takes several
+    times their memory.
+    """
     _, nx, nc = source.shape
     height, width = source.chunk
-    rows = max(1, min(height, BAND_SAMPLES // (max(width, nx) * nc)))
-    return max(rows * width * nc, BLOCK_SAMPLES if rows == height else 0)
+    row = max(width, nx) * nc
+    if height * row <= BAND_SAMPLES:
+        return max(height * width * nc, BLOCK_SAMPLES)
+    return max(1, BAND_SAMPLES // TALL_SHARE // row) * width * nc
 
 
 def _copy(kept: tuple[range, Float32], z: Float32, rows: slice) -> None:

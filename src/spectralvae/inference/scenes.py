@@ -175,7 +175,7 @@ def _coder(model: AutoencoderKL, overlap: int | None, batch_size: int) -> Iterat
         raise ConfigError(f"batch_size: {batch_size} must be at least 1")
     artifact, device, training = artifact_of(model), next(model.parameters()).device, model.training
     try:
-        yield Coder(artifact, device, overlap=overlap, batch_size=batch_size)
+        yield Coder(artifact, device, overlap=overlap, batch_size=batch_size, borrowed=True)
     finally:
         model.train(training)
 

@@ -56,7 +56,10 @@ def git_revision() -> str | None:
 
 def describe_device(device: torch.device) -> str:
     """Machine, device and threads of this process."""
-    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f"{platform.machine()} CPU"
+    if device.type == "cuda":
+        name = f"{device} ({torch.cuda.get_device_name(device)})"
+    else:
+        name = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
     return f"{socket.gethostname()}: {name}, {torch.get_num_threads()} threads"
 
 
