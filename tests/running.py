@@ -482,6 +482,7 @@ def _prepare() -> None:
 
 def _become(request: Mapping[str, Any]) -> int:
     """In the child: run the command; returns its exit code."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, tests inherit that it is ignored
     for number, path in enumerate((os.devnull, f"{request['log']}.out", f"{request['log']}.err")):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(path, flags), number)

@@ -2,13 +2,13 @@
 
 Lavin and Gray 2016, arXiv 1509.09308. A convolution becomes 16 products of matrices, one for each of the 4 x 4 values
 into which pieces of the image and the kernels are transformed; the gradients become the same products with the
-transforms' transposes. It rounds about as torch's own convolutions do:
-between half and twice as much was measured. Imports torch only.
+transforms' transposes. It rounds about as torch's own convolutions do: between half and twice as much was measured.
+Imports torch only.
 
 Shape letters
     H  W  height and width, even         I  O  channels before and after
     h  w  H / 2, W / 2: outputs are computed in pieces of 2 x 2
-    T  16 transformed values of a piece, 4 along y times 4 along x
+    4, 4  in front: the transformed values of a piece, along y and along x
 """
 
 from __future__ import annotations
