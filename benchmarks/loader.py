@@ -1,4 +1,4 @@
-"""How fast finished tiles come, from the store and from the ways that one would try instead.
+"""How fast finished tiles come, from the store and from the ways that one would try instead; and what runs wait.
 
     python benchmarks/loader.py [--json FILE] [--scenes N] [--shape Y X CHANNEL] ...
 
@@ -6,6 +6,7 @@ A finished tile is read, cropped, flipped, turned, and stands in a batch (B, y, 
 read the same tiles in the same order. Most go through the same reader threads and differ only in how a crop is read:
 
     store              the shard's file by preadv: what training uses
+    cache              scenes that were read before, whole, into the memory of this machine: `data.cache`
     memmap             the same file as a numpy.memmap
     zarr raw           zarr's own API, uncompressed chunks (32, 64, channel)
     zarr lz4           the same chunks, Blosc with LZ4 and shuffle
@@ -15,12 +16,17 @@ and one reads as the store does, but in torch's DataLoader: a map-style data set
 
 Warm: from the page cache, counted once all memory for batches has been touched, while batches are taken as fast as they
 come. Cold: every file is put out of the page cache first, and everything counts from the first read on (not for the
-DataLoader, whose processes take longer to start than that). The ways take turns, in another order at each
-repeat; a ratio is the median over the repeats of ours by theirs. CPU is the processor time that a tile costs, all
-threads and processes together: what is left to compare by where the machine has other things to do. Memory is what the
-process and its children have more of than before: USS, the private pages (which falls when processes are forked, for
-what they share is private no longer), and PSS, which has their share of shared pages as well. Pages of a mapped file
-count in both, though the kernel can take them back.
+DataLoader, whose processes take longer to start than that, nor for the cache, which is read before). The ways take
+turns, in another order at each repeat; a ratio is the median over the repeats of ours by theirs. CPU is the processor
+time that a tile costs, all threads and processes together: what is left to compare by where the machine has other
+things to do. Memory is what the process and its children have more of than before: USS, the private pages (which falls
+when processes are forked, for what they share is private no longer), and PSS, which has their share of shared pages as
+well. Pages of a mapped file count in both, though the kernel can take them back.
+
+Then `spectralvae train` runs some steps on the same store (of the first type, from the page cache): the small network,
+and on a CUDA device the full one in bf16-mixed as well, each without reader threads, with those of the default, and out
+of a cache. Told is what share of its loop it waited for data, validated, saved and drew, as `run.json` has it. It
+validates and saves once, at its end; of a long run these are other shares (scaling.py).
 
 The data are smooth spectra with a little noise, so that they compress as normalised spectra do. Everything is written
 to a temporary folder, at most 2.3 GB at the default size since one type comes after the other, and removed. The machine
@@ -30,17 +36,18 @@ should have nothing else to do; the load before and after stands in the JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import io
 import json
 import os
-import platform
+import shutil
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import count, islice, product
 from pathlib import Path
 from typing import Any
@@ -49,9 +56,14 @@ import numpy as np
 import psutil
 import torch
 import zarr
+from machine import machine
+from steps import NETWORKS
 from torch.utils.data import DataLoader, Dataset
 
+from spectralvae.cli import run
+from spectralvae.console import new_console
 from spectralvae.data import sampling
+from spectralvae.data.cache import load_scenes
 from spectralvae.data.loader import BATCHES_AHEAD, TileStream, make_sampler
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.sampling import CropSampler
@@ -65,9 +77,17 @@ CODECS: dict[str, Any] = {
     "zarr lz4": zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),
     "zarr zstd": zarr.codecs.ZstdCodec(level=3),
 }
-LAYOUTS = ("store", "memmap", *CODECS, "DataLoader")
+LAYOUTS = ("store", "cache", "memmap", *CODECS, "DataLoader")
+ONLY_WARM = ("cache", "DataLoader")
 WARM_UP = BATCHES_AHEAD + 4  # batches; fresh memory can cost more than everything else
 COLD_BATCHES = 4
+RUNS: dict[str, dict[str, Any]] = {  # of `train`, by what differs in its `data:` section
+    "no readers": {"num_workers": 0},
+    "readers": {},
+    "cache": {"cache": True},
+}
+RUN_NETWORKS = {"cpu": ["small"], "cuda": ["small", "full"]}
+RUN_BATCH_SIZES = {"cpu": 4, "cuda": 32}
 
 
 # --- the data ---------------------------------------------------------------------------------
@@ -79,11 +99,12 @@ def spectra(random: np.random.Generator, nx: int, nc: int, dtype: str) -> np.nda
     return (random.normal(size=(nx, 6)) @ waves + random.normal(0, 0.01, (nx, nc)))[None].astype(dtype)
 
 
-def write_store(path: Path, n_scenes: int, shape: tuple[int, int, int], dtype: str) -> Store:
-    """A store without an invalid sample."""
+def write_store(path: Path, n_scenes: int, shape: tuple[int, int, int], dtype: str, n_val: int = 0) -> Store:
+    """A store without an invalid sample; the last so many scenes are for validation."""
     ny, nx, nc = shape
     record = SceneRecord("", "", None, [ny, nx, nc], 0, "", None, "train", {}, [], "", 0)
-    records = [replace(record, id=str(s)) for s in range(n_scenes)]
+    splits = ["train"] * (n_scenes - n_val) + ["val"] * n_val
+    records = [replace(record, id=str(s), split=split) for s, split in enumerate(splits)]
     for s, r in enumerate(records):
         random = np.random.default_rng(s)
         with ZWriter(scene_folder(path, r.id), shape, dtype, {}) as writer:
@@ -117,7 +138,7 @@ def mapped(path: Path) -> list[Any]:
 def open_store(folder: Path, layout: str) -> Store:
     """The store, such that crops are read in a certain way."""
     path = folder / "store"
-    if layout in ("store", "DataLoader"):
+    if layout in ("store", *ONLY_WARM):
         return Store(path)
     store = ArrayStore(path)
     store.z = (
@@ -163,11 +184,18 @@ class Tiles(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 def batches(layout: str, store: Store, readers: int, tile_size: int, batch_size: int) -> Iterator[torch.Tensor]:
     """The tiles of one batch after the other, without end."""
-    sampler = make_sampler(store, range(len(store.scenes)), seed=0, tile_size=tile_size, max_invalid_fraction=0.5)
+    scenes = range(len(store.scenes))
+    sampler = make_sampler(store, scenes, seed=0, tile_size=tile_size, max_invalid_fraction=0.5)
     if layout == "DataLoader":
         yield from (tiles for tiles, _ in DataLoader(Tiles(store, sampler), batch_size, num_workers=readers))
     stream = TileStream(
-        store, sampler, batch_size=batch_size, tile_size=tile_size, noise_shape=NOISE_SHAPE, num_workers=readers
+        store,
+        sampler,
+        batch_size=batch_size,
+        tile_size=tile_size,
+        noise_shape=NOISE_SHAPE,
+        num_workers=readers,
+        cache=load_scenes(store, scenes, torch.device("cpu"), new_console()) if layout == "cache" else None,
     )
     yield from (batch.tiles for batch in stream)
 
@@ -252,7 +280,7 @@ def check_same(folder: Path, options: argparse.Namespace) -> None:
 
 def compare(folder: Path, dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each layout, number of readers, and warm or cold, with the results of all repeats."""
-    write_store(folder / "store", options.scenes, tuple(options.shape), dtype)
+    write_store(folder / "store", options.scenes, tuple(options.shape), dtype, n_val=1)
     write_copies(folder)
     check_same(folder, options)
     results: dict[tuple[str, int, str], list[dict[str, float]]] = {}
@@ -272,7 +300,7 @@ def compare(folder: Path, dtype: str, options: argparse.Namespace) -> list[dict[
 
             if cache == "warm":
                 result = measure_warm(open_batches, options.seconds)
-            elif layout != "DataLoader":
+            elif layout not in ONLY_WARM:
                 result = measure_cold(open_batches, folder)
             else:
                 continue
@@ -304,20 +332,47 @@ def summary(
     return row
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return {
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": psutil.virtual_memory().total / 1e9,
-        "system": platform.platform(),
-        "transparent_hugepage": huge_pages.read_text().strip() if huge_pages.is_file() else None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("spectralvae", "numpy", "torch", "zarr", "numcodecs")},
+# --- runs -------------------------------------------------------------------------------------
+
+
+def seconds_of_run(folder: Path, network: str, device: str, data: dict[str, Any], n_steps: int) -> dict[str, float]:
+    """Where the time of the loop of a real run goes, by its own account."""
+    output_dir, path = folder / "run", folder / "train.yaml"
+    training: dict[str, Any] = {"n_steps": n_steps, "device": device}
+    if (network, device) == ("full", "cuda"):
+        training["precision"] = "bf16-mixed"
+    config = {
+        "output_dir": str(output_dir),
+        "data": {"store": str(folder / "store"), **data},
+        "model": NETWORKS[network].model,
+        "training": training,
     }
+    path.write_text(json.dumps(config))
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert run(["train", str(path)]) == 0
+    seconds: dict[str, float] = json.loads((output_dir / "run.json").read_text())["starts"][-1]["seconds"]
+    shutil.rmtree(output_dir)
+    return seconds
+
+
+def shares_of_runs(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each network and way to read."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"tile_size": options.tile_size, "batch_size": options.run_batch_size or RUN_BATCH_SIZES[device]}
+    rows = []
+    for network, (name, data) in product(options.run_networks or RUN_NETWORKS[device], RUNS.items()):
+        warm_up(folder / "store")
+        seconds = seconds_of_run(folder, network, device, {**sizes, **data}, options.run_steps)
+        whole = seconds.pop("all")
+        shares = {what: part / whole for what, part in seconds.items()}
+        row = {"network": network, "data": name, "device": device, "steps": options.run_steps, "seconds": whole}
+        rows.append({**row, **sizes, "shares": shares})
+        parts = ", ".join(f"{what} {share:.2%}" for what, share in shares.items())
+        print(f"train, {network}, {name}: {options.run_steps} steps on {device} in {whole:.1f} s; {parts}", flush=True)
+    return rows
+
+
+# --- all --------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -339,7 +394,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -352,20 +407,28 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long is every warm measurement")
+    parser.add_argument("--run-steps", type=int, default=50, help="of each run of `train`")
+    parser.add_argument("--run-networks", nargs="*", choices=NETWORKS, help=f"if left out: {RUN_NETWORKS}")
+    parser.add_argument("--run-batch-size", type=int, help=f"if left out: {RUN_BATCH_SIZES}")
     parser.add_argument("--directory", type=Path, help="where the temporary folder is made")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more processes than cores
-    load_before, rows = os.getloadavg(), []
+    options = parser.parse_args(arguments)
+    n_threads = torch.get_num_threads()
+    load_before, rows, runs = os.getloadavg(), [], []
     for dtype in options.dtypes:
-        with tempfile.TemporaryDirectory(prefix="loader-", dir=options.directory) as folder:
+        with tempfile.TemporaryDirectory(prefix="loader-", dir=options.directory) as folder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more processes than cores
+            torch.set_num_threads(1)
             rows += compare(Path(folder), dtype, options)
+            torch.set_num_threads(n_threads)
+            if dtype == options.dtypes[0]:
+                runs = shares_of_runs(Path(folder), options)
     rows.sort(key=lambda r: (r["cache"] == "cold", r["dtype"], r["readers"], LAYOUTS.index(r["layout"])))
     print(table(rows))
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key not in ("json", "directory")}
         load = {"load_before": load_before, "load_after": os.getloadavg()}
-        report = {"machine": machine(), "settings": settings, **load, "rows": rows}
+        packages = ["numpy", "torch", "zarr", "numcodecs"]
+        report = {"machine": machine(packages), "settings": settings, **load, "rows": rows, "runs": runs}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -16,11 +16,13 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
     """Processor, memory, system, and the versions of spectralvae and some other packages."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "cpu": cpu[0] if cpu else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": platform.platform(),
+        "transparent_hugepage": huge_pages.read_text().strip() if huge_pages.is_file() else None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("spectralvae", *packages)},
     }

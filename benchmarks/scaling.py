@@ -1,4 +1,4 @@
-"""How the cost of training grows.
+"""How the cost of training grows, and what stands beside its steps.
 
     python benchmarks/scaling.py [--network full|small] [--quick] [--questions NAME ...] [--json FILE]
 
@@ -11,10 +11,18 @@ A table for each question:
                             against the number of scenes (tiny ones, from the page cache). Memory by tracemalloc
     ranks                   a step of one process with all threads, and of two, by gloo, with half the threads and
                             half the batch each; they are started anew at each repeat and timed after a warm-up
+    threads                 a step of the small network, and of the full one, with 1, 2, 4 ... threads of torch; how
+                            many times as fast as with one, repeat by repeat
+    beside                  what holds up the steps of the full network: a validation of as many tiles as the default
+                            has (reading: what of it is no network's), a checkpoint, a figure of reconstructions
+                            (drawing: what of it is no network's); and their shares of a run with the default
+                            `val_every` and `save_every`, with steps as they are here, and with steps of 45 ms, the
+                            goal for a GPU, for what a GPU would not compute itself
 
-The points of a question take turns; given are medians of the repeats with the least and the most (of ranks, a repeat is
-the median of some steps). --quick takes the first two points of each question. What the record and the plots of a run
-cost with its length is measured by watching.py; how long it takes to open a store of 10,000 scenes, by open_store.py.
+The points of a question take turns; --network is for those that name no network of their own. Given are medians of the
+repeats with the least and the most (of ranks, a repeat is the median of some steps). --quick takes the first two points
+of each question. What the record and the plots of a run cost with its length is measured by watching.py; how long it
+takes to open a store of 10,000 scenes, by open_store.py.
 """
 
 from __future__ import annotations
@@ -27,13 +35,16 @@ import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from loader import write_store
+from rich.console import Console
 from steps import (
     NETWORKS,
     Network,
@@ -48,10 +59,14 @@ from steps import (
     write_report,
 )
 
-from spectralvae.data.loader import TileStream, make_sampler
+from spectralvae.data.loader import TileStream, make_sampler, read_crops
 from spectralvae.data.store import Store
+from spectralvae.training.checkpoint import save_checkpoint
 from spectralvae.training.distributed import Ranks, find_ranks
 from spectralvae.training.engine import Engine
+from spectralvae.training.figures import N_TILES, draw_reconstructions
+from spectralvae.training.trainer import admit
+from spectralvae.training.watch import Watch
 
 CPU = torch.device("cpu")
 POINTS = {
@@ -60,8 +75,14 @@ POINTS = {
     "batch": [1, 2, 4, 8],
     "scenes": [10, 100, 1000],
 }
+QUESTIONS = [*POINTS, "ranks", "threads", "beside"]
 FIELDS = {"channels": "n_channels", "tile": "tile_size", "batch": "batch_size"}
 SCENE_SHAPE = (24, 24, 16)
+NETWORKS_OF_THREADS = ("small", "full")
+NETWORK_BESIDE = "full"
+TILES_BESIDE = 8  # along y and x of the validation scene: the 64 of the default
+WITH_NETWORK = ("validation", "figure")  # whose arithmetic would be a GPU's
+MS_ON_A_GPU = 45.0  # of a step: the goal
 STEPS_OF_RANKS = 5
 PEER_TIMEOUT = 300.0  # seconds
 
@@ -202,6 +223,96 @@ def cost_of_ranks(network: Network, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
+# --- threads ----------------------------------------------------------------------------------
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4 ... and all cores."""
+    cores = os.cpu_count() or 1
+    return sorted({cores, *(2**i for i in range(cores.bit_length()) if 2**i <= cores)})
+
+
+def cost_of_threads(name: str, counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """A row for each number of threads, of one network."""
+    network, before = NETWORKS[name], torch.get_num_threads()
+    step = make_step(network)
+    times: dict[int, list[float]] = {n: [] for n in counts}
+    for repeat in range(-1, repeats):  # the first one warms up
+        for n in counts:
+            torch.set_num_threads(n)
+            ms = 1000 * seconds(step, CPU, 1) / network.batch_size
+            if repeat >= 0:
+                times[n].append(ms)
+    torch.set_num_threads(before)
+    return [
+        {
+            "network": name,
+            "threads": n,
+            "ms_per_tile": spread(times[n]),
+            "times_faster": spread([alone / ms for alone, ms in zip(times[counts[0]], times[n], strict=True)]),
+        }
+        for n in counts
+    ]
+
+
+# --- beside the steps -------------------------------------------------------------------------
+
+
+@contextmanager
+def beside(folder: Path, network: Network) -> Iterator[dict[str, Callable[[], Any]]]:
+    """What holds up a run of a network, and a step of it."""
+    side = TILES_BESIDE * network.tile_size
+    store = write_store(folder / "store", 2, (side, side, network.n_channels), "float16", n_val=1)
+    config = make_config(network, device="cpu")
+    data = config.data.model_copy(update={"store": store.path})
+    config = config.model_copy(update={"output_dir": folder / "run", "data": data})
+    trainer = admit(config, Ranks(), Console(quiet=True))
+    engine = Engine(trainer.model, config, CPU, Ranks())
+    config.output_dir.mkdir()
+    watch = Watch(config.output_dir, 0, n_steps=1, batch_size=network.batch_size, facts={}, spikes={})
+    validation, normalization = trainer.validation, store.normalization
+    saved = (trainer.model, trainer.settings, normalization, engine.optimizer, {})
+    tiles = read_crops(store, validation.crops[:N_TILES], network.tile_size).float().numpy()
+    drawn = tiles, 0.9 * tiles, [f"tile {i}" for i in range(N_TILES)]
+    yield {
+        "step": partial(our_step, engine, make_batch(config, trainer.model, network.batch_size)),
+        "validation": lambda: watch.validated(0, validation.run(engine).description),
+        "reading": lambda: deque(validation._batches(engine), maxlen=0),
+        "checkpoint": partial(save_checkpoint, config.output_dir, 0, *saved),
+        "figure": lambda: watch.reconstructions(validation.draw(engine, 0), 0),
+        "drawing": lambda: watch.reconstructions(draw_reconstructions(*drawn, normalization, "step 0"), 0),
+    }
+    watch.log.close()
+
+
+def cost_beside(network: Network, repeats: int) -> list[dict[str, Any]]:
+    """A row for each thing that holds up the steps."""
+    training = make_config(network).training
+    every = {"validation": training.val_every, "reading": training.val_every}
+    with tempfile.TemporaryDirectory(prefix="scaling-") as folder, beside(Path(folder), network) as calls:
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for repeat in range(-1, repeats):  # the first one warms up
+            for name, call in calls.items():
+                took = seconds(call, CPU, 1)
+                if repeat >= 0:
+                    times[name].append(took)
+    step, rows = statistics.median(times["step"]), []
+    for name in list(times)[1:]:
+        took, n = statistics.median(times[name]), every.get(name, training.save_every)
+        on_gpu = took / (took + n * MS_ON_A_GPU / 1000)
+        rows.append(
+            {
+                "what": name,
+                "every": n,
+                "seconds": spread(times[name]),
+                "step_seconds": step,
+                "share_percent": 100 * took / (took + n * step),
+                "share_at_45_ms_percent": None if name in WITH_NETWORK else 100 * on_gpu,
+            }
+        )
+    return rows
+
+
 # --- all --------------------------------------------------------------------------------------
 
 
@@ -211,7 +322,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     def text(value: Any) -> str:
         if isinstance(value, dict):
             return "{median:.2f} ({least:.2f} - {most:.2f})".format(**value)
-        return str(value) if isinstance(value, int) else f"{value:.1f}"
+        return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
 
     lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -224,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument("--network", choices=NETWORKS, default="small")
-    parser.add_argument("--questions", nargs="+", choices=[*POINTS, "ranks"], default=[*POINTS, "ranks"])
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two points a question")
     options = parser.parse_args(arguments)
@@ -236,6 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[question] = cost_of_scenes(points, options.repeats)
         elif question == "ranks":
             found[question] = cost_of_ranks(network, options.repeats)
+        elif question == "threads":
+            counts = thread_counts()[: 2 if options.quick else None]
+            found[question] = [row for n in NETWORKS_OF_THREADS for row in cost_of_threads(n, counts, options.repeats)]
+        elif question == "beside":
+            found[question] = cost_beside(NETWORKS[NETWORK_BESIDE], options.repeats)
         else:
             found[question] = cost_of_steps(question, network, points, options.repeats)
         print(f"{question}:\n{table(found[question])}\n", flush=True)

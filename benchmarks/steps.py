@@ -10,11 +10,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import psutil
 import torch
 from machine import machine
@@ -24,7 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spectralvae.config import TrainConfig
 from spectralvae.configfile import dump_config
+from spectralvae.data import sampling
+from spectralvae.data.cache import SceneCache
 from spectralvae.data.loader import Batch
+from spectralvae.data.sampling import Crop
 from spectralvae.model import AttnBlock, AutoencoderKL
 from spectralvae.settings import build_model, construct
 from spectralvae.training.engine import Engine
@@ -84,6 +89,24 @@ def make_batch(config: TrainConfig, model: AutoencoderKL, n_tiles: int, pin_memo
     noise = torch.randn(n_tiles, config.model.embed_dim, size // model.scale, size // model.scale)
     tiles = tiles.half()
     return Batch(0, tiles.pin_memory(), noise.pin_memory(), []) if pin_memory else Batch(0, tiles, noise, [])
+
+
+def cached(batch: Batch, device: torch.device) -> tuple[SceneCache, list[Crop]]:
+    """A scene in a cache, and the crops that give the tiles of a batch, in all eight orientations."""
+    n_tiles, size, _, n_channels = batch.tiles.shape
+    crops = [Crop(0, 0, j * size, flip=j % 2 == 1, turns=j // 2 % 4) for j in range(n_tiles)]
+    scene = np.empty((size, n_tiles * size, n_channels), np.float16)
+    for crop, tile in zip(crops, batch.tiles.numpy(), strict=True):
+        scene[:, crop.x : crop.x + size] = sampling.as_read(tile, crop)
+    return SceneCache(torch.from_numpy(scene).view(-1, n_channels).to(device), {0: (0, n_tiles * size)}), crops
+
+
+def cached_step(engine: Engine, cache: SceneCache, crops: Sequence[Crop], batch: Batch) -> float:
+    """As ``our_step``, of tiles that are made on the device first."""
+    tiles = torch.empty(batch.tiles.shape, dtype=batch.tiles.dtype, device=cache.pixels.device)
+    for crop, tile in zip(crops, tiles, strict=True):
+        cache.read(crop, tile)
+    return our_step(engine, replace(batch, tiles=tiles))
 
 
 def our_step(engine: Engine, batch: Batch) -> float:

@@ -12,6 +12,10 @@ first step are not the same, the table says so and the exit code is 1:
     ours                 the engine as the trainer drives it, with the defaults of the config
     ours-...             the engine with one thing set after the other: float32, tf32, bf16, compile, and the memory
                          layout: nchw or channels-last, both without Winograd's algorithm
+    ours-bf16-cache      the engine with tiles that each step cuts out of a scene on the device, flips and turns there
+
+All others are given finished tiles in (pinned) memory, and on GPUs transfer them in each step. Reading them is not in
+here: threads do it beside the steps (loader.py).
 
 The modes take turns in one process, in another order at each repeat; a ratio is the median over the repeats of a mode's
 time by ours in the same repeat. FLOP are those of the plain network's convolutions and matrix products, as torch counts
@@ -46,6 +50,8 @@ from steps import (
     NCHW,
     NETWORKS,
     Network,
+    cached,
+    cached_step,
     flags,
     flop_per_tile,
     make_batch,
@@ -87,12 +93,14 @@ class Mode:
         training: of the config's `training:` section, what differs from the defaults.
         plain: not by the engine.
         second_forward: for the pixel error.
+        cache: tiles are made on the device.
         memory_format: None leaves it to the engine.
     """
 
     training: dict[str, Any] = field(default_factory=dict)
     plain: bool = False
     second_forward: bool = False
+    cache: bool = False
     memory_format: torch.memory_format | None = None
 
 
@@ -110,6 +118,7 @@ MODES = {
     "ours-tf32": Mode(TF32),
     "ours-tf32-nchw": Mode(TF32, memory_format=NCHW),
     "ours-bf16": Mode(BF16),
+    "ours-bf16-cache": Mode(BF16, cache=True),
     "ours-bf16-nchw": Mode(BF16, memory_format=NCHW),
     "ours-bf16-compile": Mode({**BF16, "compile": True}),
 }
@@ -151,7 +160,10 @@ def make_steps(
     else:
         with nullcontext() if mode.memory_format is None else placing_as(mode.memory_format):
             engine = Engine(model, config, device, Ranks())  # sets the flags
-        make_step = partial(our_step, engine, batch)
+        if mode.cache:
+            make_step = partial(cached_step, engine, *cached(batch, device), batch)
+        else:
+            make_step = partial(our_step, engine, batch)
     wanted = flags()
 
     def step() -> float:

@@ -1,13 +1,18 @@
 """The benchmarks of training in their smallest form: all modes compute the same, and reports hold what they should."""
 
+import argparse
 import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from spectralvae.artifact import verify
+from spectralvae.data.cache import SceneCache
 from spectralvae.model import AttnBlock
 from spectralvae.training.distributed import Ranks
 
@@ -103,6 +108,86 @@ def test_a_mode_that_computes_something_else_is_told(run_train_step, load, monke
     assert capsys.readouterr().out.count("COMPUTES SOMETHING ELSE") == 1
 
 
+def test_tiles_out_of_a_cache_are_those_of_the_batch(load):
+    """In all eight orientations, against numpy's."""
+    steps = load("steps")
+    config = steps.make_config(steps.NETWORKS["tiny"])
+    batch = steps.make_batch(config, steps.make_model(config), 8)
+    cache, crops = steps.cached(batch, torch.device("cpu"))
+    scene = cache.pixels.reshape(16, 8 * 16, 16).numpy()
+    assert {(crop.flip, crop.turns) for crop in crops} == {(flip, k) for flip in (False, True) for k in range(4)}
+    for crop, tile in zip(crops, batch.tiles.numpy(), strict=True):
+        there = scene[:, crop.x : crop.x + 16]
+        np.testing.assert_array_equal(np.rot90(there[::-1] if crop.flip else there, crop.turns), tile)
+        made = torch.zeros(16, 16, 16, dtype=torch.float16)
+        cache.read(crop, made)
+        assert made.numpy().tobytes() == tile.tobytes()
+
+
+def test_a_step_out_of_a_cache_is_the_same(run_train_step, monkeypatch):
+    read, made = SceneCache.read, []
+    monkeypatch.setattr(SceneCache, "read", lambda self, crop, out: (made.append(crop), read(self, crop, out)))
+    code, report = run_train_step("--modes", "ours-bf16", "ours-bf16-cache", "--batch-size", "8")
+    rows = by_mode(report)
+    assert code == 0
+    assert rows["ours-bf16-cache"]["first_loss"] == rows["ours-bf16"]["first_loss"] != rows["ours"]["first_loss"]
+    assert rows["ours-bf16-cache"]["gradient_deviation"] == rows["ours-bf16"]["gradient_deviation"]
+    assert len(made) == 8 * (2 + 2 + 2)  # tiles of each step: two before the repeats, two repeats, two for the memory
+
+
+def test_report_of_the_loader(load, monkeypatch, tmp_path, pictures):
+    """With runs of `train`, of which one is out of a cache."""
+    loader, path = load("loader"), tmp_path / "report.json"
+    monkeypatch.setattr(loader, "LAYOUTS", ("store", "cache", "memmap"))
+    read, made = SceneCache.read, []
+    monkeypatch.setattr(SceneCache, "read", lambda self, crop, out: (made.append(crop), read(self, crop, out)))
+    seconds_of_run, used = loader.seconds_of_run, []
+
+    def counted(*arguments):
+        made.clear()
+        found = seconds_of_run(*arguments)
+        used.append(bool(made))
+        return found
+
+    monkeypatch.setattr(loader, "seconds_of_run", counted)
+    sizes = ["--shape", "24", "20", "16", "--dtypes", "float16", "--tile-size", "16", "--batch-size", "2"]
+    short = ["--readers", "0", "--repeats", "2", "--seconds", "0", "--run-steps", "2", "--run-networks", "tiny"]
+    loader.main([*sizes, *short, "--run-batch-size", "2", "--directory", str(tmp_path), "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert {"transparent_hugepage", "cpu", "numpy", "torch", "zarr", "numcodecs"} <= report["machine"].keys()
+    rows = {(row["layout"], row["cache"]): row for row in report["rows"]}
+    assert set(rows) == {
+        ("store", "warm"),
+        ("cache", "warm"),
+        ("memmap", "warm"),
+        ("store", "cold"),
+        ("memmap", "cold"),
+    }
+    for row in rows.values():
+        assert len(row["tiles_per_s_all"]) == 2 and row["gb_per_s"] > 0
+    assert [row["data"] for row in report["runs"]] == list(loader.RUNS)
+    assert used == [False, False, True]
+    for row in report["runs"]:
+        assert set(row["shares"]) == {"waiting for data", "validation", "saving", "drawing"}
+        assert (row["steps"], row["network"], row["batch_size"]) == (2, "tiny", 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_shares_of_runs_are_those_of_their_loops(load, monkeypatch, tmp_path):
+    loader = load("loader")
+    seen = []
+
+    def pretend(folder, network, device, data, n_steps):
+        seen.append((network, data.get("num_workers"), data.get("cache"), n_steps))
+        return {"all": 8.0, "waiting for data": 2.0, "saving": 0.5}
+
+    monkeypatch.setattr(loader, "seconds_of_run", pretend)
+    options = argparse.Namespace(tile_size=16, run_batch_size=3, run_networks=["small", "full"], run_steps=7)
+    rows = loader.shares_of_runs(tmp_path, options)
+    assert seen == [(n, *how, 7) for n in ("small", "full") for how in ((0, None), (None, None), (None, True))]
+    assert all(row["shares"] == {"waiting for data": 0.25, "saving": 0.0625} for row in rows)
+
+
 def test_plain_attention_is_ours(load):
     torch.manual_seed(0)
     block = AttnBlock(16, 4).double()
@@ -173,3 +258,67 @@ def test_ranks_are_given_their_shares(load, monkeypatch):
     assert two["times_faster"]["median"] == 2.0
     times = scaling.time_steps(Ranks(), steps.NETWORKS["tiny"])
     assert len(times) == scaling.STEPS_OF_RANKS and min(times) > 0
+
+
+def test_threads_are_set_and_compared_with_one(load, monkeypatch):
+    scaling, seen = load("scaling"), []
+
+    def pretend(step, device, n):
+        seen.append(torch.get_num_threads())
+        return 8.0 / torch.get_num_threads()
+
+    monkeypatch.setattr(scaling, "seconds", pretend)
+    torch.set_num_threads(3)
+    one, two = scaling.cost_of_threads("tiny", [1, 2], repeats=2)
+    assert seen == [1, 2] * 3
+    assert torch.get_num_threads() == 3
+    assert (one["threads"], one["ms_per_tile"]["all"], one["times_faster"]["all"]) == (1, [4000.0] * 2, [1.0] * 2)
+    assert (two["threads"], two["ms_per_tile"]["all"], two["times_faster"]["all"]) == (2, [2000.0] * 2, [2.0] * 2)
+    for cores, counts in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])):
+        monkeypatch.setattr(scaling.os, "cpu_count", lambda cores=cores: cores)
+        assert scaling.thread_counts() == counts
+
+
+def test_what_is_beside_the_steps(load, monkeypatch, tmp_path):
+    """As a run does it: all the validation tiles of the default, a whole checkpoint, a picture."""
+    scaling, steps = load("scaling"), load("steps")
+    with scaling.beside(tmp_path, steps.NETWORKS["tiny"]) as calls:
+        assert list(calls) == ["step", "validation", "reading", "checkpoint", "figure", "drawing"]
+        assert calls["step"]() > 0
+        for _ in range(2):
+            calls["checkpoint"]()
+        read = []
+        with monkeypatch.context() as patched:
+            patched.setattr(scaling, "deque", lambda batches, maxlen: read.extend(tiles for _, tiles, _ in batches))
+            calls["reading"]()
+        assert sum(map(len, read)) == 64 and read[0].shape[1:] == (16, 16, 16)
+        calls["validation"]()
+        for name in ("drawing", "figure"):
+            calls[name]()
+    assert {"model.safetensors", "optimizer.safetensors"} <= verify(tmp_path / "run/checkpoints/step=000000").keys()
+    assert json.loads((tmp_path / "run/summary/validation.json").read_text())["active_units"] >= 0
+    assert (tmp_path / "run/figures/reconstructions_step=000000.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shares_of_what_is_beside_the_steps(load, monkeypatch):
+    """Of a run: one of them, and the steps until the next."""
+    scaling, steps = load("scaling"), load("steps")
+    taken = {"step": 0.5, "validation": 25.0, "reading": 0.25, "checkpoint": 2.5, "figure": 1.0, "drawing": 0.5}
+    calls = {name: lambda n=name: n for name in taken}
+    monkeypatch.setattr(scaling, "beside", lambda folder, network: nullcontext(calls))
+    monkeypatch.setattr(scaling, "seconds", lambda call, device, n: taken[call()])
+    rows = {row["what"]: row for row in scaling.cost_beside(steps.NETWORKS["tiny"], repeats=2)}
+    assert {name: row["every"] for name, row in rows.items()} == {
+        "validation": 50,
+        "reading": 50,
+        "checkpoint": 5000,
+        "figure": 5000,
+        "drawing": 5000,
+    }
+    assert rows["validation"]["share_percent"] == pytest.approx(50.0)  # 25 s after 50 steps of 0.5 s
+    assert rows["validation"]["share_at_45_ms_percent"] is rows["figure"]["share_at_45_ms_percent"] is None
+    assert rows["reading"]["share_at_45_ms_percent"] == pytest.approx(10.0)  # 0.25 s after 2.25 s
+    assert rows["checkpoint"]["share_at_45_ms_percent"] == pytest.approx(100 * 2.5 / 227.5)
+    assert rows["drawing"]["share_at_45_ms_percent"] == pytest.approx(100 * 0.5 / 225.5)
+    assert rows["figure"]["share_percent"] == pytest.approx(100 / 2501)
+    assert "checkpoint" in scaling.table(list(rows.values()))

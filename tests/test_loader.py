@@ -8,15 +8,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from spectralvae.data import loader, sampling
+from spectralvae.console import new_console
+from spectralvae.data import cache, loader, sampling
+from spectralvae.data.cache import load_scenes
 from spectralvae.data.loader import Batch, TileStream, grid_crops, make_sampler, read_crops
 from spectralvae.data.sampling import Crop
-from spectralvae.data.store import Store
+from spectralvae.data.store import Store, scene_folder, shard_file
 from spectralvae.errors import ConfigError, InputError
 
 NC, TILE, BATCH, SEED = 5, 4, 6, 11
@@ -41,7 +44,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, make_store: Callable[.
     return make_store(tmp_path / "store", {n: z_of(n, dtype) for n in SCENES}, val=("v",), dtype=dtype)
 
 
-def stream(store: Store, **settings: int) -> TileStream:
+def stream(store: Store, **settings: Any) -> TileStream:
     sampler = make_sampler(store, store.indices("train"), seed=SEED, tile_size=TILE, max_invalid_fraction=0.5)
     return TileStream(store, sampler, batch_size=BATCH, tile_size=TILE, noise_shape=NOISE, **settings)
 
@@ -179,6 +182,55 @@ def test_data_loader_takes_the_stream(store: Store, num_workers: int) -> None:
     assert not hasattr(ours, "__len__")
     found = list(islice(torch.utils.data.DataLoader(ours, batch_size=None), 2))
     assert all(same(a, b) for a, b in zip(found, islice(stream(store), 2), strict=True))
+
+
+# --- scenes that are kept -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+@pytest.mark.parametrize("block_bytes", [1, 700, 2**26])  # rows one by one, a few, and all of a scene at a time
+def test_batches_out_of_a_cache_are_turned_slices_of_the_store(
+    store: Store, num_workers: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "BLOCK_BYTES", block_bytes)
+    kept = load_scenes(store, store.indices("train"), torch.device("cpu"), new_console())
+    expected = list(islice(stream(store), 20))
+    ours = stream(store, cache=kept, num_workers=num_workers)
+    for scene in store.indices("train"):
+        shard_file(scene_folder(store.path, store.scenes[scene].id)).unlink()  # nothing is read any more
+    names, seen = list(SCENES), set()
+    found = list(islice(ours, 20))
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    for batch in found:
+        for crop, tile in zip(batch.crops, batch.tiles.numpy(), strict=True):
+            z = z_of(names[crop.scene], str(store.dtype))
+            truth = z[crop.y : crop.y + TILE, crop.x : crop.x + TILE]
+            truth = np.rot90(np.flipud(truth) if crop.flip else truth, crop.turns)
+            np.testing.assert_array_equal(tile, truth)
+            seen.add((crop.scene, crop.flip, crop.turns))
+    assert seen == {(s, flip, turns) for s in (0, 1) for flip in (False, True) for turns in range(4)}
+
+
+def test_a_cache_has_the_scenes_that_it_was_asked_for(store: Store) -> None:
+    assert cache.scene_bytes(store, [1, 2]) == [ny * nx * NC * store.dtype.itemsize for ny, nx in ((8, 15), (11, 10))]
+    kept = load_scenes(store, [1, 2], torch.device("cpu"), new_console())
+    assert kept.pixels.nbytes == sum(cache.scene_bytes(store, [1, 2]))
+    assert kept.places == {1: (0, 15), 2: (8 * 15, 10)}
+    np.testing.assert_array_equal(kept.pixels[8 * 15 :].numpy(), z_of("v", str(store.dtype)).reshape(-1, NC))
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (100.0, False)])
+def test_reading_for_a_cache_shows_how_far_it_is_if_it_takes_long(
+    store: Store, seconds: float, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = cache.new_progress(quiet=True)
+    begun = []
+    monkeypatch.setattr(progress, "start", lambda: begun.append(True))
+    monkeypatch.setattr(cache, "new_progress", lambda quiet: progress)
+    monkeypatch.setattr(cache, "QUIET_SECONDS", seconds - 1)
+    load_scenes(store, [0, 1], torch.device("cpu"), new_console())
+    assert bool(begun) == shown
+    assert progress.tasks[0].completed == progress.tasks[0].total == sum(SCENES[name][0] for name in ("a", "b"))
 
 
 # --- threads ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import select
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,13 +22,14 @@ from spectralvae.artifact import read_artifact, verify, weights_sha256, write_fo
 from spectralvae.cli import run as cli
 from spectralvae.config import TrainConfig
 from spectralvae.data import sampling
+from spectralvae.data.cache import SceneCache
 from spectralvae.data.loader import make_sampler, read_crops
 from spectralvae.data.store import REQUIRED_ARRAYS, Store
 from spectralvae.data.store_writer import finish_store
-from spectralvae.errors import RunError
+from spectralvae.errors import ConfigError, RunError
 from spectralvae.model import AutoencoderKL
 from spectralvae.provenance import Scenes
-from spectralvae.training import record, trainer
+from spectralvae.training import device, record, trainer
 from spectralvae.training.engine import Engine
 from spectralvae.training.trainer import Trainer
 from spectralvae.training.validation import Validation
@@ -375,6 +377,64 @@ def test_longer_run_extends_a_finished_one(train):
     assert rows(run)[-1]["step"] == N_STEPS + 3
     changed = json.loads((run / "run.json").read_text())["starts"][-1]["changed"]
     assert changed == {"training.n_steps": [14, 17], "training.plot_every": [7, 3]}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_scenes_that_are_kept_do_not_change_the_run(train, store, monkeypatch, capsys, num_workers):
+    _, whole = train("whole")
+    read, made = SceneCache.read, []
+    monkeypatch.setattr(SceneCache, "read", lambda self, crop, out: (made.append(crop), read(self, crop, out)))
+    code, kept = train("kept", data={"cache": True, "num_workers": num_workers})
+    assert code == 0
+    assert len(made) >= 3 * (N_STEPS + 1)  # the first batch is looked at before
+    n_bytes = sum(2 * np.prod(scene.shape) for scene in Store(store).scenes if scene.split == "train")
+    assert f"data.cache: 2 scenes, {n_bytes / 1e9:.3g} GB, are kept on cpu" in capsys.readouterr().out
+    assert final_bytes(kept) == final_bytes(whole)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_whether_scenes_are_kept_may_change(train, first):
+    _, whole = train("whole")
+    train("run", n_steps=5, data={"cache": first})
+    code, run = train("run", data={"cache": not first})
+    assert code == 0
+    changed = json.loads((run / "run.json").read_text())["starts"][-1]["changed"]
+    assert changed["data.cache"] == [first, not first]
+    assert final_bytes(run) == final_bytes(whole)
+
+
+def test_scenes_that_do_not_fit_are_refused_first(train, store, monkeypatch, capsys):
+    """`max_scenes` of them may."""
+    sizes = [2 * int(np.prod(s.shape)) for s in Store(store).scenes if s.split == "train"]
+    free = (sizes[0] + 4 * 4 * 3 * 24 * 8 * 8) / 0.9 + 10
+    assert len(sizes) == 2
+    monkeypatch.setattr(device, "available_memory", lambda _: int(free))
+    assert train()[0] == 0
+    capsys.readouterr()
+    code, run = train("kept", data={"cache": True})
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for words in ("data.cache: 2 training scenes need", f"{sum(sizes) / 1e9:.3g} GB", f"{free / 1e9:.3g} GB are free"):
+        assert words in error
+    assert "at most 1 fit (data.max_scenes)" in error
+    assert not run.exists()
+    assert train("kept", data={"cache": True, "max_scenes": 1})[0] == 0
+
+
+def test_scenes_fit_once_for_each_process_that_shares_the_memory(monkeypatch):
+    """9 of 10 bytes for two scenes of 4; each process on a GPU has one of its own."""
+    shape, batch = (1, 1, 1), 0
+    monkeypatch.setattr(device, "available_memory", lambda _: 10)
+    for name, n_processes, fits in (("cpu", 1, True), ("cpu", 2, False), ("cuda", 2, True)):
+        check = partial(device.check_cache, [4, 4], batch, shape, torch.device(name), n_processes)
+        if fits:
+            check()
+        else:
+            with pytest.raises(ConfigError, match=r"need 1\.6e-08 GB in 2 processes, .*at most 1 fit"):
+                check()
+    with pytest.raises(ConfigError, match=r"2 training scenes need 1e-08 GB, .*at most 1 fit"):
+        device.check_cache([8, 2], batch, shape, torch.device("cuda"), 1)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -31,6 +31,11 @@ class DataConfig(Section):
         description="pixels of a tile along y and along x; a multiple of 2^(levels - 1): 4 with the default chs",
     )
     num_workers: Annotated[int, Field(ge=0)] = Field(2, description="reader threads; 0 reads between the steps")
+    cache: bool = Field(
+        False,
+        description="read the training scenes once, keep them in the memory of the device (of each process its own "
+        "copy), and make the tiles there",
+    )
     max_invalid_fraction: float = Field(
         0.5, ge=0, lt=1, description="tiles with a larger share of invalid samples are not used"
     )
@@ -222,9 +227,8 @@ def may_change_on_resume(key: str, old: Any, new: Any) -> bool:
     if key == "training.n_steps":
         return bool(new > old)
     section, _, name = key.rpartition(".")
-    return key in ("data.num_workers", "data.store", "training.device", "training.peer_timeout") or (
-        section == "training" and (name.endswith("_every") or name.startswith("keep_"))
-    )
+    free = ("data.num_workers", "data.cache", "data.store", "training.device", "training.peer_timeout")
+    return key in free or (section == "training" and (name.endswith("_every") or name.startswith("keep_")))
 
 
 # --- convert ----------------------------------------------------------------------------------

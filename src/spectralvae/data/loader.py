@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from spectralvae.data import sampling
+from spectralvae.data.cache import SceneCache
 from spectralvae.data.cells import cell_means
 from spectralvae.data.sampling import Crop, CropSampler
 from spectralvae.data.store import SceneRecord, Store
@@ -33,7 +34,8 @@ class Batch:
 
     Attributes:
         step: which step it is for.
-        tiles: (B, y, x, channel) in the store's dtype, NaN = invalid; permuted, it is channels_last.
+        tiles: (B, y, x, channel) in the store's dtype, NaN = invalid; permuted, it is channels_last. Out of a cache,
+            they are on its device.
         noise: (B, E, h, w) float32, the posterior's noise.
         crops: where the tiles come from.
         targets: (B, P, h, w) float32, level-2 targets on the grid of the latents, NaN = invalid; None if not asked for.
@@ -186,17 +188,18 @@ class _Memory:
     Args:
         shape, dtype: of a batch.
         pin: for transfers to a GPU that do not block.
+        gpu: where it is; None for the memory of this machine.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: np.dtype[Any], pin: bool) -> None:
-        self._shape, self._dtype, self._pin = tuple(shape), dtype, pin
+    def __init__(self, shape: Sequence[int], dtype: np.dtype[Any], pin: bool, gpu: torch.device | None = None) -> None:
+        self._shape, self._dtype, self._pin, self._gpu = tuple(shape), dtype, pin, gpu
         self._free: list[NDArray[Any]] = []
 
     def take(self) -> Tensor:
         """Uninitialised. Its memory is free again when the tensor and all its views are gone."""
-        if self._pin:  # torch itself keeps such memory, and knows which transfers still need it
+        if self._gpu is not None or self._pin:  # torch itself keeps such memory, and knows what still needs it
             dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
-            return torch.empty(self._shape, dtype=dtype, pin_memory=True)
+            return torch.empty(self._shape, dtype=dtype, device=self._gpu, pin_memory=self._gpu is None)
         memory = self._free.pop() if self._free else np.empty(self._shape, self._dtype)
         lent = memory.view()  # what the tensor and its views hold on to, and the free list does not
         weakref.finalize(lent, self._free.append, memory).atexit = False
@@ -217,6 +220,7 @@ class TileStream(IterableDataset[Batch]):
         pin_memory: for transfers to a GPU that do not block.
         rank, world_size: which of how many processes: each gets its share of a step's samples, in order.
         targets: what the batches' targets are read with; None for batches without.
+        cache: the sampler's scenes on a device, where the tiles are made then; None reads them from the store.
 
     Raises:
         ConfigError: batch_size cannot be shared out evenly.
@@ -236,6 +240,7 @@ class TileStream(IterableDataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         targets: TargetReader | None = None,
+        cache: SceneCache | None = None,
     ) -> None:
         if batch_size % world_size:
             raise ConfigError(f"data.batch_size: {batch_size} must be a multiple of the {world_size} processes")
@@ -250,11 +255,13 @@ class TileStream(IterableDataset[Batch]):
         self.pin_memory = pin_memory
         self.rank = rank
         self.targets = targets
+        self.cache = cache
         self.share = batch_size // world_size
 
     def __iter__(self) -> Iterator[Batch]:
         shape = (self.share, self.tile_size, self.tile_size, self.store.normalization.n_channels)
-        memory = _Memory(shape, self.store.dtype, self.pin_memory)
+        gpu = self.cache.pixels.device if self.cache is not None and self.cache.pixels.is_cuda else None
+        memory = _Memory(shape, self.store.dtype, self.pin_memory, gpu)
         if self.num_workers == 0:
             yield from self._read_in_turn(memory)
         else:
@@ -272,7 +279,10 @@ class TileStream(IterableDataset[Batch]):
         """Read the tile and its targets, and draw the noise, of sample j of a batch."""
         i = batch.step * self.batch_size + self.rank * self.share + j
         crop = self.sampler.crop(i)
-        _read_crop(self.store, crop, batch.tiles[j].numpy())
+        if self.cache is not None:
+            self.cache.read(crop, batch.tiles[j])
+        else:
+            _read_crop(self.store, crop, batch.tiles[j].numpy())
         batch.noise[j] = torch.from_numpy(sampling.noise(self.sampler.seed, sampling.NOISE, i, self.noise_shape))
         if self.targets is not None:
             assert batch.targets is not None

@@ -166,6 +166,13 @@ def _restore_moments(
         optimizer.state[parameter] = entries
 
 
+def best_of(run: Path, losses: Mapping[int, float]) -> int | None:
+    """The step of the checkpoint of least validation loss; None if none was validated."""
+    return min(
+        (step for step in map(step_of, list_checkpoints(run)) if step in losses), key=losses.__getitem__, default=None
+    )
+
+
 def thin_out(run: Path, keep_last: int | None, keep_every: int | None, best: int | None) -> None:
     """Delete old checkpoints; the newest was verified when it was written, or `newest_valid` has renamed it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from spectralvae.errors import ConfigError
 from spectralvae.training.distributed import Ranks
 
 CGROUP = Path("/sys/fs/cgroup")
+KEPT_FREE = 0.1  # of the memory that is free, by scenes that are kept: weights and activations want some
 
 
 def choose_device(name: str, ranks: Ranks, console: Console, *, key: str = "training.device") -> torch.device:
@@ -84,6 +86,11 @@ def available_memory(device: torch.device) -> int:
     return available
 
 
+def _least_batch_bytes(batch_size: int, shape: Sequence[int]) -> int:
+    """Input, reconstruction, difference and a gradient, in float32."""
+    return 4 * 4 * batch_size * math.prod(shape)
+
+
 def check_batch_fits(batch_size: int, shape: Sequence[int], device: torch.device) -> None:
     """Refuse a batch that cannot fit whatever the network: input, reconstruction, difference and a gradient.
 
@@ -95,12 +102,40 @@ def check_batch_fits(batch_size: int, shape: Sequence[int], device: torch.device
     Raises:
         ConfigError: they need more than is free.
     """
-    tile = 4 * 4 * math.prod(shape)
+    tile = _least_batch_bytes(1, shape)
     free = available_memory(device)
     if batch_size * tile > free:
         raise ConfigError(
             f"data.batch_size: {batch_size} tiles of {' x '.join(map(str, shape))} samples need at least "
             f"{batch_size * tile / 1e9:.0f} GB, {free / 1e9:.0f} GB are free on {device}; at most {free // tile} fit"
+        )
+
+
+def check_cache(
+    sizes: Sequence[int], batch_size: int, shape: Sequence[int], device: torch.device, n_processes: int
+) -> None:
+    """Refuse to keep scenes that leave no room for even the least that a batch needs.
+
+    Args:
+        sizes: bytes of each scene.
+        batch_size: tiles at a time.
+        shape: (C, H, W) of a tile.
+        device: where they must fit.
+        n_processes: of the run. Each keeps its own copy: on its own GPU, or all of them in this machine's memory.
+
+    Raises:
+        ConfigError: they need more than is free.
+    """
+    copies = 1 if device.type == "cuda" else n_processes
+    free = available_memory(device)
+    room = free - copies * _least_batch_bytes(batch_size, shape) - int(KEPT_FREE * free)
+    fitting = sum(total * copies <= room for total in accumulate(sizes))
+    if fitting < len(sizes):
+        copied = f" in {copies} processes" if copies > 1 else ""
+        raise ConfigError(
+            f"data.cache: {len(sizes)} training scenes need {copies * sum(sizes) / 1e9:.3g} GB{copied}, "
+            f"{free / 1e9:.3g} GB are free on {device}, {(free - room) / 1e9:.3g} GB of them for the steps; "
+            f"at most {fitting} fit (data.max_scenes), or leave data.cache false"
         )
 
 

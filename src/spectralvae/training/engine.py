@@ -77,9 +77,10 @@ def idle_parameters(model: AutoencoderKL) -> list[nn.Parameter]:
 
 def out_of_memory(config: TrainConfig, device: torch.device) -> RunError:
     """What to say when the device's memory has run out."""
+    kept = "leave data.cache false; or " if config.data.cache else ""
     return RunError(
         f"{device}: memory ran out (data.batch_size {config.data.batch_size}, training.gradient_accumulation "
-        f"{config.training.gradient_accumulation}): raise the second or lower the first, in a new output_dir; "
+        f"{config.training.gradient_accumulation}): {kept}raise the second or lower the first, in a new output_dir; "
         f"training.init_from: {config.output_dir} keeps what was learned"
     )
 
@@ -133,7 +134,7 @@ class Engine:
                 self._loss = DistributedDataParallel(self._whole, device_ids=devices, gradient_as_bucket_view=True)
 
     def to_device(self, tiles: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, y, x, C) with NaN -> x (B, C, y, x) float32, mask, noise, on the device."""
+        """(B, y, x, C) with NaN -> x (B, C, y, x) float32, mask, noise, on the device; tiles may be there already."""
         x = tiles.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # a view, and channels_last
         x = x.to(torch.float32, memory_format=self.memory_format)
         return x, ~torch.isnan(x), noise.to(self.device, non_blocking=True)

@@ -68,6 +68,16 @@ def hash_of(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def other_tiles(state: Mapping[str, Any], crops: Sequence[Crop]) -> str | None:
+    """What to warn of where versions differ in which validation tiles they choose; earlier ones did not note it."""
+    if not crops or state.get("validation_tiles") == tiles_digest(crops):
+        return None
+    return (
+        f"another version chose the validation tiles until step {state['step']}, and they may be others now: val_* "
+        "before and after are not comparable, nor is `best`; `spectralvae evaluate` judges all alike"
+    )
+
+
 def tiles_digest(crops: Sequence[Crop]) -> str:
     """What a choice of tiles of a store is known by."""
     places = [[crop.scene, crop.y, crop.x] for crop in crops]

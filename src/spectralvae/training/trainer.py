@@ -14,6 +14,7 @@ from spectralvae import __version__
 from spectralvae.artifact import weights_sha256
 from spectralvae.config import TrainConfig
 from spectralvae.console import warn
+from spectralvae.data.cache import SceneCache, load_scenes, scene_bytes
 from spectralvae.data.loader import Batch, TargetReader, TileStream, make_sampler
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, RunError
@@ -22,15 +23,15 @@ from spectralvae.settings import build_model
 from spectralvae.signals import EXIT_CODES, StopSignal, stop_signal
 from spectralvae.training import failure, record
 from spectralvae.training.checkpoint import (
+    best_of,
     checkpoint_path,
     list_checkpoints,
     newest_valid,
     restore,
     save_checkpoint,
-    step_of,
     thin_out,
 )
-from spectralvae.training.device import check_batch_fits, choose_device, peak_memory, report_first_step
+from spectralvae.training.device import check_batch_fits, check_cache, choose_device, peak_memory, report_first_step
 from spectralvae.training.distributed import Ranks
 from spectralvae.training.engine import Engine, check_shares, out_of_memory
 from spectralvae.training.network import check_forward, network_settings, start_from
@@ -111,6 +112,9 @@ def admit(config: TrainConfig, ranks: Ranks, console: Console) -> Trainer:
     check_forward(settings, at_a_time)
     device = choose_device(config.training.device, ranks, console)
     check_batch_fits(at_a_time, settings["shape"], device)
+    if config.data.cache:
+        sizes = scene_bytes(store, store.indices("train")[: config.data.max_scenes])
+        check_cache(sizes, at_a_time, settings["shape"], device, ranks.world_size)
     return Trainer(config, settings, store, device, ranks, console)
 
 
@@ -166,6 +170,7 @@ class Trainer:
             targets=self.targets,
         )
         self.step = 0
+        self.cache: SceneCache | None = None
         self.watch: Watch | None = None  # of the first process
         self.clock = Stopwatch()
 
@@ -244,7 +249,8 @@ class Trainer:
                 state = restore(newest, self.model, self.engine.optimizer, self.supervision)
                 self.step = state["step"]
                 self.console.print(f"going on from {newest}")
-                self._warn_of_other_tiles(state)
+                if text := record.other_tiles(state, self.validation.crops):
+                    warn(self.console, text)
             if self.run:
                 self.run.note_start(from_step=self.step)
                 self.watch = Watch(
@@ -266,22 +272,15 @@ class Trainer:
         if self.supervision is not None:
             self.console.print(f"supervision: {self.supervision.described}")
         self.console.print(f"output directory: {self.path.resolve()}")
-
-    def _warn_of_other_tiles(self, state: dict[str, Any]) -> None:
-        """Versions differ in which validation tiles they choose; earlier ones did not note it."""
-        crops = self.validation.crops
-        if crops and state.get("validation_tiles") != record.tiles_digest(crops):
-            warn(
-                self.console,
-                f"another version chose the validation tiles until step {self.step}, and they may be others now: "
-                "val_* before and after are not comparable, nor is `best`; `spectralvae evaluate` judges all alike",
-            )
+        with self.ranks.together():
+            if self.config.data.cache and self.step < training.n_steps:
+                self.cache = load_scenes(self.store, self.sampler.scenes, self.device, self.console)
 
     def _begin(self) -> None:
         """Before the first update: what comes in, what to compare with, and how the untrained network does."""
         with self.ranks.together():
             batch = next(iter(self._stream(num_workers=0)))
-            z = batch.tiles.float()
+            z = batch.tiles.cpu().float()
             z = z[torch.isfinite(z)]
             self.console.print(
                 f"first batch: {len(batch.tiles)} tiles, {z.numel() / batch.tiles.numel():.2%} of the samples valid; "
@@ -314,6 +313,7 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             targets=self.targets,
+            cache=self.cache,
         )
 
     def _advance(self, batch: Batch, signals: StopSignal) -> tuple[dict[str, float], int | None]:
@@ -410,9 +410,7 @@ class Trainer:
     def _tidy_up(self, run: RunDir, watch: Watch) -> None:
         """Old checkpoints go, the best one is noted."""
         training = self.config.training
-        losses = watch.log.val_losses
-        steps = [step for step in map(step_of, list_checkpoints(self.path)) if step in losses]
-        best = min(steps, key=losses.__getitem__, default=None)
+        best = best_of(self.path, losses := watch.log.val_losses)
         thin_out(self.path, training.keep_last, training.keep_every, best)
         if best is not None:
             where = str(checkpoint_path(self.path, best).relative_to(self.path))
