@@ -10,8 +10,10 @@ from typing import Any
 from spectralvae.config import (
     DEBUG_OVERRIDES,
     CommandConfig,
+    CompressConfig,
     ConvertConfig,
     DecodeConfig,
+    DecompressConfig,
     DownloadConfig,
     EncodeConfig,
     EvaluateConfig,
@@ -29,6 +31,8 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "evaluate": EvaluateConfig,
     "encode": EncodeConfig,
     "decode": DecodeConfig,
+    "compress": CompressConfig,
+    "decompress": DecompressConfig,
     "probe": ProbeConfig,
     "convert": ConvertConfig,
 }
@@ -76,7 +80,7 @@ config, `download`, `prepare` and `train` go on where it ended; the other comman
 finished, the command says so and exits with 0. Anything else in the folder is refused, and nothing is changed. When a
 training run goes on, these keys may differ, and `run.json` records it: a larger `training.n_steps` (with it, a finished
 run goes on, too), every `training.*_every` and `training.keep_*`, `training.device`, `training.peer_timeout`,
-`data.num_workers`, and `data.store` if the store was moved but not changed. When a
+`data.num_workers`, `data.cache`, and `data.store` if the store was moved but not changed. When a
 preparation goes on, `cluster` and `n_workers` may. Any other difference is listed and refused. Two commands never
 write into one folder at the same time: the second is refused.
 

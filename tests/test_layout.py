@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from test_formats import KINDS, scene_variables, write, write_envi
 
 from spectralvae import open_scene
 from spectralvae.cli import run
+from spectralvae.codec.layouts import pack_layout, unpack_layout
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference import layout as layouts
 from spectralvae.inference import source as sources
@@ -99,6 +101,7 @@ def remade(
     with closing(open_container(latents)) as container:
         layout = read_layout(container)
     assert_same(layout, layout_of(scene))
+    assert_same(unpack_layout(pack_layout(layout)), layout)
     path = folder / "decoded.nc"
     with new_scene(path, layout, attributes, scene, carry_over) as put, scene:
         middle = scene.shape[1] // 2
@@ -596,14 +599,14 @@ class TestLayoutInFiles:
     def test_damage(
         self, granule: Path, tmp_path: Path, kind: str, damage: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        path, to_json = tmp_path / "latents", layouts._to_json
+        path, to_json = tmp_path / "latents", layouts.to_json
 
         def damaged(layout: Layout) -> str:
             text = to_json(layout)
             assert damage(text) != text
             return damage(text)
 
-        monkeypatch.setattr(layouts, "_to_json", damaged)
+        monkeypatch.setattr(layouts, "to_json", damaged)
         with new_file(path, kind) as writer:  # type: ignore[arg-type]
             write_layout(writer, layout_of(open_reader(granule)))
         with closing(open_container(path)) as container, pytest.raises(InputError, match="latents: damaged"):
@@ -647,3 +650,65 @@ class TestNewScene:
         assert np.isnan(values).all()
         with open_scene(tmp_path / "decoded.nc") as scene:
             assert np.isnan(scene["radiance"]).all()
+
+
+# --- as bytes -------------------------------------------------------------------------------------
+
+
+class TestBytes:
+    @pytest.fixture
+    def layout(self, tmp_path: Path) -> Layout:
+        config = {"output_dir": str(tmp_path / "granules"), "n_granules": 1, "shape": [9, 70], "n_channels": 40}
+        (tmp_path / "simulate.yaml").write_text(yaml.safe_dump(config))
+        assert run(["simulate", str(tmp_path / "simulate.yaml")]) == 0
+        (path,) = (tmp_path / "granules").glob("TEMPO_RAD*.nc")
+        with open_reader(path) as scene:
+            return layout_of(scene)
+
+    def test_every_bit_of_the_values(self, layout: Layout, tmp_path: Path) -> None:
+        stored = layout.variables[0]
+        odd = np.array([0x7FC00001, 0x7F800001, 0xFFC00000, 0x80000000], "<u4").view("<f4")  # NaN of all kinds, -0.0
+        texts = np.array(["a", "ü", "", "\n"], object)
+        more = [
+            Stored("odd", ("four",), "f4", {"note": h5py.Empty("S1")}, np.float32(np.nan), odd),
+            Stored("texts", ("four",), "str", {}, None, texts),
+            Stored("scalar", (), "i2", {}, None, np.array(3, np.int16)),
+            Stored("none", ("none",), "f8", {}, None, np.zeros(0)),
+        ]
+        dimensions = {**layout.dimensions, "four": 4, "none": 0}
+        layout = replace(layout, dimensions=dimensions, variables=(*layout.variables, *more))
+        again = unpack_layout(pack_layout(layout))
+        assert_same(again, layout)
+        assert len(again.variables) > 10 and again.variables[0].place == stored.place
+        for before, after in zip(layout.variables, again.variables, strict=True):
+            assert before.values is not None and after.values is not None
+            assert after.values.dtype.str == before.values.dtype.str
+            if before.dtype != "str":
+                assert after.values.tobytes() == before.values.tobytes()
+        with new_scene(tmp_path / "a.nc", again, {}) as put:
+            put(slice(0, 9), slice(0, 70), np.ones(layout.shape, np.float32))
+        with h5py.File(tmp_path / "a.nc") as file:
+            assert file["odd"][:].tobytes() == more[0].values.tobytes()  # type: ignore[union-attr]
+
+    def test_damage(self, layout: Layout) -> None:
+        data = pack_layout(layout)
+        for length in [*range(0, len(data), 97), len(data) - 1]:
+            with pytest.raises(ValueError, match=r"."):
+                unpack_layout(data[:length])
+        for more in (b"\0", bytes(8), data):
+            with pytest.raises(ValueError, match="damaged"):
+                unpack_layout(data + more)
+        random = np.random.default_rng(0)
+        for position in random.integers(0, len(data), 100):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << random.integers(8)
+            with suppress(ValueError):
+                unpack_layout(bytes(damaged))
+
+    @pytest.mark.parametrize("change", [{"dtype": "f8"}, {"dims": ()}, {"dtype": "str"}, {"dims": ("absent",)}])
+    def test_values_that_are_not_what_the_layout_says(self, layout: Layout, change: dict[str, Any]) -> None:
+        i = [stored.dtype for stored in layout.variables].index("f4")
+        variables = list(layout.variables)
+        variables[i] = replace(variables[i], **change)
+        with pytest.raises(ValueError, match=r"packed layout is damaged|, not "):
+            unpack_layout(pack_layout(replace(layout, variables=tuple(variables))))

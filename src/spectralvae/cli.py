@@ -15,12 +15,14 @@ import typer
 from spectralvae import __version__
 from spectralvae.config import (
     CommandConfig,
+    CompressConfig,
     ConvertConfig,
     DecodeConfig,
+    DecompressConfig,
     DownloadConfig,
     EncodeConfig,
     EvaluateConfig,
-    InferenceConfig,
+    ModelConfig,
     PrepareConfig,
     ProbeConfig,
     SimulateConfig,
@@ -186,7 +188,27 @@ def decode(config: Config, set_: Set = None, overwrite: Overwrite = False, print
     _share_files("decode", cfg, overwrite, work)
 
 
-def _share_files(command: str, config: InferenceConfig, overwrite: bool, work: Callable[..., None]) -> None:
+@app.command()
+def compress(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
+    """Turn scenes into small files, to a size or an error, which may be bounded; it goes on as encode does."""
+    cfg = _read(CompressConfig, config, set_, print_config)
+    from spectralvae.codec.compress import compress as work
+
+    _share_files("compress", cfg, overwrite, work)
+
+
+@app.command()
+def decompress(
+    config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False
+) -> None:
+    """Turn files of compress into radiance, in files laid out like their sources; it goes on as encode does."""
+    cfg = _read(DecompressConfig, config, set_, print_config)
+    from spectralvae.codec.decompress import decompress as work
+
+    _share_files("decompress", cfg, overwrite, work)
+
+
+def _share_files(command: str, config: ModelConfig, overwrite: bool, work: Callable[..., None]) -> None:
     """Run a command of which each process does some of the files."""
     from spectralvae.inference.files import LONGEST_WAIT, may_change_on_resume
     from spectralvae.training.distributed import find_ranks

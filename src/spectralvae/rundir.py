@@ -70,18 +70,22 @@ def _no_room(error: OSError, path: Path, needed: int | None) -> NoRoomError:
     )
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, *content: bytes | str) -> None:
     """Write a file that is either whole or not there: temporary name, fsync, replace.
+
+    Args:
+        path: the file.
+        content: its parts, one after the other.
 
     Raises:
         NoRoomError: it does not fit; nothing of it stays.
     """
-    data = content.encode() if isinstance(content, str) else content
+    parts = [part.encode() if isinstance(part, str) else part for part in content]
     temporary = path.with_name(f".{path.name}.tmp")
-    with room_for(path, len(data)):
+    with room_for(path, sum(map(len, parts))):
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -17,7 +17,14 @@ from spectralvae.config.data import (
     SplitConfig,
     prepare_may_change_on_resume,
 )
-from spectralvae.config.inference import DecodeConfig, EncodeConfig, InferenceConfig
+from spectralvae.config.inference import (
+    CompressConfig,
+    DecodeConfig,
+    DecompressConfig,
+    EncodeConfig,
+    InferenceConfig,
+    ModelConfig,
+)
 from spectralvae.config.training import (
     DEBUG_OVERRIDES,
     ConvertConfig,
@@ -33,14 +40,17 @@ __all__ = [
     "LEVEL_1",
     "PLANTED_KINDS",
     "CommandConfig",
+    "CompressConfig",
     "ConvertConfig",
     "DecodeConfig",
+    "DecompressConfig",
     "DownloadConfig",
     "EncodeConfig",
     "EvaluateConfig",
     "FilterConfig",
     "InferenceConfig",
     "InputSpec",
+    "ModelConfig",
     "NormalizationConfig",
     "OptimizerConfig",
     "PlantConfig",

@@ -1,4 +1,4 @@
-"""Configs of what a trained network is used for: encode, decode."""
+"""Configs of what a trained network is used for: encode, decode, compress, decompress."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from spectralvae.config.base import CommandConfig, ConfigPath, Device, PositiveInt
+from spectralvae.config.base import CommandConfig, ConfigPath, Device, PositiveInt, Section
 from spectralvae.config.data import InputSpec
 
 Text = Annotated[str, Field(min_length=1)]
 
 
-class InferenceConfig(CommandConfig):
-    """What encode and decode share."""
+class ModelConfig(CommandConfig):
+    """What all of these share."""
 
     model: ConfigPath = Field(
         description="a run (its newest checkpoint), a checkpoint, or an export; with normalisation and wavelengths"
-    )
-    overlap: Annotated[int, Field(ge=0)] | None = Field(
-        None,
-        description="pixels that neighbouring tiles share, where their results are blended; a multiple of the pixels "
-        "of a latent cell; if left out, a quarter of a tile",
     )
     batch_size: PositiveInt = Field(4, description="tiles that go through the network at a time; each takes memory")
     device: Device = Field(
         "auto",
         description="auto (the GPU with the most free memory, else the CPU), cpu, cuda or cuda:N; of several "
         "processes on a machine, each takes its own GPU",
+    )
+
+
+class InferenceConfig(ModelConfig):
+    """What cuts scenes into tiles."""
+
+    overlap: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="pixels that neighbouring tiles share, where their results are blended; a multiple of the pixels "
+        "of a latent cell; if left out, a quarter of a tile",
     )
 
 
@@ -66,3 +71,64 @@ class DecodeConfig(InferenceConfig):
         if self.carry_over and not self.sources:
             raise ValueError(f"carry_over: {self.carry_over} can only be copied from `sources`: give these, too")
         return self
+
+
+class BoundConfig(Section):
+    """The largest error of any valid sample; one of the two."""
+
+    z: Annotated[float, Field(gt=0)] | None = Field(None, description="absolute, in z, beyond the clip, too")
+    relative: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="of radiance, as a share of its true value; of models with log_zscore only"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> BoundConfig:
+        _exactly_one(self, "bound")
+        return self
+
+
+class RateConfig(Section):
+    """How much is coded; one of the three."""
+
+    step: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        None, description="quantisation step, in z, of components, latents and residuals"
+    )
+    bytes: PositiveInt | None = Field(None, description="of a file at most; the error is as small as they allow")
+    mse: Annotated[float, Field(gt=0)] | None = Field(None, description="mean squared error of z at most")
+
+    @model_validator(mode="after")
+    def _one(self) -> RateConfig:
+        _exactly_one(self, "rate")
+        return self
+
+
+def _exactly_one(section: Section, name: str) -> None:
+    given = [key for key, value in section if value is not None]
+    if len(given) != 1:
+        keys = ", ".join(type(section).model_fields)
+        raise ValueError(f"{name}: give exactly one of {keys}; given: {', '.join(given) or 'none'}")
+
+
+class CompressConfig(InferenceConfig):
+    """`spectralvae compress`: scenes to small files, one each."""
+
+    inputs: list[InputSpec] = Field(
+        min_length=1, description="scenes: paths or globs, or mappings as below; folders as of `prepare`"
+    )
+    bound: BoundConfig | None = Field(None, description="how large an error may be; this or `rate`")
+    rate: RateConfig | None = Field(None, description="how much is coded; this or `bound`")
+    all_invalid: Literal["refuse", "leave_out"] = Field(
+        "refuse", description="what to do with a scene without any valid sample (at night, say); both name it"
+    )
+
+    @model_validator(mode="after")
+    def _bound_or_rate(self) -> CompressConfig:
+        if (self.bound is None) == (self.rate is None):
+            raise ValueError(f"give either bound or rate; given: {'none' if self.rate is None else 'both'}")
+        return self
+
+
+class DecompressConfig(ModelConfig):
+    """`spectralvae decompress`: files of `compress` to radiance, in files laid out like their sources."""
+
+    inputs: list[Text] = Field(min_length=1, description="files of `compress`: paths or globs")

@@ -5,6 +5,7 @@ Shapes: a scene is (ny, nx, C) in z, its latents (ceil(ny/s), ceil(nx/s), E) wit
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,12 @@ class Coder:
                 f"overlap: {self.overlap} must be a multiple of {self.scale} (pixels of a latent cell), from 0 and "
                 f"below {self.tile} (pixels of a tile)"
             )
+
+    def overlapping(self, overlap: int) -> Coder:
+        """The same network, with tiles that share another number of pixels."""
+        other = copy.copy(self)
+        other.overlap = overlap
+        return other
 
     # --- pieces of scenes ------------------------------------------------------------------------
 

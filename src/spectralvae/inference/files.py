@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from rich.console import Console
 
-from spectralvae.config import InferenceConfig
+from spectralvae.config import InferenceConfig, ModelConfig
 from spectralvae.console import new_console, new_progress, warn
 from spectralvae.errors import ConfigError
 from spectralvae.inference.coder import Coder
@@ -74,7 +74,7 @@ def may_change_on_resume(key: str, old: Any, new: Any) -> bool:
     return key in ("device", "batch_size", "all_invalid")
 
 
-def open_coder(config: InferenceConfig, run: RunDir | None, ranks: Ranks, console: Console) -> Coder:
+def open_coder(config: ModelConfig, run: RunDir | None, ranks: Ranks, console: Console) -> Coder:
     """The network that a config names, on its device.
 
     Raises:
@@ -86,7 +86,8 @@ def open_coder(config: InferenceConfig, run: RunDir | None, ranks: Ranks, consol
     step = "" if artifact.step is None else f", step {artifact.step}"
     console.print(f"model: {artifact.path}{step}")
     device = choose_device(config.device, ranks, console, key="device")
-    coder = Coder(artifact, device, overlap=config.overlap, batch_size=config.batch_size)
+    overlap = config.overlap if isinstance(config, InferenceConfig) else None
+    coder = Coder(artifact, device, overlap=overlap, batch_size=config.batch_size)
     for name, ours in coder.identity.items():
         theirs = run.record.get(name, ours) if run and run.resuming else ours
         if theirs != ours:
@@ -139,7 +140,13 @@ def plan(
 
 
 def work_through(
-    jobs: Sequence[Job], text: str, coder: Coder, run: RunDir | None, ranks: Ranks, console: Console
+    jobs: Sequence[Job],
+    text: str,
+    coder: Coder,
+    run: RunDir | None,
+    ranks: Ranks,
+    console: Console,
+    report: Callable[[RunDir], None] | None = None,
 ) -> None:
     """Do what is left to be done of this process's jobs, and wait for the others.
 
@@ -150,6 +157,7 @@ def work_through(
         run: the output directory; None in all processes but the first.
         ranks: the processes.
         console: where to print.
+        report: called by the first process once all files are there, and run.json knows of them.
 
     Raises:
         ConfigError: a source has changed since its result was made.
@@ -179,6 +187,8 @@ def work_through(
         everything = ranks.gather(({job.result.name: str(job.source) for job in jobs}, facts))
         if run:
             _conclude(run, everything, console)
+            if report:
+                report(run)
         elif facts:
             _beside(left[0], ranks).unlink()
 

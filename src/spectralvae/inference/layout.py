@@ -153,7 +153,7 @@ def write_layout(writer: Writer, layout: Layout) -> None:
     for stored in layout.variables:
         moved = replace(stored, place=join(GROUP, stored.place), dims=tuple(homes[dim] for dim in stored.dims))
         moved.create(writer)
-    content = _to_json(layout)
+    content = to_json(layout)
     writer.group(GROUP, {_LAYOUT: content, _DIGEST: _sha256(content)})
 
 
@@ -173,7 +173,7 @@ def read_layout(container: Container) -> Layout:
             raise InputError(f"{container.path}: no layout of a source in it; give a file that `encode` wrote")
         if _sha256(content) != attributes.get(_DIGEST):
             raise ValueError(f"the SHA-256 of {GROUP}'s attribute {_LAYOUT} differs")
-        layout = _from_json(content)
+        layout = from_json(content)
         variables = []
         for stored in layout.variables:
             place, shape = join(GROUP, stored.place), tuple(layout.dimensions[dim] for dim in stored.dims)
@@ -265,7 +265,7 @@ def _sha256(content: str) -> str:
     return hashlib.sha256(content.encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def _to_json(layout: Layout) -> str:
+def to_json(layout: Layout) -> str:
     """All of a layout but the values."""
     variables = [asdict(replace(stored, values=None)) for stored in (layout.radiance, *layout.variables)]
     content = {**asdict(replace(layout, variables=())), "radiance": variables[0], "variables": variables[1:]}
@@ -295,7 +295,12 @@ def _decode(value: dict[str, Any]) -> Any:
     return value
 
 
-def _from_json(content: str) -> Layout:
+def from_json(content: str) -> Layout:
+    """What `to_json` wrote, without values.
+
+    Raises:
+        ValueError, KeyError, TypeError: It is damaged.
+    """
     found = json.loads(content, object_hook=_decode)
     ny, nx, nc = found["shape"]
     radiance, *variables = (

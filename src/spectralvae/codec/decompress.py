@@ -1,0 +1,130 @@
+"""Files of `compress` to radiance, in files laid out like their sources."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spectralvae import __version__
+from spectralvae.codec.container import SUFFIX, read_container, read_head
+from spectralvae.codec.decoding import stream_scene
+from spectralvae.codec.layouts import unpack_layout
+from spectralvae.codec.stages import Stages
+from spectralvae.config import DecompressConfig
+from spectralvae.data.plan import expand
+from spectralvae.errors import DamagedError, InputError
+from spectralvae.inference.coder import Coder
+from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
+from spectralvae.inference.layout import new_scene
+from spectralvae.rundir import RunDir
+from spectralvae.training.distributed import Ranks
+
+
+def decompress(config: DecompressConfig, run: RunDir | None, ranks: Ranks, console: Console) -> None:
+    """Write the scene of every file into ``run``'s directory; several processes share the files.
+
+    Args:
+        config: of the command.
+        run: its output directory; None in all processes but the first.
+        ranks: the processes.
+        console: where to print.
+
+    Raises:
+        ConfigError: inputs that would give one file.
+        InputError: a file is damaged, none of `compress`, or of another model.
+    """
+    with ranks.together():
+        coder = open_coder(config, run, ranks, console)
+        inputs = [(path, None) for pattern in config.inputs for path in expand(_in_folder(pattern))]
+
+    def make(path: Path, _: None) -> Job:
+        return _Decompressing(path, read_head_for(path, coder), coder, config)
+
+    work_through(plan(inputs, make, run, ranks, console), "decompressing", coder, run, ranks, console)
+
+
+def _in_folder(pattern: str) -> str:
+    folder = Path(pattern).expanduser()
+    return f"{glob.escape(str(folder))}/*{SUFFIX}" if folder.is_dir() else pattern
+
+
+def read_head_for(path: Path, coder: Coder) -> dict[str, Any]:
+    """The head of a file that a model is to decode.
+
+    Raises:
+        InputError: it is of another model, no file of `compress`, or of a newer version.
+        DamagedError: it is damaged.
+    """
+    head = read_head(path)
+    for name, what in (("model_sha256", "weights"), ("normalization_sha256", "normalisation")):
+        ours, theirs = coder.identity[name], head[name]
+        if ours != theirs:
+            raise InputError(
+                f"{path}: was compressed with another model (SHA-256 of its {what} {theirs[:16]}..., of this "
+                f"{ours[:16]}...): give the one it names, {head['model']}"
+            )
+    return head
+
+
+@dataclass(frozen=True)
+class _Decompressing:
+    """One file."""
+
+    path: Path
+    head: Mapping[str, Any]
+    coder: Coder
+    config: DecompressConfig
+
+    @property
+    def result(self) -> Path:
+        return self.config.output_dir / f"{self.path.name.removesuffix(SUFFIX)}.nc"
+
+    @property
+    def source(self) -> Path:
+        return self.path
+
+    @property
+    def sources(self) -> Sequence[Path]:
+        return [self.path]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return ()
+
+    @property
+    def n_pixels(self) -> int:
+        ny, nx, _ = self.head["shape"]
+        return int(ny * nx)
+
+    def do(self, advance: Advance) -> dict[str, Any]:
+        head, blocks = read_container(self.path)
+        ny, nx, nc = head["shape"]
+        try:
+            stages, layout = Stages.from_values(head["stages"]), unpack_layout(blocks["LAYT"])
+            with new_scene(self.result, layout, self._attributes(stages)) as put:
+                coder = self.coder.overlapping(head["overlap"])
+                for rows, radiance in stream_scene(stages, blocks, (ny, nx, nc), coder, self.config.output_dir):
+                    put(rows, slice(0, nx), radiance)
+                    advance(radiance.shape[0] * nx)
+        except (KeyError, TypeError, ValueError) as error:  # its checksums are right, so somebody made it so
+            raise DamagedError(f"{self.path}: is damaged: {type(error).__name__}: {error}") from error
+        return {"text": f"radiance {ny} x {nx} x {nc}", "errors": head["errors"], "bound": head["stages"]["bound"]}
+
+    def _attributes(self, stages: Stages) -> dict[str, Any]:
+        """What tells that this is no measurement, and how far from it."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        errors = self.head["errors"]
+        known = f"largest error of z {errors['max_error']:.6g}, mean squared error {errors['mse']:.6g}"
+        if stages.bound is not None:
+            known += f"; bound: {stages.bound.value:g} ({stages.bound.kind})"
+        return {
+            "spectralvae_decompressed": f"radiance is reconstructed from {self.path.name}; {known}",
+            "spectralvae_model_sha256": self.head["model_sha256"],
+            "history": f"{now} radiance decompressed by spectralvae {__version__}",
+        }
