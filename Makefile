@@ -13,6 +13,8 @@ demo: $(VENV)/.installed
 	$(BIN)/spectralvae encode configs/demo/encode.yaml
 	$(BIN)/spectralvae decode configs/demo/decode.yaml
 	$(BIN)/spectralvae probe configs/demo/probe.yaml
+	$(BIN)/spectralvae compress configs/demo/compress.yaml
+	$(BIN)/spectralvae decompress configs/demo/decompress.yaml
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
@@ -39,7 +41,7 @@ lint: $(VENV)/.installed-test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[analysis]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[analysis,codec]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -17,6 +17,7 @@ Point = dict[str, Any]
 STYLES: dict[str, dict[str, Any]] = {
     "ours": {"color": "#000000", "lw": 2.5},
     "ours-bounded": {"color": "#000000", "lw": 2, "ls": "--"},
+    "ours-network": {"color": "#000000", "lw": 1.5, "ls": ":"},
     "pca": {"color": "#004488"},
     "pca-jpeg2000": {"color": "#66ccee"},
     "pca-2-floats": {"color": "#aa3377"},
@@ -25,7 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "bitround-zstd3": {"color": "#999999"},
     "bitround-zstd19": {"color": "#228833"},
 }
-OURS = ("ours", "ours-bounded")
+OURS = ("ours", "ours-bounded", "ours-network")
 GAP, WIDTH = 0.05, 0.3  # of a label, in a panel's height and width
 ROOM = 20.0  # for labels: how much farther the axis goes than the curves
 

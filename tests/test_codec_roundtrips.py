@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import N_CHANNELS, SETTINGS, tiny_model, tiny_normalization
+from torch.nn import functional
 
 from spectralvae.artifact import Artifact
 from spectralvae.codec.coding import Coded, SceneCoder
@@ -19,6 +21,7 @@ from spectralvae.codec.layouts import pack_layout, unpack_layout
 from spectralvae.codec.rates import Target
 from spectralvae.codec.scratch import Scratch
 from spectralvae.codec.stages import Bound, Stages
+from spectralvae.data.normalize import Normalization
 from spectralvae.inference.coder import Coder
 from spectralvae.inference.layout import Layout
 from spectralvae.inference.source import Stored
@@ -101,6 +104,35 @@ def test_round_trips(coder: Coder, n_examples: int, tmp_path: Path) -> None:
             assert sum(map(len, coded.blocks.values())) + FIXED <= target.value
 
     check()
+
+
+class Pooling(torch.nn.Module):
+    """Latents are block means, and a scene is its latents, each 4 x 4 times."""
+
+    embed_dim, scale = 3, 4
+
+    def encode(self, x: Any) -> Any:
+        return SimpleNamespace(mean=functional.avg_pool2d(x, 4))
+
+    def decode(self, z: Any) -> Any:
+        return functional.interpolate(z, scale_factor=4, mode="nearest")
+
+
+@pytest.mark.parametrize("target", [Target("step", 0.05), Target("mse", 1e-4), Target("bound", bound=Bound("z", 0.05))])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_the_network_is_taken_where_it_serves(blocks: bool, target: Target, tmp_path: Path) -> None:
+    """Squares of one colour are what this network is made for; smooth ramps are not."""
+    normalization = Normalization("zscore", np.zeros(3), np.ones(3), 10.0, None, None, np.arange(1.0, 4))
+    artifact = Artifact(Pooling(), {"shape": [3, 16, 16]}, normalization, None, Path("model"))  # type: ignore[arg-type]
+    coder = Coder(artifact, torch.device("cpu"), overlap=4, batch_size=4)
+    z = np.random.default_rng(1).normal(size=(20, 24, 3)).repeat(4, 0).repeat(4, 1)
+    if not blocks:
+        z = np.add.outer(np.linspace(-2, 2, 80), np.linspace(-1, 1, 96))[..., None] * [1.0, 0.5, -1.0]
+    coded = code(z.astype(np.float32), coder, target, tmp_path)
+    assert (coded.stages.network_step is not None) == blocks
+    if blocks:
+        assert coded.n_bytes_network is not None and coded.n_bytes_linear is not None
+        assert 2 * coded.n_bytes_network < coded.n_bytes_linear
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

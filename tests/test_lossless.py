@@ -259,10 +259,10 @@ SHAPE, TYPE, LIMITS = r"the shape is \(", "the type is ", r"_Way\(.* for a table
     ("header", "told"),
     [
         *(({"shape": shape}, SHAPE) for shape in ([-1, 4], [-8, -1000], [10**30, -1], "ab", [1.5, 2])),
-        *(({"shape": shape}, "damaged") for shape in ([8], [8, 999], [8, 1001], None)),
+        *(({"shape": shape}, "damaged") for shape in ([8], [8, 500], None)),
         ({"shape": [10**30, 10]}, "more than"),
-        *(({"dtype": dtype}, TYPE) for dtype in ("|O8", "<M8[s]", "<f4,<f4", "f4", "")),
-        *(({"dtype": dtype}, "damaged|data type") for dtype in ("O", "<f3", 4, None, "<c8")),
+        *(({"dtype": dtype}, TYPE) for dtype in ("O", "|O8", "<M8[s]", "<f4,<f4", "f4", "", 4, None)),
+        *(({"dtype": dtype}, "damaged|data type") for dtype in ("<f3", "<c8")),
         *(({"by": by}, "damaged") for by in ("neighbors", None, 1, [])),
         *(({key: value}, LIMITS) for key in ("x", "y") for value in (-1, 4, 10**30, "1", 0.5, None)),
         *(({"low": value}, LIMITS) for value in (-1, 6, 1.5)),
@@ -291,7 +291,7 @@ def test_parts_of_other_sizes() -> None:
         parts = [*parts_of(data)]
         parts[which] = parts_of(pack_table(other)[1])[which]
         np.testing.assert_array_equal(unpack_table(values, data, table.shape), table)
-        with pytest.raises(ValueError, match="of .* bytes"):
+        with pytest.raises(ValueError, match=r"of .* bytes"):
             unpack_table(values, np.array([*map(len, parts)], "<u4").tobytes() + b"".join(parts), table.shape)
 
 

@@ -255,7 +255,9 @@ def convert(config: Config, set_: Set = None, overwrite: Overwrite = False, prin
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A store, run, checkpoint, export, latents, scene or level-2 product.")],
+    path: Annotated[
+        Path, typer.Argument(help="A store, run, model, latents, compressed file, scene or level-2 product.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all of it and check digests, counts, statistics.")

@@ -23,10 +23,8 @@ from spectralvae.errors import RunError
 from spectralvae.inference.coder import Coder
 
 _WINDOW = (2, 4)  # tiles along y and x on which the network is tried first
-_HOPELESS = 2.0  # times what the linear stage alone needs on that window, or has as squared error
-_TRIES = 4  # of steps for the latents
+_COARSER = (1.0, 2.0, 4.0)  # steps of latents that are tried, in that of the components
 _NEARLY = 0.995  # of the bytes asked for are aimed at
-_TOLERANCE, _TOLERANCE_OF_PART = 0.004, 0.03  # of bytes or error
 _ATTEMPTS = 6  # to meet a target that was met by the estimate
 _TIGHTER = 1.002  # is a target made at least from one to the next
 
@@ -124,15 +122,12 @@ class SceneCoder:
         sizes = {e.stages.network_step is not None: round(e.n_bytes) for e in (plain, tried) if e is not None}
         return Coded(stages, blocks, errors, sizes.get(False), sizes.get(True))
 
-    def _solve(
-        self, variant: Variant, *, guess: float | None = None, share: float = 1.0, factor: float = 1.0
-    ) -> Estimate:
+    def _solve(self, variant: Variant, *, guess: float | None = None, factor: float = 1.0) -> Estimate:
         """What meets the target.
 
         Args:
-            variant: of the scene, or of a part of it.
+            variant: of the scene.
             guess: a step to begin with.
-            share: of the scene's samples that the part has.
             factor: by which bytes or errors were found to be more than estimated.
         """
         target, bound = self.target, self.target.bound
@@ -143,31 +138,31 @@ class SceneCoder:
             elif target.kind == "mse":
                 guess = math.sqrt(12 * target.value)
         if target.kind == "bytes":
-            target = replace(target, value=max(1.0, (target.value * _NEARLY - self.fixed) * share / factor))
+            target = replace(target, value=max(1.0, (target.value * _NEARLY - self.fixed) / factor))
         elif target.kind == "mse":
             target = replace(target, value=target.value / factor)
-        tolerance = _TOLERANCE if share == 1.0 else _TOLERANCE_OF_PART
-        return solve(
-            lambda step: variant.at(step, bound), target, n_valid=self.n_valid * share, guess=guess, tolerance=tolerance
-        )
+        return solve(lambda step: variant.at(step, bound), target, n_valid=self.n_valid, guess=guess)
 
-    def _better(self, one: Estimate, other: Estimate, by: float = 1.0) -> bool:
-        """Whether one way is better than another, times a factor."""
+    def _better(self, one: Estimate, other: Estimate) -> bool:
+        """Whether one way is better than another."""
         if self.target.kind == "bytes":
             fits = one.n_bytes <= max(other.n_bytes, self.target.value - self.fixed)
-            return fits and one.squares < by * other.squares
+            return fits and one.squares < other.squares
         if self.target.kind == "step":
-            return one.cost() < by * other.cost()
-        return one.n_bytes < by * other.n_bytes
+            return one.cost() < other.cost()
+        return one.n_bytes < other.n_bytes
 
-    def _promising_step(self, guess: float) -> float | None:
-        """The step of the latents with which the network does best; None where it is of no use.
+    def _cheaper(self, one: Estimate, other: Estimate) -> bool:
+        """Whether one way is better than another with the same step."""
+        return one.cost() < other.cost()
 
-        Found on a part of the scene, for to run the network over all of it takes long. Where latents and components
-        have the same step, none of them is too fine for the other.
+    def _promising_step(self, step: float) -> float | None:
+        """The step of the latents with which the network does best; None where it does worse than components alone.
+
+        Found on a part of the scene, for to run the network over all of it takes long.
 
         Args:
-            guess: a step to begin with.
+            step: of the components.
         """
         if (bound := self.target.bound) is not None:
             least = float(np.nanmin(bound.in_z(self.normalization)))
@@ -178,23 +173,14 @@ class SceneCoder:
         top, left = (ny - height) // 2, (nx - width) // 2
         with Scratch(self.folder, (height, width, nc)) as part, Scratch(self.folder, (height, width, nc)) as base:
             z = self.z.read(slice(top, top + height))[:, left : left + width]
-            share = np.count_nonzero(np.isfinite(z)) / self.n_valid
-            if not share:
+            if not np.isfinite(z).any():
                 return None
             part.write(slice(0, height), slice(0, width), z)
-            plain = self._solve(Variant(part, self.normalization), share=share, guess=guess)
-            network, step, best = _Network(part, self.coder), plain.stages.step, None
-            for _ in range(_TRIES):
-                tried = self._solve(network.variant(step, base), share=share, guess=step)
-                if not self._better(tried, plain, _HOPELESS):
-                    break
-                if best is None or self._better(tried, best):
-                    best = tried
-                nearer = min(max(tried.stages.step, step / 4), 4 * step)
-                if abs(math.log2(nearer / step)) < 0.5:
-                    break
-                step = math.sqrt(nearer * step)
-        return best.stages.network_step if best and self._better(best, plain) else None
+            plain = Variant(part, self.normalization).at(step, bound)
+            network = _Network(part, self.coder)
+            tried = [network.variant(coarser * step, base).at(step, bound) for coarser in _COARSER]
+        best = min(tried, key=Estimate.cost)
+        return best.stages.network_step if self._cheaper(best, plain) else None
 
     # --- the real thing -----------------------------------------------------------------------------
 

@@ -93,7 +93,9 @@ class _Tables:
     def model(self, level: int) -> Any:
         """constriction's model of a level."""
         if level not in self._models:
-            counts = self._counts.setdefault(level, _first_counts(level))
+            if level not in self._counts:
+                self._counts[level] = _first_counts(level)
+            counts = self._counts[level]
             frequencies = 1 + counts * (_TOTAL - _N_SYMBOLS) // counts.sum()
             frequencies[np.argmax(frequencies)] += _TOTAL - frequencies.sum()
             # exact in floats, and so are their sums

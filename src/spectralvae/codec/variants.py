@@ -45,8 +45,9 @@ class Estimate:
     squares: float
 
     def cost(self) -> float:
-        """Squared error, with bytes counted as what they are worth at the step."""
-        return self.squares + worth_of_a_byte(self.stages.step) * self.n_bytes
+        """Squared error, with bytes counted as what they are worth at the step; with a bound, bytes alone."""
+        worth = worth_of_a_byte(self.stages.step) * self.n_bytes
+        return worth if self.stages.bound is not None else self.squares + worth
 
 
 def worth_of_a_byte(step: float) -> float:
