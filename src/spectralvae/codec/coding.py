@@ -26,7 +26,8 @@ _WINDOW = (2, 4)  # tiles along y and x on which the network is tried first
 _COARSER = (1.0, 2.0, 4.0)  # steps of latents that are tried, in that of the components
 _NEARLY = 0.995  # of the bytes asked for are aimed at
 _ATTEMPTS = 6  # to meet a target that was met by the estimate
-_TIGHTER = 1.002  # is a target made at least from one to the next
+_TIGHTER = 1.002  # is an error made at least from one to the next
+_WASTEFUL = 0.985  # of the bytes allowed: with less it is tried again
 
 Float32 = NDArray[np.float32]
 
@@ -191,13 +192,19 @@ class SceneCoder:
             RunError: the target cannot be met.
         """
         target, factor, missed = self.target, 1.0, ""
-        for _ in range(_ATTEMPTS):
+        found: tuple[Stages, Blocks] | None = None
+        for attempt in range(_ATTEMPTS):
             stages = estimate.stages
             blocks = {"MASK": self.mask, **variant.encode(stages)}
-            n_bytes = sum(map(len, blocks.values())) - len(self.mask)
-            if target.kind == "bytes" and n_bytes + self.fixed > target.value:
+            if target.kind == "bytes":
+                n_bytes = sum(map(len, blocks.values())) - len(self.mask)
+                allowed = target.value - self.fixed
+                if n_bytes <= allowed:
+                    found = stages, blocks
                 missed = f"{target.value:,.0f} bytes are too few: {n_bytes + self.fixed:,} are needed"
-                factor *= max(_TIGHTER, n_bytes / estimate.n_bytes)
+                factor *= n_bytes / estimate.n_bytes
+                if found and (n_bytes > allowed * _WASTEFUL or attempt > 1):
+                    return *found, self._errors(*found)
             else:
                 errors = self._errors(stages, blocks)
                 if target.kind != "mse" or errors.mse <= target.value:

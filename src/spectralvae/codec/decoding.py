@@ -45,6 +45,7 @@ def stream_scene(
     ny, nx, nc = shape
     k, n_pixels = stages.n_components, ny * nx
     spectra = decode_spectra(blocks["SPEC"], k, nc, stages.step, n_pixels)
+    seen = np.stack([row.any(axis=1) for row in unpack_mask(blocks["MASK"], shape)])
     components = BytesIO(blocks["COMP"] if k else b"")
     with Scratch(folder, shape) as scratch:
         if stages.network_step is not None:
@@ -53,7 +54,7 @@ def stream_scene(
             decode_scene(latents, coder, scratch, lambda n: None)
         within = stages.network_step is not None
         for portion in spectra.portions():
-            images = decode_images(components, portion.stop - portion.start, (ny, nx), stages.step)
+            images = decode_images(components, portion.stop - portion.start, seen, stages.step)
             if portion.stop == k:
                 yield from _rows(stages, blocks, spectra, (portion, images), coder, scratch if within else None)
                 return

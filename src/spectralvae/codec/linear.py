@@ -27,6 +27,7 @@ _LENGTH = Struct("<I")
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 Pixels = Callable[[], Iterator[tuple[slice, Float32]]]  # rows, (rows, nx, nc) with NaN = invalid; from the top
 
 
@@ -67,25 +68,28 @@ class Analysis:
         spectra: mean and basis, of as many components as there are channels.
         variances: (nc) of the components.
         images: (k, ny, nx) of the first `IN_MEMORY` at most, filled where a pixel has no valid sample.
+        seen: (ny, nx), pixels that have one.
     """
 
     spectra: Spectra
     variances: Float64
     images: Float64
+    seen: Bools
 
 
 def analyse(pixels: Pixels, shape: tuple[int, int, int]) -> Analysis:
     """Mean, basis and components of a scene.
 
     Args:
-        pixels: the scene; it is read three times.
+        pixels: the scene; it is read four times.
         shape: (ny, nx, nc).
     """
     mean, covariance = _moments(pixels, shape[2])
     variances, vectors = np.linalg.eigh(covariance)
     spectra = Spectra(mean, np.ascontiguousarray(vectors[:, ::-1].T))
     images = project(pixels, shape, spectra.first(IN_MEMORY), slice(0, IN_MEMORY))
-    return Analysis(spectra, np.maximum(variances[::-1], 0.0), images)
+    seen = np.concatenate([np.isfinite(z).any(axis=2) for _, z in pixels()])
+    return Analysis(spectra, np.maximum(variances[::-1], 0.0), images, seen)
 
 
 def _moments(pixels: Pixels, nc: int) -> tuple[Float64, Float64]:
@@ -106,7 +110,15 @@ def _moments(pixels: Pixels, nc: int) -> tuple[Float64, Float64]:
 
 
 def project(pixels: Pixels, shape: tuple[int, int, int], spectra: Spectra, portion: slice) -> Float64:
-    """The components, of a portion of them, that come nearest to a scene's valid samples: (k', ny, nx)."""
+    """The components, of a portion of them, that come nearest to a scene's valid samples: (k', ny, nx).
+
+    Args:
+        pixels: the scene; for a portion that is not the first one, less what the portions before decode to. Or samples
+            that are missing would be taken for the mean, which is far off, and not for what those say.
+        shape: (ny, nx, nc).
+        spectra: the basis.
+        portion: which of them.
+    """
     ny, nx, nc = shape
     basis = spectra.basis[portion]
     k = len(basis)
@@ -116,7 +128,9 @@ def project(pixels: Pixels, shape: tuple[int, int, int], spectra: Spectra, porti
     seen = np.empty((ny, nx), np.bool_)
     inverse = np.asarray(np.linalg.pinv(basis), np.float64)  # (nc, k')
     for rows, z in pixels():
-        flat = z.reshape(-1, nc) - spectra.mean
+        flat = z.reshape(-1, nc).astype(np.float64)
+        if portion.start == 0:
+            flat -= spectra.mean
         valid = np.isfinite(flat)
         n_valid = valid.sum(axis=1)
         flat[~valid] = 0.0
@@ -129,7 +143,7 @@ def project(pixels: Pixels, shape: tuple[int, int, int], spectra: Spectra, porti
     return images if seen.all() else fill_invalid(images, seen)
 
 
-def _refined(flat: Float64, valid: NDArray[np.bool_], found: Float64, basis: Float64, inverse: Float64) -> Float64:
+def _refined(flat: Float64, valid: Bools, found: Float64, basis: Float64, inverse: Float64) -> Float64:
     """Components of pixels with invalid samples, for which those that the components give stand in."""
     for _ in range(_REFINEMENTS):
         found = np.where(valid, flat, found @ basis) @ inverse
@@ -139,28 +153,28 @@ def _refined(flat: Float64, valid: NDArray[np.bool_], found: Float64, basis: Flo
 # --- bytes ------------------------------------------------------------------------------------
 
 
-def encode_images(images: Float64, step: float) -> tuple[bytes, Float64]:
-    """Images of components (k, ny, nx) to bytes, and what they decode to."""
+def encode_images(images: Float64, step: float, seen: Bools) -> tuple[bytes, Float64]:
+    """Images of components (k, ny, nx), of which the pixels that were seen count, to bytes, and what they decode to."""
     parts, decoded = [], np.empty_like(images)
     for first in range(0, len(images), _GROUP):
-        data, decoded[first : first + _GROUP] = encode_planes(images[first : first + _GROUP], step)
+        data, decoded[first : first + _GROUP] = encode_planes(images[first : first + _GROUP], step, seen)
         parts.append(_LENGTH.pack(len(data)) + data)
     return b"".join(parts), decoded
 
 
-def decode_images(data: BinaryIO, k: int, shape: tuple[int, int], step: float) -> Float64:
+def decode_images(data: BinaryIO, k: int, seen: Bools, step: float) -> Float64:
     """The inverse of `encode_images`, for images that come next in ``data``: (k, ny, nx).
 
     Raises:
         ValueError: the bytes are damaged.
     """
-    images = np.empty((k, *shape))
+    images = np.empty((k, *seen.shape))
     for first in range(0, k, _GROUP):
         n = min(_GROUP, k - first)
         head = data.read(_LENGTH.size)
         if len(head) < _LENGTH.size:
             raise ValueError("the images of components end too early")
-        images[first : first + n] = decode_planes(data.read(_LENGTH.unpack(head)[0]), (n, *shape), step)
+        images[first : first + n] = decode_planes(data.read(_LENGTH.unpack(head)[0]), (n, *seen.shape), step, seen)
     return images
 
 

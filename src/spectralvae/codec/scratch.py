@@ -34,13 +34,16 @@ class Scratch:
         folder: where the file lies; it is the results' folder, which has room for a scene or will not have it later.
         shape: (ny, nx, nc).
 
+    Attributes:
+        folder, shape: as given.
+
     Raises:
         NoRoomError: by `write`, the disk is full.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int]) -> None:
         self.shape = shape
-        self._folder = folder
+        self.folder = folder
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".scene-", buffering=0)  # noqa: SIM115 (see __exit__)
 
     def __enter__(self) -> Self:
@@ -61,7 +64,7 @@ class Scratch:
         _, nx, nc = self.shape
         values = np.ascontiguousarray(values, np.float32)
         parts = [values] if columns == slice(0, nx) else list(values)  # whole rows lie one after the other
-        with room_for(self._folder / "temporary file", 4 * int(np.prod(self.shape))):
+        with room_for(self.folder / "temporary file", 4 * int(np.prod(self.shape))):
             for i, part in enumerate(parts):
                 self._write_all(part, 4 * nc * ((rows.start + i) * nx + columns.start))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,8 +109,9 @@ class Variant:
         """(n, k): components of the sampled pixels beyond those whose images are held."""
         spectra = self.analysis.spectra
         flat = np.concatenate([z.reshape(-1, z.shape[2]) for _, z in self._sample]) - spectra.mean
-        seen = np.isfinite(flat).any(axis=1)
-        return np.asarray(np.nan_to_num(flat[seen], nan=0.0) @ spectra.basis[IN_MEMORY:].T)
+        valid = np.isfinite(flat)
+        whole = (valid | ~valid.any(axis=0)).all(axis=1)  # a missing sample of others would look like noise
+        return np.asarray(np.nan_to_num(flat[whole], nan=0.0) @ spectra.basis[IN_MEMORY:].T)
 
     # --- estimates ------------------------------------------------------------------------------
 
@@ -147,8 +148,8 @@ class Variant:
             return 0, b"", images[:0]
         spectra, _ = encode_spectra(analysis.spectra.first(k), analysis.variances[:k], step, self.n_pixels)
         images = images[:k]
-        block, decoded = encode_images(images, step)
-        saved = (np.square(images) - np.square(images - decoded)).sum(axis=(1, 2))
+        block, decoded = encode_images(images, step, analysis.seen)
+        saved = (np.square(images) - np.square(images - decoded))[:, analysis.seen].sum(axis=1)
         worthwhile = np.flatnonzero(saved > worth_of_a_byte(step) * len(spectra) / (1 + k))
         k = int(worthwhile[-1]) + 1 if worthwhile.size else 0
         return k, block if k else b"", decoded[:k]
@@ -172,18 +173,14 @@ class Variant:
         ratio = (np.sqrt(1 + mean**2) - 1) / np.maximum(mean, 1e-12)
         with np.errstate(divide="ignore", invalid="ignore"):
             bits = -np.log2((1 - ratio) / (1 + ratio)) - np.where(mean > 0, mean * np.log2(ratio), 0.0)
-        scale = self._n_seen / len(q)
-        n_bytes = bits * self._n_seen / 8
+        n_seen = int(np.count_nonzero(self.analysis.seen))
+        scale = n_seen / len(q)
+        n_bytes = bits * n_seen / 8
         saved = (magnitudes**2 - (magnitudes - q) ** 2).sum(axis=0) * step**2 * scale
         curve = self.shape[2] * np.log2(1 + np.sqrt(self.n_pixels / self.shape[2]) * mean) / 8
         worthwhile = np.flatnonzero(saved > worth_of_a_byte(step) * (n_bytes + curve))
         more = int(worthwhile[-1]) + 1 if worthwhile.size else 0
         return more, float(n_bytes[:more].sum()), float(saved[:more].sum())
-
-    @cached_property
-    def _n_seen(self) -> int:
-        """Pixels with any valid sample."""
-        return sum(int(np.isfinite(z).any(axis=2).sum()) for _, z in self.pixels())
 
     def _encode_rows(self, coder: ResidualEncoder, left: Float64, stages: Stages) -> float:
         """Code residuals (rows, nx, nc); returns the sum of squares of what is left of them."""
@@ -206,17 +203,28 @@ class Variant:
         k, step = stages.n_components, stages.step
         spectra = self.analysis.spectra.first(k)
         blocks["SPEC"], spectra = encode_spectra(spectra, self.analysis.variances[:k], step, self.n_pixels)
-        parts = []
-        for portion in spectra.portions():
-            data, images = encode_images(project(self.pixels, self.shape, spectra, portion), step)
-            parts.append(data)
+        parts, pixels = [], self.pixels
+        with Scratch(self.z.folder, self.shape) as left:
+            for portion in spectra.portions():
+                data, images = encode_images(project(pixels, self.shape, spectra, portion), step, self.analysis.seen)
+                parts.append(data)
+                if portion.stop < k:
+                    for rows, z in pixels():
+                        less = z - spectra.expand(images[:, rows], portion)
+                        left.write(rows, slice(0, self.shape[1]), less.astype(np.float32))
+                    pixels = partial(_rows_of, left)
         if k:
             blocks["COMP"] = b"".join(parts)
         if stages.bound is not None:
-            assert len(parts) == 1
+            assert portion.stop == k
             coder = ResidualEncoder(*self.shape[1:])
             for rows in bands(self.shape):
-                left = self._less_base(rows, clipped=False) - spectra.expand(images[:, rows], portion)
-                self._encode_rows(coder, left, stages)
+                residuals = self._less_base(rows, clipped=False) - spectra.expand(images[:, rows], portion)
+                self._encode_rows(coder, residuals, stages)
             blocks["RESD"] = coder.finish()
         return blocks
+
+
+def _rows_of(scene: Scratch) -> Iterator[tuple[slice, Float32]]:
+    for rows in bands(scene.shape):
+        yield rows, scene.read(rows)
