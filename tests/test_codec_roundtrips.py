@@ -53,8 +53,8 @@ def scenes(draw: st.DrawFn) -> Any:
 
 
 targets = st.one_of(
-    st.builds(lambda v: Target("bound", bound=Bound("z", v)), st.floats(1e-4, 2.0)),
-    st.builds(lambda v: Target("bound", bound=Bound("relative", v)), st.floats(1e-3, 0.5)),
+    st.builds(lambda v: Target("bound", bound=Bound(kind="z", value=v)), st.floats(1e-4, 2.0)),
+    st.builds(lambda v: Target("bound", bound=Bound(kind="relative", value=v)), st.floats(1e-3, 0.5)),
     st.builds(lambda v: Target("step", v), st.floats(1e-3, 10.0)),
     st.builds(lambda v: Target("mse", v), st.floats(1e-6, 10.0)),
     st.builds(lambda v: Target("bytes", FIXED + v), st.floats(600, 5000)),
@@ -88,7 +88,7 @@ def test_round_trips(coder: Coder, n_examples: int, tmp_path: Path) -> None:
         if not np.isfinite(z).any():
             return
         coded = code(z, coder, target, tmp_path)
-        stages = Stages.from_values(coded.stages.values())
+        stages = Stages.model_validate_json(coded.stages.model_dump_json())
         parts = [radiance for _, radiance in stream_scene(stages, coded.blocks, z.shape, coder, tmp_path)]
         radiance = np.concatenate(parts).astype(np.float64)
         assert np.array_equal(np.isnan(radiance), np.isnan(z))
@@ -118,7 +118,9 @@ class Pooling(torch.nn.Module):
         return functional.interpolate(z, scale_factor=4, mode="nearest")
 
 
-@pytest.mark.parametrize("target", [Target("step", 0.05), Target("mse", 1e-4), Target("bound", bound=Bound("z", 0.05))])
+@pytest.mark.parametrize(
+    "target", [Target("step", 0.05), Target("mse", 1e-4), Target("bound", bound=Bound(kind="z", value=0.05))]
+)
 @pytest.mark.parametrize("blocks", [True, False])
 def test_the_network_is_taken_where_it_serves(blocks: bool, target: Target, tmp_path: Path) -> None:
     """Squares of one colour are what this network is made for; smooth ramps are not."""
@@ -131,8 +133,7 @@ def test_the_network_is_taken_where_it_serves(blocks: bool, target: Target, tmp_
     coded = code(z.astype(np.float32), coder, target, tmp_path)
     assert (coded.stages.network_step is not None) == blocks
     if blocks:
-        assert coded.n_bytes_network is not None and coded.n_bytes_linear is not None
-        assert 2 * coded.n_bytes_network < coded.n_bytes_linear
+        assert 2 * coded.estimated_bytes["network"] < coded.estimated_bytes["components"]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

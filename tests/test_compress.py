@@ -17,11 +17,12 @@ from tiny import N_CHANNELS, SETTINGS, flip, tiny_model, tiny_normalization, wri
 
 from spectralvae import cli, open_scene
 from spectralvae.artifact import Artifact, pack_model, write_folder
-from spectralvae.codec import entropy
+from spectralvae.codec import entropy, stages
 from spectralvae.codec.coding import SceneCoder
-from spectralvae.codec.container import read_container
+from spectralvae.codec.container import read_container, write_container
 from spectralvae.codec.stages import MARGIN_NETWORK
 from spectralvae.inference.coder import Coder
+from spectralvae.settings import build_model
 
 BAND = "band_290_490_nm"
 
@@ -59,7 +60,8 @@ def both(run: Callable[..., Result]) -> Callable[..., tuple[Path, Path, dict[str
         made = run("compress", source, options=("--overwrite",), **more)
         assert made.code == 0, made.err
         (file,) = made.folder.glob("*.svae")
-        back = run("decompress", file, options=("--overwrite",))
+        given = {"model": more["model"]} if "model" in more else {}
+        back = run("decompress", file, options=("--overwrite",), **given)
         assert back.code == 0, back.err
         (scene,) = back.folder.glob("*.nc")
         return file, scene, json.loads((made.folder / "report.json").read_text())["files"][file.name]
@@ -148,6 +150,66 @@ def test_a_bound_holds_beyond_the_clip(make: Callable[..., Path], both: Callable
     assert np.abs(z_of(decoded) - z)[valid_of(source)].max() <= 0.05
 
 
+def test_errors_beyond_the_clip_are_told(make: Callable[..., Path], both: Callable[..., Any]) -> None:
+    values = radiance(12, 16)
+    values[3, 4, :] = 1e30
+    source = make("a.nc", 12, 16, values=values)
+    _, decoded, facts = both(source, rate={"mse": 0.01})
+    error = np.abs(z_of(decoded) - z_of(source))[valid_of(source)].max()
+    assert error > 10
+    assert facts["max_error"] == pytest.approx(error, rel=1e-5)
+    assert facts["n_beyond_clip"] == N_CHANNELS
+    assert facts["max_relative_error"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "offset"),
+    [
+        ({"transform": "zscore", "min_radiance": None, "mean": np.full(N_CHANNELS, 3000.0)}, 3000.0),
+        ({"std": np.full(N_CHANNELS, 1e-4), "mean": np.full(N_CHANNELS, 1.5)}, None),
+    ],
+)
+def test_a_bound_that_float32_makes_tight(
+    make: Callable[..., Path], both: Callable[..., Any], tmp_path: Path, changes: Any, offset: float | None
+) -> None:
+    """Radiance in float32 is rounded by up to 1e-4 of z here, more than the margin that is tried at first."""
+    normalization = tiny_normalization(**changes)
+    write_folder(tmp_path / "coarse", pack_model(tiny_model(), SETTINGS, normalization, None))
+    noise = np.random.default_rng(0).normal(0, 1, (12, 16, N_CHANNELS))
+    values = noise * normalization.std + offset if offset else np.exp(normalization.mean + normalization.std * noise)
+    source = make("a.nc", 12, 16, values=values.astype(np.float32))
+    _, decoded, facts = both(source, model=tmp_path / "coarse", bound={"z": 0.05})
+    before, after = (open_scene(path).radiance.values.astype(np.float64) for path in (source, decoded))
+    if offset is None:
+        before, after = np.log(before), np.log(after)
+    assert np.abs((after - before) / (normalization.std + 1e-8)).max() <= 0.05
+    assert facts["stages"]["margin"] > stages.MARGIN
+
+
+@pytest.mark.parametrize("keys", [{"bound": {"z": 0.05}}, {"rate": {"step": 0.1}}])
+def test_samples_at_the_end_of_float32(
+    make: Callable[..., Path], both: Callable[..., Any], run: Callable[..., Result], tmp_path: Path, keys: Any
+) -> None:
+    values = radiance(8, 8)
+    values[1, 2, 3] = 3.4e38
+    source = make("a.nc", 8, 8, values=values)
+    _, decoded, _ = both(source, **keys)
+    found = open_scene(decoded).radiance.values
+    assert not np.isinf(found).any() and np.isfinite(found[1, 2, 3])
+    normalization = tiny_normalization(transform="zscore", min_radiance=None)
+    write_folder(tmp_path / "zscore", pack_model(tiny_model(), SETTINGS, normalization, None))
+    result = run("compress", source, model=tmp_path / "zscore", name="zscore_run", **keys)
+    assert result.code == (2 if "bound" in keys else 0)
+    assert "bound" not in keys or "a sample has a z of" in result.message
+
+
+def test_an_untrained_network_is_of_no_use(make: Callable[..., Path], both: Callable[..., Any], tmp_path: Path) -> None:
+    """Its last convolution is zeros, so nothing tells what its latents are worth."""
+    write_folder(tmp_path / "fresh", pack_model(build_model(SETTINGS), SETTINGS, tiny_normalization(), None))
+    _, _, facts = both(make("a.nc", 12, 16), model=tmp_path / "fresh", bound={"z": 0.5})
+    assert set(facts["estimated_bytes"]) == {"components"}
+
+
 @pytest.mark.parametrize("mse", [0.1, 1e-3])
 def test_the_mean_squared_error_is_at_most_what_was_asked_for(
     make: Callable[..., Path], both: Callable[..., Any], mse: float
@@ -187,17 +249,33 @@ def test_bytes_are_counted(make: Callable[..., Path], run: Callable[..., Result]
     made = run("compress", *files, bound={"z": 0.3})
     report = json.loads((made.folder / "report.json").read_text())
     assert set(report["files"]) == {"a.svae", "b.svae"}
+    stored = 4 * 16 * 16 * N_CHANNELS  # not compressed
     for name, facts in report["files"].items():
         size = (made.folder / name).stat().st_size
         assert facts["bytes"] == size
         assert 0 < size - sum(facts["blocks"].values()) < 4000  # head, lengths, checksums
         assert facts["bytes_without_coordinates"] == size - facts["blocks"]["LAYT"]
-    sizes = [path.stat().st_size for path in files]
-    assert report["source_bytes"] == sum(sizes)
+        assert (facts["radiance_bytes"], facts["ratio_to_source"]) == (stored, stored / size)
+    assert report["radiance_bytes"] == 2 * stored
     assert report["model_bytes"] == 4 * sum(p.numel() for p in tiny_model().parameters())
-    saved = (sum(sizes) - report["bytes"]) / 2
-    assert report["break_even_files"] == int(np.ceil(report["model_bytes"] / saved))
+    saved = (2 * stored - report["bytes"]) / 2
+    assert report["break_even_files"] == (int(np.ceil(report["model_bytes"] / saved)) if saved > 0 else None)
     assert names(made.folder) == {"a.svae", "b.svae", "report.json", "run.json", "config.yaml"}
+
+
+def test_a_file_made_right_before_a_kill_is_counted(make: Callable[..., Path], run: Callable[..., Result]) -> None:
+    files = [make(f"{name}.nc", 12, 12, seed=i) for i, name in enumerate("ab")]
+    made = run("compress", *files, bound={"z": 0.3})
+    report = (made.folder / "report.json").read_text()
+    record = made.record
+    record["files"].pop("b.svae")
+    (made.folder / "run.json").write_text(json.dumps({**record, "state": "running"}))
+    (made.folder / "report.json").unlink()
+    again = run("compress", *files, bound={"z": 0.3})
+    assert again.code == 0 and "2 of 2 files are done already" in again.out
+    found, before = json.loads((made.folder / "report.json").read_text()), json.loads(report)
+    assert found["bytes"] == before["bytes"]
+    assert found["files"]["b.svae"]["max_error"] == before["files"]["b.svae"]["max_error"]
 
 
 def test_a_scene_of_another_format_comes_back(tmp_path: Path, both: Callable[..., Any]) -> None:
@@ -295,6 +373,44 @@ def test_every_damaged_file_is_refused(make: Callable[..., Path], run: Callable[
         result = run("decompress", damaged, name="refused", options=("--overwrite",))
         assert result.code == 2 and str(damaged) in result.message
         assert not list(result.folder.glob("*.nc")) if result.folder.exists() else True
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"shape": [12, 16]}, "shape"),
+        ({"shape": [12, 16, 10**9]}, "do not fit"),
+        ({"shape": [10**6, 10**6, N_CHANNELS]}, "do not fit"),
+        ({"shape": [16, 12, N_CHANNELS]}, "coordinates are of"),
+        ({"model_sha256": 5}, "model_sha256"),
+        ({"overlap": -2}, "overlap"),
+        ({"overlap": 3}, "multiple"),
+        ({"stages": {"step": 0.0}}, "step"),
+        ({"stages": {"step": float("nan")}}, "is damaged"),
+        ({"stages": {"n_components": -1}}, "n_components"),
+        ({"stages": {"n_components": 99}}, "do not fit"),
+        ({"stages": {"n_components": 1}}, "is damaged"),
+        ({"stages": {"bound": None}}, "it has blocks"),
+        ({"stages": {"bound": {"kind": "foo", "value": 0.1}}}, "kind"),
+        ({"stages": {"network_step": 0.1}}, "it has blocks"),
+        ({"other": 1}, "other"),
+    ],
+)
+def test_heads_that_make_no_sense_are_refused(
+    make: Callable[..., Path], run: Callable[..., Result], tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    """By somebody who knows how to make checksums."""
+    y, x, c = np.ogrid[:12, :16, :N_CHANNELS]
+    values = np.exp(1.5 + 0.5 * np.sin(y / 3) * np.cos(c) + 0.4 * np.cos(x / 4) * c / 6).astype(np.float32)
+    made = run("compress", make("a.nc", 12, 16, values=values), bound={"z": 0.1})
+    head, blocks = read_container(made.folder / "a.svae")
+    assert head["stages"]["n_components"] > 1
+    for key, value in changes.items():
+        head[key] = {**head[key], **value} if isinstance(value, dict) else value
+    write_container(tmp_path / "crafted.svae", head, list(blocks.items()))
+    result = run("decompress", tmp_path / "crafted.svae")
+    assert result.code == 2 and says in result.message and "crafted.svae" in result.message
+    assert not list(result.folder.glob("*.nc")) if result.folder.exists() else True
 
 
 def test_another_model_is_refused(make: Callable[..., Path], run: Callable[..., Result], tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def test_every_size_comes_back() -> None:
         assert n * n_y * n_x < 100 or 0.05 < ((decoded - images) ** 2).mean() / 0.1**2 < 0.125
 
 
-def test_no_images_are_no_bytes() -> None:
+def test_no_images_are_hardly_a_byte() -> None:
     size, decoded = coded(np.zeros((0, 20, 30)), 1.0)
-    assert size == 0 and decoded.shape == (0, 20, 30)
+    assert size == 1 and decoded.shape == (0, 20, 30)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.2, 0.5, 1, 10, 1e3, 1e9])
@@ -144,13 +144,33 @@ def test_empty_images_cost_next_to_nothing() -> None:
     alone = coded(image, 0.5)[0]
     stack = np.concatenate([np.zeros((20, 64, 64)), image, 1e-3 * smooth((20, 64, 64))])
     assert coded(stack, 0.5)[0] <= alone + 60  # 41 images with 13 subbands each
-    assert coded(np.zeros((64, 131, 300)), 1.0)[0] <= 8
+    assert coded(np.zeros((64, 131, 300)), 1.0)[0] <= 9
 
 
 def test_details_that_are_empty_cost_next_to_nothing() -> None:
     """A slope is in the coarsest subband, but for the border."""
     slope = np.linspace(-50, 50, 256)[None, :, None] + np.linspace(-20, 20, 256)
     assert coded(slope, 1.0)[0] < 500  # of 65,536 pixels
+
+
+@pytest.mark.parametrize("scale", [2.0, 10.0, 300.0])
+def test_noise_is_coded_as_it_is(scale: float) -> None:
+    """At the entropy of what is rounded (Gish and Pierce 1968), and only where pixels count."""
+    rng = np.random.default_rng(0)
+    images, valid = scale * rng.normal(size=(4, 128, 256)), rng.random((128, 256)) < 0.5
+    data, told = encode_planes(np.where(valid, images, 0.0), 1.0, valid)
+    assert np.array_equal(decode_planes(data, images.shape, 1.0, valid), told)
+    assert (told[:, ~valid] == 0).all()
+    squared = np.square(told - images)[:, valid].mean()
+    assert squared < 1.1 / 12
+    bits = 8 * len(data) / (4 * valid.sum())
+    assert bits == pytest.approx(np.log2(scale * np.sqrt(2 * np.pi * np.e)) - np.log2(12 * squared) / 2, abs=0.05)
+
+
+def test_ways_that_are_none_are_refused() -> None:
+    data, _ = encode_planes(np.ones((1, 8, 8)), 1.0)
+    with pytest.raises(ValueError, match="begin with b'x'"):
+        decode_planes(b"x" + data[1:], (1, 8, 8), 1.0)
 
 
 # --- damage -----------------------------------------------------------------------------------
@@ -170,7 +190,7 @@ def forged(size: int, value: int, rest: tuple[int, ...] = ()) -> bytes:
     encoder.encode(np.array([size]), levels_of(np.array([1]), 8))
     encoder.encode(np.array([value]), levels_of(np.array([0]), 1))
     encoder.encode(np.array(rest, np.int64), np.zeros(len(rest), np.uint8))
-    return encoder.finish()
+    return b"w" + encoder.finish()
 
 
 def test_forged_bytes_decode() -> None:
@@ -198,7 +218,7 @@ def test_damage_is_refused_or_gives_other_images_of_the_same_shape() -> None:
     images = 10 * smooth((3, 12, 16))
     data, told = encode_planes(images, 0.1)
     rng = np.random.default_rng(6)
-    damaged = [data[: 4 * int(end)] for end in rng.integers(1, len(data) // 4, 20)]
+    damaged = [data[: 1 + 4 * int(end)] for end in rng.integers(1, len(data) // 4, 20)]
     for position in rng.integers(0, len(data), 40):
         flipped = bytearray(data)
         flipped[position] ^= 1 << int(rng.integers(8))

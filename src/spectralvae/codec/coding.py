@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,46 +15,21 @@ from spectralvae.codec.mask import pack_mask
 from spectralvae.codec.network import LatentCode, cost_of_errors, decode_scene, encode_scene
 from spectralvae.codec.rates import Target, solve
 from spectralvae.codec.scratch import Scratch, bands
-from spectralvae.codec.stages import LEAST_BOUND, MARGIN_NETWORK, Stages
+from spectralvae.codec.stages import LEAST_BOUND, MARGIN_NETWORK, Errors, Stages
 from spectralvae.codec.variants import Blocks, Estimate, Variant
 from spectralvae.data.normalize import EPSILON
-from spectralvae.errors import RunError
+from spectralvae.errors import InputError, RunError
 from spectralvae.inference.coder import Coder
 
 _WINDOW = (2, 4)  # tiles along y and x on which the network is tried first
 _COARSER = (1.0, 2.0, 4.0)  # steps of latents that are tried, in that of the components
 _NEARLY = 0.995  # of the bytes asked for are aimed at
 _ATTEMPTS = 6  # to meet a target that was met by the estimate
-_TIGHTER = 1.002  # is an error made at least from one to the next
+_TIGHTER = 0.002  # at least by so much is an error made smaller, and by twice as much at each further attempt
+_MOST_STEPS = 2.0**38  # of a residual
 _WASTEFUL = 0.985  # of the bytes allowed: with less it is tried again
 
 Float32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Errors:
-    """What a decoder's result differs by from the scene, over all valid samples.
-
-    Attributes:
-        n_valid: samples.
-        mse: of z; within the clip where there is no bound.
-        max_error: the largest of z.
-        max_relative_error: the largest of radiance, of its true value; None under zscore, where that may be 0.
-    """
-
-    n_valid: int
-    mse: float
-    max_error: float
-    max_relative_error: float | None
-
-    def values(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "n_valid": self.n_valid,
-            "mse": self.mse,
-            "max_error": self.max_error,
-            "max_relative_error": self.max_relative_error,
-        }
 
 
 @dataclass(frozen=True)
@@ -66,14 +40,13 @@ class Coded:
         stages: how they were coded.
         blocks: kind -> content.
         errors: of what is decoded from them.
-        n_bytes_linear, n_bytes_network: of all blocks, without and with the network, as far as they were tried.
+        estimated_bytes: of the blocks that meet the target, without and with the network, as far as it was tried.
     """
 
     stages: Stages
     blocks: Blocks
     errors: Errors
-    n_bytes_linear: int | None
-    n_bytes_network: int | None
+    estimated_bytes: dict[str, int]
 
 
 class SceneCoder:
@@ -86,19 +59,42 @@ class SceneCoder:
         fixed: bytes of the file besides the blocks of the scene and its mask.
         folder: where temporary files may lie.
         name: of the scene, for errors.
+        advance: called with the share of the work that is done, of which there is 1.
+
+    Raises:
+        InputError: a sample is so large that no bound of that size can be kept.
     """
 
-    def __init__(self, z: Scratch, coder: Coder, target: Target, fixed: int, folder: Path, name: str) -> None:
+    def __init__(
+        self,
+        z: Scratch,
+        coder: Coder,
+        target: Target,
+        fixed: int,
+        folder: Path,
+        name: str,
+        advance: Callable[[float], None] = lambda share: None,
+    ) -> None:
         self.z, self.coder, self.target, self.folder, self.name = z, coder, target, folder, name
-        self.normalization = coder.normalization
-        self.n_valid = 0
+        self.normalization, self._advance = coder.normalization, advance
+        self.n_valid, self._largest = 0, 0.0
         self.mask = pack_mask(self._valid_rows(), z.shape)
         self.fixed = fixed + len(self.mask)
+        if target.bound is not None:
+            least = float(np.nanmin(target.bound.in_z(self.normalization)))
+            if self._largest / least > _MOST_STEPS:
+                raise InputError(
+                    f"{name}: a sample has a z of {self._largest:.3g}; a bound of {least:.3g} can be kept up to "
+                    f"{_MOST_STEPS * least:.3g}: give a larger one, or limit what is valid in `prepare`"
+                )
 
     def _valid_rows(self) -> Iterator[NDArray[np.bool_]]:
+        """Also counts them, and finds the largest."""
         for rows in bands(self.z.shape):
-            valid = np.isfinite(self.z.read(rows))
+            z = self.z.read(rows)
+            valid = np.isfinite(z)
             self.n_valid += int(np.count_nonzero(valid))
+            self._largest = max(self._largest, float(np.abs(z[valid]).max(initial=0.0)))
             yield from valid
 
     # --- which way --------------------------------------------------------------------------------
@@ -113,15 +109,20 @@ class SceneCoder:
         plain = self._solve(linear)
         best, chosen, tried = linear, plain, None
         with Scratch(self.folder, self.z.shape) as base:
+            self._advance(0.3)
             network_step = self._promising_step(plain.stages.step)
+            self._advance(0.1)
             if network_step is not None:
                 variant = _Network(self.z, self.coder).variant(network_step, base)
                 tried = self._solve(variant, guess=network_step)
                 if self._better(tried, plain):
                     best, chosen = variant, tried
+            self._advance(0.2)
             stages, blocks, errors = self._fit(best, chosen)
-        sizes = {e.stages.network_step is not None: round(e.n_bytes) for e in (plain, tried) if e is not None}
-        return Coded(stages, blocks, errors, sizes.get(False), sizes.get(True))
+        self._advance(0.4)
+        estimates = {"components": plain, "network": tried}
+        sizes = {way: round(e.n_bytes) + len(self.mask) for way, e in estimates.items() if e is not None}
+        return Coded(stages, blocks, errors, sizes)
 
     def _solve(self, variant: Variant, *, guess: float | None = None, factor: float = 1.0) -> Estimate:
         """What meets the target.
@@ -179,6 +180,8 @@ class SceneCoder:
             part.write(slice(0, height), slice(0, width), z)
             plain = Variant(part, self.normalization).at(step, bound)
             network = _Network(part, self.coder)
+            if not network.says_anything:
+                return None
             tried = [network.variant(coarser * step, base).at(step, bound) for coarser in _COARSER]
         best = min(tried, key=Estimate.cost)
         return best.stages.network_step if self._cheaper(best, plain) else None
@@ -207,47 +210,57 @@ class SceneCoder:
                     return *found, self._errors(*found)
             else:
                 errors = self._errors(stages, blocks)
-                if target.kind != "mse" or errors.mse <= target.value:
-                    self._check(stages, errors)
+                if self._meets(stages, errors):
                     return stages, blocks, errors
+                if stages.bound is not None:
+                    missed = f"decoded, a sample is further off than the bound, {stages.bound.value:g}: {errors}"
+                    if (margin := 4 * stages.margin) > float(np.nanmin(stages.bound.in_z(self.normalization))) / 2:
+                        break
+                    estimate = replace(estimate, stages=stages.model_copy(update={"margin": margin}))
+                    continue
                 missed = f"a mean squared error of {target.value:g} cannot be met: {errors.mse:g} was reached"
-                factor *= max(_TIGHTER, errors.mse / target.value)
+                factor *= max(1 + _TIGHTER * 2**attempt, errors.mse / target.value)
             estimate = self._solve(variant, guess=stages.step, factor=factor)
         raise RunError(f"{self.name}: {missed}")
 
+    def _meets(self, stages: Stages, errors: Errors) -> bool:
+        """Whether errors are what was asked for."""
+        if (bound := stages.bound) is not None:
+            found = errors.max_error if bound.kind == "z" else errors.max_relative_error
+            return found is not None and found <= bound.value
+        return self.target.kind != "mse" or errors.mse <= self.target.value
+
     def _errors(self, stages: Stages, blocks: Mapping[str, bytes]) -> Errors:
-        """Decode, and compare with the scene."""
-        n, squares, largest, relative = 0, 0.0, 0.0, 0.0
-        normalization = self.normalization
-        log = normalization.transform == "log_zscore"
-        clip = normalization.clip if stages.bound is None else math.inf
+        """Decode, and compare with the scene.
+
+        Raises:
+            RunError: what is decoded is not valid at the same samples.
+        """
+        n, n_beyond, squares, largest, relative = 0, 0, 0.0, 0.0, 0.0
+        spread, clip = self.normalization.std + EPSILON, self.normalization.clip
+        log = self.normalization.transform == "log_zscore"
         for rows, radiance in stream_scene(stages, blocks, self.z.shape, self.coder, self.folder):
             z, found = self.z.read(rows).astype(np.float64), standardized(radiance, self.coder)
             if not np.array_equal(np.isnan(z), np.isnan(found)):
                 raise RunError(f"{self.name}: rows {rows.start}-{rows.stop - 1}: decoded samples are not valid")
-            np.clip(z, -clip, clip, out=z)
-            error = found - z
+            # half a unit in the last place of z, which is kept in float32 only
+            error = np.abs(found - z) + 2.0**-24 * np.abs(z)
             n += int(np.count_nonzero(np.isfinite(error)))
-            squares += float(np.nansum(np.square(error)))
-            largest = max(largest, float(np.nanmax(np.abs(error), initial=0.0)))
+            n_beyond += int(np.count_nonzero(np.abs(z) > clip))
+            largest = max(largest, float(np.nanmax(error, initial=0.0)))
             if log:
-                ratio = np.expm1(error * (normalization.std + EPSILON))
-                relative = max(relative, float(np.nanmax(np.abs(ratio), initial=0.0)))
-        return Errors(n, squares / max(n, 1), largest, relative if log else None)
-
-    def _check(self, stages: Stages, errors: Errors) -> None:
-        """Refuse what is not within the bound.
-
-        Raises:
-            RunError: it is not.
-        """
-        if (bound := stages.bound) is not None:
-            found = errors.max_error if bound.kind == "z" else errors.max_relative_error
-            if found is None or found > bound.value:
-                raise RunError(
-                    f"{self.name}: decoded, the largest error ({bound.kind}) is {found}, not {bound.value:g}: float32 "
-                    "cannot hold such a bound there, or the network computes differently each time: ask for more"
-                )
+                exponent = np.minimum(np.copysign(error, found - z) * spread, 700.0)  # what float64 can hold
+                relative = max(relative, float(np.nanmax(np.abs(np.expm1(exponent)), initial=0.0)))
+            if stages.bound is None:
+                np.clip(z, -clip, clip, out=z)
+            squares += float(np.nansum(np.square(found - z)))
+        return Errors(
+            n_valid=n,
+            n_beyond_clip=n_beyond,
+            mse=squares / max(n, 1),
+            max_error=largest,
+            max_relative_error=relative if log else None,
+        )
 
 
 class _Network:
@@ -255,13 +268,16 @@ class _Network:
 
     def __init__(self, z: Scratch, coder: Coder) -> None:
         self._z, self._coder = z, coder
-        latents, seen = encode_scene(z, coder, lambda n: None)
-        self._code = LatentCode(latents, seen, cost_of_errors(latents, coder))
+        latents, seen = encode_scene(z, coder)
+        cost = cost_of_errors(latents, coder)
+        self.says_anything = bool(cost.any())  # the decoder of an untrained network does not heed its latents
+        self._code = LatentCode(latents, seen, cost) if self.says_anything else None
 
     def variant(self, step: float, base: Scratch) -> Variant:
         """The scene less what the network makes of latents of a step, which is written to ``base``."""
+        assert self._code is not None
         block, decoded = self._code.encode(step)
-        decode_scene(decoded, self._coder, base, lambda n: None)
+        decode_scene(decoded, self._coder, base)
         return Variant(self._z, self._coder.normalization, base, (block, step))
 
 

@@ -10,21 +10,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
+from pydantic import ValidationError
 from rich.console import Console
 
 from spectralvae import __version__
-from spectralvae.artifact import weights_sha256
-from spectralvae.codec.coding import Coded, SceneCoder
-from spectralvae.codec.container import SUFFIX, write_container
-from spectralvae.codec.layouts import pack_layout
+from spectralvae.codec.coding import SceneCoder
+from spectralvae.codec.container import SUFFIX, container_size, read_container, write_container
+from spectralvae.codec.layouts import pack_layout, unpack_layout
 from spectralvae.codec.rates import Target
 from spectralvae.codec.scratch import Scratch, bands
-from spectralvae.codec.stages import LEAST_BOUND, MARGIN, Bound
+from spectralvae.codec.stages import LEAST_BOUND, MARGIN, Bound, Head
 from spectralvae.config import CompressConfig, InputSpec
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.plan import expand
-from spectralvae.errors import ConfigError, InputError
+from spectralvae.errors import ConfigError, DamagedError, InputError
 from spectralvae.inference.coder import Coder
 from spectralvae.inference.encode import open_scene_for
 from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
@@ -35,7 +36,9 @@ from spectralvae.readers import Scene
 from spectralvae.rundir import RunDir, write_atomic
 from spectralvae.training.distributed import Ranks
 
-_OVERHEAD = 512  # bytes of the container: more than it needs for magic, lengths, checksums and the figures in the head
+_KINDS = ("LAYT", "MASK", "LATN", "SPEC", "COMP", "RESD")
+_LARGEST = float(np.finfo(np.float32).max)
+_READING = 0.2  # of the work
 
 
 def compress(config: CompressConfig, run: RunDir | None, ranks: Ranks, console: Console) -> None:
@@ -65,7 +68,8 @@ def compress(config: CompressConfig, run: RunDir | None, ranks: Ranks, console: 
         return _Compressing(scene, spec, coder, target, config)
 
     def report(run: RunDir) -> None:
-        write_atomic(run.path / "report.json", json.dumps(_report(run.record["files"], coder), indent=2) + "\n")
+        content = _report(run.path, run.record["files"], coder)
+        write_atomic(run.path / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     work_through(plan(inputs, make, run, ranks, console), "compressing", coder, run, ranks, console, report)
 
@@ -83,10 +87,10 @@ def target_of(config: CompressConfig, normalization: Normalization) -> Target:
         return Target("bytes", rate.bytes) if rate.bytes is not None else Target("mse", rate.mse or 0.0)
     assert config.bound is not None
     if config.bound.z is not None:
-        bound = Bound("z", config.bound.z)
+        bound = Bound(kind="z", value=config.bound.z)
     else:
         assert config.bound.relative is not None
-        bound = Bound("relative", config.bound.relative)
+        bound = Bound(kind="relative", value=config.bound.relative)
         if normalization.transform != "log_zscore":
             raise ConfigError(
                 f"bound.relative: {bound.value:g} needs radiance above 0, which only the transform log_zscore grants; "
@@ -134,33 +138,44 @@ class _Compressing:
     def do(self, advance: Advance) -> dict[str, Any]:
         scene, folder = self.scene, self.config.output_dir
         counts: dict[str, int] = {}
+        progress = _Progress(advance, self.n_pixels)
         with scene, Scratch(folder, scene.shape) as z:
             # beyond the clip, too
-            read = z_reader(scene, replace(self.coder.normalization, clip=math.inf), counts)
+            read = z_reader(scene, replace(self.coder.normalization, clip=_LARGEST), counts)
             for rows in bands(scene.shape):
                 everywhere = slice(0, scene.shape[1])
                 z.write(rows, everywhere, read(rows, everywhere))
-                advance((rows.stop - rows.start) * scene.shape[1] // 2)
+                progress.add(_READING * (rows.stop - rows.start) / scene.shape[0])
             layout = pack_layout(layout_of(scene))
-            head = self._head()
-            fixed = len(layout) + len(json.dumps(head)) + _OVERHEAD
-            scene_coder = SceneCoder(z, self.coder, self.target, fixed, folder, str(scene.path))
+            unpack_layout(layout)  # what cannot be read back is not written
+            about = self._about()
+            fixed = len(layout) + container_size(_longest(about), len(_KINDS), 0)
+            scene_coder = SceneCoder(
+                z,
+                self.coder,
+                self.target,
+                fixed,
+                folder,
+                str(scene.path),
+                lambda share: progress.add((1 - _READING) * share),
+            )
             if not scene_coder.n_valid:
                 return self._left_out(counts)
             coded = scene_coder.code()
-        head |= {"stages": coded.stages.values(), "errors": coded.errors.values()}
-        write_container(self.result, head, [("LAYT", layout), *coded.blocks.items()])
-        advance(self.n_pixels - self.n_pixels // 2)
-        return self._facts(coded, len(layout), counts)
+        head = Head(**about, stages=coded.stages, errors=coded.errors, estimated_bytes=coded.estimated_bytes)
+        assert coded.blocks.keys() | {"LAYT"} == head.kinds()
+        write_container(self.result, head.model_dump(), [("LAYT", layout), *coded.blocks.items()])
+        facts = facts_of(self.result)
+        return {"text": _text(facts), **facts, "invalid": counts}
 
-    def _head(self) -> dict[str, Any]:
-        """All that is known before anything is coded."""
+    def _about(self) -> dict[str, Any]:
+        """What the head says of scene and model."""
         scene, given = self.scene, self.spec.model_dump(mode="json", exclude={"path"}, exclude_none=True)
         coder = self.coder
         return {
             "spectralvae_version": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "shape": list(scene.shape),
+            "shape": scene.shape,
             "source": scene.path.name,
             "source_sha256": scene.sha256(),
             "source_format": scene.format,
@@ -168,7 +183,8 @@ class _Compressing:
             "band": scene.band,
             "scan_start": scene.time.isoformat() if scene.time else None,
             "units": scene.units,
-            "model": coder.path.name if coder.step is None else f"{coder.path.name}, step {coder.step}",
+            "radiance_bytes": _stored_bytes(scene),
+            "model": "/".join(coder.path.absolute().parts[-3:]),
             **coder.identity,
             "overlap": coder.overlap,
         }
@@ -181,51 +197,126 @@ class _Compressing:
             raise InputError(f"{self.scene.path}: {why}: leave the file out, or set all_invalid: leave_out")
         return {"left_out": why, "n_samples": n_samples}
 
-    def _facts(self, coded: Coded, n_layout: int, counts: Mapping[str, int]) -> dict[str, Any]:
-        n_bytes = self.result.stat().st_size
-        blocks = {kind: len(content) for kind, content in coded.blocks.items()} | {"LAYT": n_layout}
-        n_samples = math.prod(self.scene.shape)
-        n_source = sum(file.stat().st_size for file in self.sources)
-        errors = coded.errors
-        way = "network and components" if coded.stages.network_step is not None else "components"
-        relative = "" if errors.max_relative_error is None else f", {errors.max_relative_error:.3g} of radiance"
-        return {
-            "text": f"{n_bytes:,} bytes, {4 * n_samples / n_bytes:.1f} times fewer than float32, by {way}; RMS error "
-            f"of z {math.sqrt(errors.mse):.3g}, largest {errors.max_error:.3g}{relative}",
-            "bytes": n_bytes,
-            "ratio": 4 * n_samples / n_bytes,
-            "source_bytes": n_source,
-            "ratio_to_source": n_source / n_bytes,
-            "blocks": blocks,
-            "bytes_without_coordinates": n_bytes - n_layout,
-            "n_samples": n_samples,
-            **errors.values(),
-            "stages": coded.stages.values(),
-            "blocks_bytes_linear": coded.n_bytes_linear,
-            "blocks_bytes_network": coded.n_bytes_network,
-            "invalid": dict(counts),
-        }
+
+class _Progress:
+    """Pixels of a bar, from shares of the work."""
+
+    def __init__(self, advance: Advance, n_pixels: int) -> None:
+        self._advance, self._n_pixels, self._share, self._shown = advance, n_pixels, 0.0, 0
+
+    def add(self, share: float) -> None:
+        self._share += share
+        now = round(self._share * self._n_pixels)
+        self._advance(now - self._shown)
+        self._shown = now
 
 
-def _report(files: Mapping[str, Mapping[str, Any]], coder: Coder) -> dict[str, Any]:
+def _stored_bytes(scene: Scene) -> int | None:
+    """What radiance takes in a file of HDF5 (netCDF-4), as it is packed there; of a region its share."""
+    if "radiance" not in scene.places or not scene.path.is_file() or not h5py.is_hdf5(scene.path):
+        return None
+    with h5py.File(scene.path) as file:
+        variable = file[scene.places["radiance"].name]
+        n_bytes: int = variable.id.get_storage_size()
+        return round(n_bytes * math.prod(scene.shape) / int(variable.size))
+
+
+def _longest(about: dict[str, Any]) -> dict[str, Any]:
+    """A head that is no shorter than any of the file's will be."""
+    figure, count = 1.2345678901234567e-100, 12345678901234567
+    bound = {"kind": "relative", "value": figure}
+    stages = {"step": figure, "n_components": count, "network_step": figure, "bound": bound, "margin": figure}
+    figures = ("mse", "max_error", "max_relative_error")
+    errors = {
+        "n_valid": count,
+        "n_beyond_clip": count + 9,
+        **{name: figure * (i + 7) for i, name in enumerate(figures)},
+    }
+    return {
+        **about,
+        "stages": stages,
+        "errors": errors,
+        "estimated_bytes": {"components": count, "network": count // 7},
+    }
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """What report.json says of a file.
+
+    Raises:
+        DamagedError: it is damaged.
+    """
+    content, blocks = read_container(path)
+    head, n_bytes = parse_head(path, content), path.stat().st_size
+    n_samples = math.prod(head.shape)
+    sizes = {kind: len(block) for kind, block in blocks.items()}
+    stored = head.radiance_bytes
+    return {
+        "source": head.source,
+        "bytes": n_bytes,
+        "ratio": 4 * n_samples / n_bytes,
+        "radiance_bytes": stored,
+        "ratio_to_source": None if stored is None else stored / n_bytes,
+        "blocks": sizes,
+        "bytes_without_coordinates": n_bytes - sizes["LAYT"],
+        "n_samples": n_samples,
+        **head.errors.model_dump(),
+        "stages": head.stages.model_dump(),
+        "estimated_bytes": head.estimated_bytes,
+    }
+
+
+def parse_head(path: Path, content: Mapping[str, Any]) -> Head:
+    """The head of a file, checked.
+
+    Raises:
+        DamagedError: it is no head of this version.
+    """
+    try:
+        return Head.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DamagedError(
+            f"{path}: is damaged: its head's {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from error
+
+
+def _text(facts: Mapping[str, Any]) -> str:
+    way = "network and components" if facts["stages"]["network_step"] is not None else "components"
+    relative = facts["max_relative_error"]
+    return (
+        f"{facts['bytes']:,} bytes, {facts['ratio']:.1f} times fewer than float32, by {way}; RMS error of z "
+        f"{math.sqrt(facts['mse']):.3g}, largest {facts['max_error']:.3g}"
+        + ("" if relative is None else f", {relative:.3g} of radiance")
+    )
+
+
+def _report(folder: Path, noted: Mapping[str, Mapping[str, Any]], coder: Coder) -> dict[str, Any]:
     """All files, and what the model adds to them, for whoever has not got it."""
-    made = {name: facts for name, facts in files.items() if "bytes" in facts}
+    # of a file that was made right before a kill, nothing else was noted
+    files = {
+        name: facts if "bytes" in facts or "left_out" in facts else {**facts, **facts_of(folder / name)}
+        for name, facts in noted.items()
+    }
+    made = [facts for facts in files.values() if "bytes" in facts]
     n_model = sum(4 * p.numel() for p in coder.model.parameters())
-    n_bytes, n_source = (sum(facts[key] for facts in made.values()) for key in ("bytes", "source_bytes"))
-    saved = (n_source - n_bytes) / len(made) if made else 0.0
+    stored = [facts["radiance_bytes"] for facts in made]
+    n_bytes = sum(facts["bytes"] for facts in made)
+    n_stored = None if None in stored else sum(stored)
+    saved = 0.0 if n_stored is None else (n_stored - n_bytes) / max(1, len(made))
     by_network = [
-        facts["blocks_bytes_linear"] - facts["blocks_bytes_network"]
-        for facts in made.values()
+        facts["estimated_bytes"]["components"] - facts["estimated_bytes"]["network"]
+        for facts in made
         if facts["stages"]["network_step"] is not None
     ]
-    each = sum(by_network) / len(made) if made else 0.0
+    each = sum(by_network) / max(1, len(made))
     return {
         "files": files,
         "bytes": n_bytes,
-        "source_bytes": n_source,
+        "radiance_bytes": n_stored,
         "model_bytes": n_model,
-        "model_sha256": weights_sha256(coder.model),
-        # from how many such files on files and model together are smaller than the sources; None: never
+        "model_sha256": coder.identity["model_sha256"],
+        # from how many such files on they and the model are smaller than the radiance in the sources; None: never
         "break_even_files": math.ceil(n_model / saved) if saved > 0 else None,
         # the same, than files without the network
         "break_even_files_of_network": math.ceil(n_model / each) if each > 0 else None,

@@ -36,6 +36,13 @@ _TAIL_SIZE = _BLOCK.size + _END.size + _CHECKSUM.size
 _LARGEST_HEAD = 2**22  # bytes of JSON
 
 
+def container_size(head: Mapping[str, Any], n_blocks: int, n_bytes: int) -> int:
+    """Bytes of a file with such a head and so many blocks, of so many bytes together."""
+    n_head = len(zlib.compress(json.dumps(head).encode(), 9))
+    each = _BLOCK.size + _CHECKSUM.size
+    return _START.size + (n_blocks + 1) * each + n_head + n_bytes + _TAIL_SIZE
+
+
 def write_container(path: Path, head: Mapping[str, Any], blocks: Sequence[tuple[str, bytes]]) -> None:
     """Write a file that is either whole or not there.
 

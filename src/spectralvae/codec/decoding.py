@@ -18,6 +18,8 @@ from spectralvae.codec.scratch import Scratch, bands
 from spectralvae.codec.stages import Stages
 from spectralvae.inference.coder import Coder
 
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)  # what float32 can hold
+
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
@@ -51,11 +53,13 @@ def stream_scene(
         if stages.network_step is not None:
             cells = (coder.model.embed_dim, -(-ny // coder.scale), -(-nx // coder.scale))
             latents = decode_latents(blocks["LATN"], cells, stages.network_step)
-            decode_scene(latents, coder, scratch, lambda n: None)
+            decode_scene(latents, coder, scratch)
         within = stages.network_step is not None
         for portion in spectra.portions():
             images = decode_images(components, portion.stop - portion.start, seen, stages.step)
             if portion.stop == k:
+                if components.read(1):
+                    raise ValueError("there are more images than components")
                 yield from _rows(stages, blocks, spectra, (portion, images), coder, scratch if within else None)
                 return
             for rows in bands(shape):
@@ -89,7 +93,9 @@ def _rows(
                 row += residuals.decode_row(valid) * steps
             row[~valid] = np.nan
         np.clip(z, -clip, clip, out=z)
-        with np.errstate(over="ignore"):  # beyond float32: inf, which the check before the file was finished excludes
-            yield rows, normalization.denormalize(z).astype(np.float32)
+        with np.errstate(over="ignore"):
+            radiance = normalization.denormalize(z)
+        least = _SMALLEST if normalization.transform == "log_zscore" else -_LARGEST
+        yield rows, np.clip(radiance, least, _LARGEST).astype(np.float32)
     if residuals is not None:
         residuals.finish()

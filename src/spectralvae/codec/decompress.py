@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,18 +12,21 @@ from typing import Any
 from rich.console import Console
 
 from spectralvae import __version__
+from spectralvae.codec.compress import parse_head
 from spectralvae.codec.container import SUFFIX, read_container, read_head
 from spectralvae.codec.decoding import stream_scene
 from spectralvae.codec.layouts import unpack_layout
-from spectralvae.codec.stages import Stages
+from spectralvae.codec.stages import Head
 from spectralvae.config import DecompressConfig
 from spectralvae.data.plan import expand
-from spectralvae.errors import DamagedError, InputError
+from spectralvae.errors import ConfigError, DamagedError, InputError
 from spectralvae.inference.coder import Coder
 from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
 from spectralvae.inference.layout import new_scene
 from spectralvae.rundir import RunDir
 from spectralvae.training.distributed import Ranks
+
+_MOST_PIXELS = 2**28  # of a scene
 
 
 def decompress(config: DecompressConfig, run: RunDir | None, ranks: Ranks, console: Console) -> None:
@@ -54,21 +57,27 @@ def _in_folder(pattern: str) -> str:
     return f"{glob.escape(str(folder))}/*{SUFFIX}" if folder.is_dir() else pattern
 
 
-def read_head_for(path: Path, coder: Coder) -> dict[str, Any]:
+def read_head_for(path: Path, coder: Coder) -> Head:
     """The head of a file that a model is to decode.
 
     Raises:
         InputError: it is of another model, no file of `compress`, or of a newer version.
         DamagedError: it is damaged.
     """
-    head = read_head(path)
+    head = parse_head(path, read_head(path))
     for name, what in (("model_sha256", "weights"), ("normalization_sha256", "normalisation")):
-        ours, theirs = coder.identity[name], head[name]
+        ours, theirs = coder.identity[name], getattr(head, name)
         if ours != theirs:
             raise InputError(
                 f"{path}: was compressed with another model (SHA-256 of its {what} {theirs[:16]}..., of this "
-                f"{ours[:16]}...): give the one it names, {head['model']}"
+                f"{ours[:16]}...): give that one, {head.model}"
             )
+    ny, nx, nc = head.shape
+    if nc != coder.normalization.n_channels or head.stages.n_components > nc or ny * nx > _MOST_PIXELS:
+        raise DamagedError(
+            f"{path}: is damaged: {ny} x {nx} x {nc} samples and {head.stages.n_components} components do not fit a "
+            f"model of {coder.normalization.n_channels} channels"
+        )
     return head
 
 
@@ -77,7 +86,7 @@ class _Decompressing:
     """One file."""
 
     path: Path
-    head: Mapping[str, Any]
+    head: Head
     coder: Coder
     config: DecompressConfig
 
@@ -99,32 +108,38 @@ class _Decompressing:
 
     @property
     def n_pixels(self) -> int:
-        ny, nx, _ = self.head["shape"]
-        return int(ny * nx)
+        ny, nx, _ = self.head.shape
+        return ny * nx
 
     def do(self, advance: Advance) -> dict[str, Any]:
-        head, blocks = read_container(self.path)
-        ny, nx, nc = head["shape"]
+        _, blocks = read_container(self.path)
+        head, stages = self.head, self.head.stages
+        ny, nx, nc = head.shape
         try:
-            stages, layout = Stages.from_values(head["stages"]), unpack_layout(blocks["LAYT"])
-            with new_scene(self.result, layout, self._attributes(stages)) as put:
-                coder = self.coder.overlapping(head["overlap"])
-                for rows, radiance in stream_scene(stages, blocks, (ny, nx, nc), coder, self.config.output_dir):
+            if blocks.keys() != head.kinds():
+                raise ValueError(f"it has blocks {', '.join(blocks)}, not {', '.join(sorted(head.kinds()))}")
+            layout, coder = unpack_layout(blocks["LAYT"]), self.coder.overlapping(head.overlap)
+            if layout.shape != head.shape:
+                raise ValueError(f"coordinates are of {layout.shape}, radiance is {head.shape}")
+            with new_scene(self.result, layout, self._attributes()) as put:
+                for rows, radiance in stream_scene(stages, blocks, head.shape, coder, self.config.output_dir):
                     put(rows, slice(0, nx), radiance)
                     advance(radiance.shape[0] * nx)
-        except (KeyError, TypeError, ValueError) as error:  # its checksums are right, so somebody made it so
+        # checksums are right, so somebody made it so
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise DamagedError(f"{self.path}: is damaged: {type(error).__name__}: {error}") from error
-        return {"text": f"radiance {ny} x {nx} x {nc}", "errors": head["errors"], "bound": head["stages"]["bound"]}
+        bound = stages.bound.model_dump() if stages.bound else None
+        return {"text": f"radiance {ny} x {nx} x {nc}", **head.errors.model_dump(), "bound": bound}
 
-    def _attributes(self, stages: Stages) -> dict[str, Any]:
+    def _attributes(self) -> dict[str, Any]:
         """What tells that this is no measurement, and how far from it."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        errors = self.head["errors"]
-        known = f"largest error of z {errors['max_error']:.6g}, mean squared error {errors['mse']:.6g}"
-        if stages.bound is not None:
-            known += f"; bound: {stages.bound.value:g} ({stages.bound.kind})"
+        errors, bound = self.head.errors, self.head.stages.bound
+        known = f"largest error of z {errors.max_error:.6g}, mean squared error {errors.mse:.6g}"
+        if bound is not None:
+            known += f"; bound: {bound.value:g} ({bound.kind})"
         return {
             "spectralvae_decompressed": f"radiance is reconstructed from {self.path.name}; {known}",
-            "spectralvae_model_sha256": self.head["model_sha256"],
+            "spectralvae_model_sha256": self.head.model_sha256,
             "history": f"{now} radiance decompressed by spectralvae {__version__}",
         }

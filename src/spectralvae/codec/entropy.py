@@ -12,9 +12,17 @@ import math
 from functools import cache
 from typing import Any
 
-import constriction
 import numpy as np
 from numpy.typing import NDArray
+
+from spectralvae.errors import ConfigError
+
+try:
+    import constriction
+except ImportError as error:
+    raise ConfigError(
+        f'compressing needs constriction ({error}); install it: pip install "spectralvae[codec]"'
+    ) from error
 
 _Categorical = constriction.stream.model.Categorical
 _Uniform = constriction.stream.model.Uniform

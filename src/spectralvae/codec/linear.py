@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from spectralvae.codec.planes import decode_planes, encode_planes, fill_invalid
 
 IN_MEMORY = 64  # images of components that are held at a time
-_GROUP = 16  # images that are coded together: coding takes several times their memory
+_GROUP, _GROUP_PIXELS = 16, 8_000_000  # images that are coded together, which takes several times their memory
 _REFINEMENTS = 8  # of the components of pixels with invalid samples
 
 _LENGTH = Struct("<I")
@@ -155,11 +155,15 @@ def _refined(flat: Float64, valid: Bools, found: Float64, basis: Float64, invers
 
 def encode_images(images: Float64, step: float, seen: Bools) -> tuple[bytes, Float64]:
     """Images of components (k, ny, nx), of which the pixels that were seen count, to bytes, and what they decode to."""
-    parts, decoded = [], np.empty_like(images)
-    for first in range(0, len(images), _GROUP):
-        data, decoded[first : first + _GROUP] = encode_planes(images[first : first + _GROUP], step, seen)
+    parts, decoded, group = [], np.empty_like(images), _group(seen)
+    for first in range(0, len(images), group):
+        data, decoded[first : first + group] = encode_planes(images[first : first + group], step, seen)
         parts.append(_LENGTH.pack(len(data)) + data)
     return b"".join(parts), decoded
+
+
+def _group(seen: Bools) -> int:
+    return max(1, min(_GROUP, _GROUP_PIXELS // seen.size))
 
 
 def decode_images(data: BinaryIO, k: int, seen: Bools, step: float) -> Float64:
@@ -168,9 +172,9 @@ def decode_images(data: BinaryIO, k: int, seen: Bools, step: float) -> Float64:
     Raises:
         ValueError: the bytes are damaged.
     """
-    images = np.empty((k, *seen.shape))
-    for first in range(0, k, _GROUP):
-        n = min(_GROUP, k - first)
+    images, group = np.empty((k, *seen.shape)), _group(seen)
+    for first in range(0, k, group):
+        n = min(group, k - first)
         head = data.read(_LENGTH.size)
         if len(head) < _LENGTH.size:
             raise ValueError("the images of components end too early")

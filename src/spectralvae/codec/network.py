@@ -9,7 +9,6 @@ Shapes: (E, h, w) latents, a cell for s x s pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +24,9 @@ _LEAST = 1e-6  # of the largest eigenvalue of the quadratic form
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-Advance = Callable[[int], None]
 
 
-def encode_scene(z: Scratch, coder: Coder, advance: Advance) -> tuple[Float32, NDArray[np.bool_]]:
+def encode_scene(z: Scratch, coder: Coder) -> tuple[Float32, NDArray[np.bool_]]:
     """Latents (E, h, w) of a scene, and in which cells any sample is valid (h, w)."""
     ny, nx, _ = z.shape
     s = coder.scale
@@ -37,18 +35,17 @@ def encode_scene(z: Scratch, coder: Coder, advance: Advance) -> tuple[Float32, N
 
     def read(rows: slice, columns: slice) -> Float32:
         clip = coder.normalization.clip
-        return np.clip(z.read(rows)[:, columns], -clip, clip)
+        return np.clip(z.read(rows, columns), -clip, clip)
 
     for piece in coder.encode(read, (ny, nx)):
         latents[:, piece.rows, piece.columns] = piece.result.transpose(2, 0, 1)
         any_valid: NDArray[np.bool_] = np.asarray(np.isfinite(piece.seen).any(axis=2))
         rows = np.logical_or.reduceat(any_valid, range(0, len(any_valid), s), axis=0)
         seen[piece.rows, piece.columns] = np.logical_or.reduceat(rows, range(0, any_valid.shape[1], s), axis=1)
-        advance(any_valid.size)
     return latents, seen
 
 
-def decode_scene(latents: Float64, coder: Coder, into: Scratch, advance: Advance) -> None:
+def decode_scene(latents: Float64, coder: Coder, into: Scratch) -> None:
     """z of a scene from its latents (E, h, w), within the clip."""
     clip = coder.normalization.clip
 
@@ -57,7 +54,6 @@ def decode_scene(latents: Float64, coder: Coder, into: Scratch, advance: Advance
 
     for piece in coder.decode(read, into.shape[:2]):
         into.write(piece.rows, piece.columns, np.clip(piece.result, -clip, clip))
-        advance(piece.result.shape[0] * piece.result.shape[1])
 
 
 def cost_of_errors(latents: Float32, coder: Coder) -> Float64:

@@ -60,7 +60,7 @@ def encode_planes(images: Float64, step: float, valid: Bools | None = None) -> t
     subbands = forward(images, n_levels_of(*images.shape[1:]))
     quantised = [(name, _quantised(values, step)) for name, values in subbands]
     data, decoded = _WAVELET + _encoded(quantised, _walk), _images(quantised, step)
-    if _gain(images, subbands) < _CLEAR_GAIN:
+    if images.size and _gain(images, subbands) < _CLEAR_GAIN:
         valid = np.ones(images.shape[1:], np.bool_) if valid is None else valid
         samples = [("", _quantised(images[:, None, valid], step))]
         plain, as_is = _PLAIN + _encoded(samples, _walk_noise), _spread(samples[0][1], valid, step)

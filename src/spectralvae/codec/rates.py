@@ -72,7 +72,7 @@ def _search(at: At, excess: Callable[[Estimate], float], guess: float, *, rising
         rising: whether it rises.
     """
     sign = 1.0 if rising else -1.0
-    octaves, before = sign * math.log2(guess), math.nan  # so that it rises
+    octaves, before = sign * math.log2(min(max(guess, FINEST), COARSEST)), math.nan  # so that it rises
     within: tuple[float, float] | None = None
     beyond: tuple[float, float] | None = None
     best: Estimate | None = None
@@ -83,7 +83,7 @@ def _search(at: At, excess: Callable[[Estimate], float], guess: float, *, rising
             within, best = (octaves, value), found
         else:
             beyond, best = (octaves, value), best or found
-        if -_TOLERANCE <= value <= 0 or value == before:
+        if -_TOLERANCE <= value <= 0 or (value == before and within and beyond):
             break
         before = value
         if within is None or beyond is None:

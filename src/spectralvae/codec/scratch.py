@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,19 +34,23 @@ class Scratch:
     """(ny, nx, nc) float32, on disk.
 
     Args:
-        folder: where the file lies; it is the results' folder, which has room for a scene or will not have it later.
+        folder: where the file lies.
         shape: (ny, nx, nc).
 
     Attributes:
         folder, shape: as given.
 
     Raises:
-        NoRoomError: by `write`, the disk is full.
+        NoRoomError: there is no room for it.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int]) -> None:
         self.shape = shape
         self.folder = folder
+        self._n_bytes = 4 * math.prod(shape)
+        with room_for(folder / "temporary file", self._n_bytes):
+            if shutil.disk_usage(folder).free < self._n_bytes:  # before hours of work
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".scene-", buffering=0)  # noqa: SIM115 (see __exit__)
 
     def __enter__(self) -> Self:
@@ -64,7 +71,7 @@ class Scratch:
         _, nx, nc = self.shape
         values = np.ascontiguousarray(values, np.float32)
         parts = [values] if columns == slice(0, nx) else list(values)  # whole rows lie one after the other
-        with room_for(self.folder / "temporary file", 4 * int(np.prod(self.shape))):
+        with room_for(self.folder / "temporary file", self._n_bytes):
             for i, part in enumerate(parts):
                 self._write_all(part, 4 * nc * ((rows.start + i) * nx + columns.start))
 
@@ -74,13 +81,21 @@ class Scratch:
             n = os.pwrite(self._file.fileno(), view, offset)
             view, offset = view[n:], offset + n
 
-    def read(self, rows: slice) -> Float32:
-        """(rows, nx, nc)"""
+    def read(self, rows: slice, columns: slice | None = None) -> Float32:
+        """(rows, columns, nc), of all columns if none are given."""
         _, nx, nc = self.shape
-        values = np.empty((rows.stop - rows.start, nx, nc), np.float32)
-        view, offset = values.data.cast("B"), 4 * nc * nx * rows.start
+        if columns is None or columns == slice(0, nx):
+            values = np.empty((rows.stop - rows.start, nx, nc), np.float32)
+            self._read_all(values, 4 * nc * nx * rows.start)
+            return values
+        values = np.empty((rows.stop - rows.start, columns.stop - columns.start, nc), np.float32)
+        for i, part in enumerate(values):
+            self._read_all(part, 4 * nc * ((rows.start + i) * nx + columns.start))
+        return values
+
+    def _read_all(self, values: Float32, offset: int) -> None:
+        view = values.data.cast("B")
         while view:
             n = os.preadv(self._file.fileno(), [view], offset)
             assert n, "read beyond what was written"
             view, offset = view[n:], offset + n
-        return values

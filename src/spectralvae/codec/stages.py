@@ -1,28 +1,34 @@
-"""What one scene is coded with, in numbers; what the file's head says, and what its decoder needs to know."""
+"""What one scene is coded with, in numbers: what a file's head says, and its decoder needs to know."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from spectralvae.data.normalize import EPSILON, Normalization
 
-# What is kept of a bound for what rounds otherwise elsewhere, in z. Of the linear stage only float32 does, in which
-# radiance is written; the network's result depends on device, memory layout, threads and algorithms of convolution,
-# by a fifth of this at most where that was tried (tests/test_compress.py).
+# What is kept of a bound for what rounds otherwise elsewhere, in z; more where that is not enough. Of the linear stage
+# only float32 does, in which radiance is written; the network's result depends on device, memory layout, threads and
+# algorithms of convolution, by a quarter of this at most where that was tried (tests/test_compress.py).
 MARGIN, MARGIN_NETWORK = 1e-5, 2e-4
 LEAST_BOUND = 10.0  # times the margin
 
 Float64 = NDArray[np.float64]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True)
-class Bound:
+class Values(BaseModel):
+    """What is kept as JSON, and checked when it comes back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True, protected_namespaces=())
+
+
+class Bound(Values):
     """The largest error of any valid sample.
 
     Attributes:
@@ -31,7 +37,7 @@ class Bound:
     """
 
     kind: Literal["z", "relative"]
-    value: float
+    value: Positive
 
     def in_z(self, normalization: Normalization) -> Float64:
         """(nc): the same as absolute errors of z. A radiance r becomes r exp(std e), so that upwards counts."""
@@ -41,8 +47,7 @@ class Bound:
         return math.log1p(self.value) / (normalization.std + EPSILON)
 
 
-@dataclass(frozen=True)
-class Stages:
+class Stages(Values):
     """How a scene is coded.
 
     Attributes:
@@ -50,33 +55,76 @@ class Stages:
         n_components: of the linear stage.
         network_step: of the latents; None without the network.
         bound: that is kept by coding residuals of samples; None if there is none.
+        margin: by how much the residuals' steps stay below the bound, in z; 0 if there is none.
     """
 
-    step: float
-    n_components: int
-    network_step: float | None
+    step: Positive
+    n_components: Count
+    network_step: Positive | None
     bound: Bound | None
+    margin: Annotated[float, Field(ge=0)]
 
     def residual_steps(self, normalization: Normalization) -> Float64:
         """(nc): steps of the residual stage, in z."""
         assert self.bound is not None
-        return 2 * (self.bound.in_z(normalization) - self.margin)
+        steps: Float64 = 2 * (self.bound.in_z(normalization) - self.margin)
+        return steps
 
-    @property
-    def margin(self) -> float:
-        """In z."""
-        return MARGIN if self.network_step is None else MARGIN_NETWORK
 
-    def values(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+class Errors(Values):
+    """What a decoder's result differs by from the scene, over all valid samples.
 
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Stages:
-        """The inverse of `values`.
+    Attributes:
+        n_valid: samples.
+        n_beyond_clip: of these.
+        mse: of z; where there is no bound, of z within the clip.
+        max_error: the largest of z, beyond the clip as well.
+        max_relative_error: the largest of radiance, of its true value; None under zscore, where that may be 0.
+    """
 
-        Raises:
-            TypeError: they are none.
-        """
-        bound = values["bound"]
-        return cls(**{**values, "bound": None if bound is None else Bound(**bound)})
+    n_valid: Count
+    n_beyond_clip: Count
+    mse: float
+    max_error: float
+    max_relative_error: float | None
+
+
+class Head(Values):
+    """What a file says of itself.
+
+    Attributes:
+        spectralvae_version, created: of the file.
+        shape: (ny, nx, nc).
+        source, source_sha256, source_format, source_arguments, band, scan_start, units: of the scene.
+        radiance_bytes: that radiance takes in the source, where that is HDF5; None elsewhere.
+        model: its name.
+        model_sha256, normalization_sha256: without which it is not decoded.
+        overlap: pixels that the network's tiles share.
+        stages: how it was coded.
+        errors: of what is decoded.
+        estimated_bytes: what the blocks were thought to take without and with the network, as far as it was tried.
+    """
+
+    spectralvae_version: str
+    created: str
+    shape: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    source: str
+    source_sha256: str
+    source_format: str
+    source_arguments: dict[str, Any]
+    band: str | None
+    scan_start: str | None
+    units: str | None
+    radiance_bytes: Count | None
+    model: str
+    model_sha256: str
+    normalization_sha256: str
+    overlap: Count
+    stages: Stages
+    errors: Errors
+    estimated_bytes: dict[str, Count]
+
+    def kinds(self) -> set[str]:
+        """Of the blocks that such a file has."""
+        there = {"LATN": self.stages.network_step, "COMP": self.stages.n_components, "RESD": self.stages.bound}
+        return {"LAYT", "MASK", "SPEC", *(kind for kind, needed in there.items() if needed)}

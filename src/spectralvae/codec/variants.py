@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from spectralvae.codec.linear import IN_MEMORY, Analysis, analyse, encode_images, encode_spectra, project
 from spectralvae.codec.residual import ResidualEncoder
 from spectralvae.codec.scratch import Scratch, bands
-from spectralvae.codec.stages import Bound, Stages
+from spectralvae.codec.stages import MARGIN, MARGIN_NETWORK, Bound, Stages
 from spectralvae.data.normalize import Normalization
 
 SAMPLED = 12_000_000  # samples of the rows from which costs are estimated
@@ -123,7 +123,8 @@ class Variant:
         k += more
         spectra_block, spectra = encode_spectra(analysis.spectra.first(k), analysis.variances[:k], step, self.n_pixels)
         n_bytes = len(spectra_block) + len(images_block) + len(self.latents or b"") + more_bytes
-        stages = Stages(step, k, self.network_step, bound)
+        margin = 0.0 if bound is None else MARGIN if self.latents is None else MARGIN_NETWORK
+        stages = Stages(step=step, n_components=k, network_step=self.network_step, bound=bound, margin=margin)
         coder = ResidualEncoder(*self.shape[1:])
         squares, n_rows, held = 0.0, 0, slice(0, len(images))
         for part, z in self._sample:

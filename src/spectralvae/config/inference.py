@@ -88,13 +88,13 @@ class BoundConfig(Section):
 
 
 class RateConfig(Section):
-    """How much is coded; one of the three."""
+    """How much is coded, of z within the clip; one of the three."""
 
-    step: Annotated[float, Field(gt=0, le=1000)] | None = Field(
-        None, description="quantisation step, in z, of components, latents and residuals"
+    step: Annotated[float, Field(ge=1e-6, le=1000)] | None = Field(
+        None, description="quantisation step, in z, of components and latents"
     )
     bytes: PositiveInt | None = Field(None, description="of a file at most; the error is as small as they allow")
-    mse: Annotated[float, Field(gt=0)] | None = Field(None, description="mean squared error of z at most")
+    mse: Annotated[float, Field(ge=1e-12)] | None = Field(None, description="mean squared error of z at most")
 
     @model_validator(mode="after")
     def _one(self) -> RateConfig:
@@ -131,4 +131,4 @@ class CompressConfig(InferenceConfig):
 class DecompressConfig(ModelConfig):
     """`spectralvae decompress`: files of `compress` to radiance, in files laid out like their sources."""
 
-    inputs: list[Text] = Field(min_length=1, description="files of `compress`: paths or globs")
+    inputs: list[Text] = Field(min_length=1, description="files of `compress`: paths, globs or folders")

@@ -76,17 +76,25 @@ class Coder:
         self._layout = place(self.model, device, plain=borrowed)
         self.scale: int = self.model.scale
         self.overlap = default_overlap(self.tile, self.scale) if overlap is None else overlap
+        self._check_overlap()
+
+    def overlapping(self, overlap: int) -> Coder:
+        """The same network, with tiles that share another number of pixels.
+
+        Raises:
+            ConfigError: that does not fit the tiles.
+        """
+        other = copy.copy(self)
+        other.overlap = overlap
+        other._check_overlap()
+        return other
+
+    def _check_overlap(self) -> None:
         if not 0 <= self.overlap < self.tile or self.overlap % self.scale:
             raise ConfigError(
                 f"overlap: {self.overlap} must be a multiple of {self.scale} (pixels of a latent cell), from 0 and "
                 f"below {self.tile} (pixels of a tile)"
             )
-
-    def overlapping(self, overlap: int) -> Coder:
-        """The same network, with tiles that share another number of pixels."""
-        other = copy.copy(self)
-        other.overlap = overlap
-        return other
 
     # --- pieces of scenes ------------------------------------------------------------------------
 
