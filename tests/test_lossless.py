@@ -227,12 +227,12 @@ def test_damage_ends_in_a_value_error_or_another_array(name: str) -> None:
         return False
 
     n_header = data.index(b"\n") + 1
-    positions = [*range(n_header), *random.integers(n_header, len(data), 30)]
+    positions = [*range(0, n_header, 2), *random.integers(n_header, len(data), 15)]
     for position in positions:
         damaged = bytearray(data)
         damaged[position] ^= 1 << random.integers(8)
         attempt(bytes(damaged))
-    for length in {*range(0, len(data), 1 + len(data) // 30), len(data) - 1}:
+    for length in {*range(0, len(data), 1 + len(data) // 15), len(data) - 1}:
         assert attempt(data[:length])
     assert attempt(data + b"\0")
     for _ in range(20):
@@ -240,14 +240,14 @@ def test_damage_ends_in_a_value_error_or_another_array(name: str) -> None:
 
 
 def test_larger_than_is_allowed() -> None:
-    for array in (*PACKED.values(), np.zeros((2**20, 2**10), np.uint8)):
+    for array in (*PACKED.values(), np.zeros((2**14, 2**10), np.uint8)):
         data = pack_array(array)
         limit = array.nbytes - 1 if array.dtype != object else 10
         tracemalloc.start()
         try:
             with pytest.raises(ValueError, match=r"more than|at most"):
                 unpack_array(data, limit)
-            assert tracemalloc.get_traced_memory()[1] < 2**18
+            assert tracemalloc.get_traced_memory()[1] < 2**18  # not even for the 16 MiB of zeros
         finally:
             tracemalloc.stop()
 

@@ -381,13 +381,25 @@ def test_longer_run_extends_a_finished_one(train):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_scenes_that_are_kept_do_not_change_the_run(train, store, monkeypatch, capsys, num_workers):
+    batches: list[tuple[int, ...]] = []  # of tiles that are read for validation, by where they are
+    read_tiles = Validation._read
+
+    def spy(self, crops):
+        batches.append(tuple((c.scene, c.y, c.x) for c in crops))
+        return read_tiles(self, crops)
+
+    monkeypatch.setattr(Validation, "_read", spy)
     _, whole = train("whole")
+    often = {batch for batch in batches if batches.count(batch) > 3}
+    assert often  # read anew for every validation
+    batches.clear()
     read, made = SceneCache.read, []
     monkeypatch.setattr(SceneCache, "read", lambda self, crop, out: (made.append(crop), read(self, crop, out)))
     code, kept = train("kept", data={"cache": True, "num_workers": num_workers})
     assert code == 0
     assert len(made) >= 3 * (N_STEPS + 1)  # the first batch is looked at before
     n_bytes = sum(2 * np.prod(scene.shape) for scene in Store(store).scenes if scene.split == "train")
+    assert {batches.count(batch) for batch in often} == {1}
     assert f"data.cache: 2 scenes, {n_bytes / 1e9:.3g} GB, are kept on cpu" in capsys.readouterr().out
     assert final_bytes(kept) == final_bytes(whole)
 
@@ -406,7 +418,7 @@ def test_whether_scenes_are_kept_may_change(train, first):
 def test_scenes_that_do_not_fit_are_refused_first(train, store, monkeypatch, capsys):
     """`max_scenes` of them may."""
     sizes = [2 * int(np.prod(s.shape)) for s in Store(store).scenes if s.split == "train"]
-    free = (sizes[0] + 4 * 4 * 3 * 24 * 8 * 8) / 0.9 + 10
+    free = (sizes[0] + (4 * 4 * 3 + 4 * 5) * 24 * 8 * 8) / 0.9 + 10  # a batch of 3, 5 validation tiles
     assert len(sizes) == 2
     monkeypatch.setattr(device, "available_memory", lambda _: int(free))
     assert train()[0] == 0

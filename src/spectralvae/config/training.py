@@ -33,8 +33,8 @@ class DataConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] = Field(2, description="reader threads; 0 reads between the steps")
     cache: bool = Field(
         False,
-        description="read the training scenes once, keep them in the memory of the device (of each process its own "
-        "copy), and make the tiles there",
+        description="read the training scenes and the validation tiles once, keep them in the memory of the device (of "
+        "each process its own copy), and make the training tiles there",
     )
     max_invalid_fraction: float = Field(
         0.5, ge=0, lt=1, description="tiles with a larger share of invalid samples are not used"

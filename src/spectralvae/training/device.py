@@ -112,7 +112,13 @@ def check_batch_fits(batch_size: int, shape: Sequence[int], device: torch.device
 
 
 def check_cache(
-    sizes: Sequence[int], batch_size: int, shape: Sequence[int], device: torch.device, n_processes: int
+    sizes: Sequence[int],
+    batch_size: int,
+    shape: Sequence[int],
+    device: torch.device,
+    n_processes: int,
+    *,
+    n_val_tiles: int = 0,
 ) -> None:
     """Refuse to keep scenes that leave no room for even the least that a batch needs.
 
@@ -122,13 +128,15 @@ def check_cache(
         shape: (C, H, W) of a tile.
         device: where they must fit.
         n_processes: of the run. Each keeps its own copy: on its own GPU, or all of them in this machine's memory.
+        n_val_tiles: that are kept as well, in float32 at most.
 
     Raises:
         ConfigError: they need more than is free.
     """
     copies = 1 if device.type == "cuda" else n_processes
     free = available_memory(device)
-    room = free - copies * _least_batch_bytes(batch_size, shape) - int(KEPT_FREE * free)
+    beside = _least_batch_bytes(batch_size, shape) + 4 * n_val_tiles * math.prod(shape)
+    room = free - copies * beside - int(KEPT_FREE * free)
     fitting = sum(total * copies <= room for total in accumulate(sizes))
     if fitting < len(sizes):
         copied = f" in {copies} processes" if copies > 1 else ""

@@ -114,7 +114,8 @@ def admit(config: TrainConfig, ranks: Ranks, console: Console) -> Trainer:
     check_batch_fits(at_a_time, settings["shape"], device)
     if config.data.cache:
         sizes = scene_bytes(store, store.indices("train")[: config.data.max_scenes])
-        check_cache(sizes, at_a_time, settings["shape"], device, ranks.world_size)
+        n_tiles = config.data.n_val_tiles
+        check_cache(sizes, at_a_time, settings["shape"], device, ranks.world_size, n_val_tiles=n_tiles)
     return Trainer(config, settings, store, device, ranks, console)
 
 
@@ -275,6 +276,7 @@ class Trainer:
         with self.ranks.together():
             if self.config.data.cache and self.step < training.n_steps:
                 self.cache = load_scenes(self.store, self.sampler.scenes, self.device, self.console)
+                self.validation.keep_on = self.device
 
     def _begin(self) -> None:
         """Before the first update: what comes in, what to compare with, and how the untrained network does."""

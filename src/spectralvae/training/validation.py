@@ -60,6 +60,7 @@ class Validation:
     Attributes:
         crops: the tiles; empty if the store keeps nothing for validation.
         reference_crops: the training tiles that PCA is fitted on.
+        keep_on: where the tiles stay once they are read; None reads them each time.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class Validation:
     ) -> None:
         self.store, self.sampler, self.targets = store, sampler, targets
         self.tile_size, self.batch_size, self.noise_shape = tile_size, batch_size, noise_shape
+        self.keep_on: torch.device | None = None
+        self._kept: dict[int, Tensor] = {}
         on_grid = partial(grid_crops, store, tile_size=tile_size, max_invalid_fraction=max_invalid_fraction)
         self.crops = on_grid(store.indices("val"), at_most=at_most)
         some = [sampler.scenes[i] for i in sampling.evenly(len(sampler.scenes), REFERENCE_TILES)]
@@ -93,7 +96,10 @@ class Validation:
                 sampling.noise(self.sampler.seed, sampling.VALIDATION_NOISE, start + j, self.noise_shape)
                 for j in range(len(crops))
             ]
-            yield crops, self._read(crops), torch.from_numpy(np.stack(noise))
+            tiles = self._kept[start] if start in self._kept else self._read(crops)
+            if self.keep_on is not None:
+                self._kept[start] = tiles = tiles.to(self.keep_on)
+            yield crops, tiles, torch.from_numpy(np.stack(noise))
 
     @torch.no_grad()
     def run(self, engine: Engine) -> Validated:
