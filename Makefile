@@ -21,7 +21,7 @@ test: $(VENV)/.installed-test
 
 # Kills, damage and full disks in the numbers that `make test` has no time for.
 torture: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --torture -n auto tests/test_torture_*.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --torture -n auto tests/test_torture_*.py tests/test_codec_roundtrips.py tests/test_compress.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --steps 6000
 
 # All that is measured on CPUs, into benchmarks/results; on a GPU, train_step.py, loader.py and encode.py take it.

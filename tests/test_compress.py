@@ -357,14 +357,16 @@ def test_the_margin_covers_what_networks_round_otherwise(monkeypatch: pytest.Mon
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def test_every_damaged_file_is_refused(make: Callable[..., Path], run: Callable[..., Result], tmp_path: Path) -> None:
+def test_every_damaged_file_is_refused(
+    make: Callable[..., Path], run: Callable[..., Result], tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     made = run("compress", make("a.nc", 12, 16), bound={"z": 0.1})
     whole = (made.folder / "a.svae").read_bytes()
     head, blocks = read_container(made.folder / "a.svae")
     assert head["source"] == "a.nc" and {"LAYT", "MASK", "SPEC"} <= blocks.keys()
     random = np.random.default_rng(0)
     damaged = tmp_path / "damaged.svae"
-    for _ in range(20):
+    for _ in range(500 if pytestconfig.getoption("--torture") else 20):
         damaged.write_bytes(whole)
         flip(damaged, int(random.integers(len(whole))), int(random.integers(8)))
         result = run("decompress", damaged, name="refused", options=("--overwrite",))
