@@ -57,6 +57,7 @@ from threadpoolctl import threadpool_limits
 
 from spectralvae import open_scene
 from spectralvae.codec.coding import SceneCoder
+from spectralvae.codec.stages import LEAST_BOUND, MARGIN
 
 RATIOS = (4, 16, 64, 256, 1024, 4096)
 TOLERANCE, MAX_TRIES, STRIDE = 0.05, 12, 16.0  # of the search for a parameter
@@ -89,8 +90,8 @@ class Ours(Codec):
         self._beside: dict[bytes, int] = {}
 
     def limits(self, z: Float32) -> tuple[float, float]:
-        scale = deviation(z)
-        return 1e-5 * scale, 10 * math.sqrt(z.shape[-1]) * scale
+        scale, least = deviation(z), LEAST_BOUND * MARGIN if self._key[0] == "bound" else 0.0
+        return max(least, 1e-5 * scale), 10 * math.sqrt(z.shape[-1]) * scale
 
     def encode(self, z: Float32, parameter: float) -> bytes:
         (key, what), inputs = self._key, [self._subject.spec]

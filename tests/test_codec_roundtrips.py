@@ -49,7 +49,9 @@ def scenes(draw: st.DrawFn) -> Any:
     sizes = [(ny, 1, 1), (ny, nx, 1), (1, 1, N_CHANNELS), (ny, nx, N_CHANNELS)]
     for size in draw(st.lists(st.sampled_from(sizes), max_size=2)):
         z = np.where(random.random(size) < draw(st.sampled_from([0.02, 0.5, 0.95])), np.nan, z)
-    return z.astype(np.float32)
+    normalization = tiny_normalization()
+    low, high = ((end - normalization.mean) / normalization.std for end in (-85, 85))  # float32 holds exp(88)
+    return np.clip(z, low, high).astype(np.float32)
 
 
 targets = st.one_of(
