@@ -57,11 +57,11 @@ import psutil
 import torch
 import zarr
 from machine import machine
+from rich.console import Console
 from steps import NETWORKS
 from torch.utils.data import DataLoader, Dataset
 
 from spectralvae.cli import run
-from spectralvae.console import new_console
 from spectralvae.data import sampling
 from spectralvae.data.cache import load_scenes
 from spectralvae.data.loader import BATCHES_AHEAD, TileStream, make_sampler
@@ -195,7 +195,7 @@ def batches(layout: str, store: Store, readers: int, tile_size: int, batch_size:
         tile_size=tile_size,
         noise_shape=NOISE_SHAPE,
         num_workers=readers,
-        cache=load_scenes(store, scenes, torch.device("cpu"), new_console()) if layout == "cache" else None,
+        cache=load_scenes(store, scenes, torch.device("cpu"), Console(quiet=True)) if layout == "cache" else None,
     )
     yield from (batch.tiles for batch in stream)
 
