@@ -68,7 +68,7 @@ def compress(config: CompressConfig, run: RunDir | None, ranks: Ranks, console: 
         return _Compressing(scene, spec, coder, target, config)
 
     def report(run: RunDir) -> None:
-        content = _report(run.path, run.record["files"], coder)
+        content = _report(run.path, run.record["files"], coder, fewest=target.kind in ("bound", "mse"))
         write_atomic(run.path / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     work_through(plan(inputs, make, run, ranks, console), "compressing", coder, run, ranks, console, report)
@@ -291,8 +291,15 @@ def _text(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _report(folder: Path, noted: Mapping[str, Mapping[str, Any]], coder: Coder) -> dict[str, Any]:
-    """All files, and what the model adds to them, for whoever has not got it."""
+def _report(folder: Path, noted: Mapping[str, Mapping[str, Any]], coder: Coder, fewest: bool) -> dict[str, Any]:
+    """All files, and what the model adds to them, for whoever has not got it.
+
+    Args:
+        folder: where they are.
+        noted: what run.json knows of them.
+        coder: the model.
+        fewest: they have the fewest bytes that meet an error, so that the network may save some.
+    """
     # of a file that was made right before a kill, nothing else was noted
     files = {
         name: facts if "bytes" in facts or "left_out" in facts else {**facts, **facts_of(folder / name)}
@@ -307,7 +314,7 @@ def _report(folder: Path, noted: Mapping[str, Mapping[str, Any]], coder: Coder) 
     by_network = [
         facts["estimated_bytes"]["components"] - facts["estimated_bytes"]["network"]
         for facts in made
-        if facts["stages"]["network_step"] is not None
+        if fewest and facts["stages"]["network_step"] is not None
     ]
     each = sum(by_network) / max(1, len(made))
     return {
