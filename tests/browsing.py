@@ -53,6 +53,10 @@ class Reader(HTMLParser):
             self.json += data
 
 
+class ReloadedError(Exception):
+    """The page went away before it could answer."""
+
+
 class Browser:
     """A headless browser with one tab, driven through its pipe (the DevTools protocol)."""
 
@@ -87,6 +91,8 @@ class Browser:
         while True:
             answer = self._receive()
             if answer.get("id") == self._n:
+                if answer.get("error", {}).get("message") == "Inspected target navigated or closed":
+                    raise ReloadedError(answer)
                 assert "error" not in answer, answer
                 return answer["result"]
 
@@ -120,7 +126,12 @@ class Browser:
 
     def until(self, script):
         deadline = time.monotonic() + PATIENCE
-        while not self.run(script):
+        while True:
+            try:
+                if self.run(script):
+                    return
+            except ReloadedError:  # while it was asked, as pages of running runs do
+                pass
             assert time.monotonic() < deadline, f"never true: {script}"
             time.sleep(0.05)
 
