@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,9 +25,9 @@ from spectralvae.codec.stages import LEAST_BOUND, MARGIN, Bound, Head
 from spectralvae.config import CompressConfig, InputSpec
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.plan import expand
-from spectralvae.errors import ConfigError, DamagedError, InputError
+from spectralvae.errors import ConfigError, DamagedError
 from spectralvae.inference.coder import Coder
-from spectralvae.inference.encode import open_scene_for
+from spectralvae.inference.encode import SceneJob, open_scene_for
 from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
 from spectralvae.inference.latents import check_scene
 from spectralvae.inference.layout import layout_of
@@ -65,7 +65,7 @@ def compress(config: CompressConfig, run: RunDir | None, ranks: Ranks, console: 
         scene = open_scene_for(path, spec, coder.normalization)
         with scene:
             check_scene(str(path), scene, coder.normalization)
-        return _Compressing(scene, spec, coder, target, config)
+        return _Compressing(scene, spec, coder, config, target)
 
     def report(run: RunDir) -> None:
         content = _report(run.path, run.record["files"], coder, fewest=target.kind in ("bound", "mse"))
@@ -106,34 +106,15 @@ def target_of(config: CompressConfig, normalization: Normalization) -> Target:
 
 
 @dataclass(frozen=True)
-class _Compressing:
+class _Compressing(SceneJob):
     """One scene."""
 
-    scene: Scene
-    spec: InputSpec
-    coder: Coder
-    target: Target
     config: CompressConfig
+    target: Target
 
     @property
     def result(self) -> Path:
         return self.config.output_dir / f"{self.scene.name}{SUFFIX}"
-
-    @property
-    def source(self) -> Path:
-        return self.scene.path
-
-    @property
-    def sources(self) -> Sequence[Path]:
-        return self.scene.files()
-
-    @property
-    def n_pixels(self) -> int:
-        return self.scene.shape[0] * self.scene.shape[1]
-
-    @property
-    def notes(self) -> Sequence[str]:
-        return self.scene.notes
 
     def do(self, advance: Advance) -> dict[str, Any]:
         scene, folder = self.scene, self.config.output_dir
@@ -160,7 +141,7 @@ class _Compressing:
                 lambda share: progress.add((1 - _READING) * share),
             )
             if not scene_coder.n_valid:
-                return self._left_out(counts)
+                return self.left_out(counts)
             coded = scene_coder.code()
         head = Head(**about, stages=coded.stages, errors=coded.errors, estimated_bytes=coded.estimated_bytes)
         assert coded.blocks.keys() | {"LAYT"} == head.kinds()
@@ -170,32 +151,17 @@ class _Compressing:
 
     def _about(self) -> dict[str, Any]:
         """What the head says of scene and model."""
-        scene, given = self.scene, self.spec.model_dump(mode="json", exclude={"path"}, exclude_none=True)
         coder = self.coder
         return {
             "spectralvae_version": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "shape": scene.shape,
-            "source": scene.path.name,
-            "source_sha256": scene.sha256(),
-            "source_format": scene.format,
-            "source_arguments": given,
-            "band": scene.band,
-            "scan_start": scene.time.isoformat() if scene.time else None,
-            "units": scene.units,
-            "radiance_bytes": _stored_bytes(scene),
+            "shape": self.scene.shape,
+            **self.origin(),
+            "radiance_bytes": _stored_bytes(self.scene),
             "model": "/".join(coder.path.absolute().parts[-3:]),
             **coder.identity,
             "overlap": coder.overlap,
         }
-
-    def _left_out(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        n_samples = math.prod(self.scene.shape)
-        rules = ", ".join(f"{rule} {n}" for rule, n in counts.items() if n)
-        why = f"none of its {n_samples} samples is valid ({rules})"
-        if self.config.all_invalid == "refuse":
-            raise InputError(f"{self.scene.path}: {why}: leave the file out, or set all_invalid: leave_out")
-        return {"left_out": why, "n_samples": n_samples}
 
 
 class _Progress:

@@ -77,27 +77,31 @@ class Analysis:
     seen: Bools
 
 
-def analyse(pixels: Pixels, shape: tuple[int, int, int]) -> Analysis:
+def analyse(pixels: Pixels, nc: int) -> Analysis:
     """Mean, basis and components of a scene.
 
     Args:
-        pixels: the scene; it is read four times.
-        shape: (ny, nx, nc).
+        pixels: the scene; it is read three times.
+        nc: its channels.
     """
-    mean, covariance = _moments(pixels, shape[2])
+    mean, covariance, seen = _moments(pixels, nc)
     variances, vectors = np.linalg.eigh(covariance)
     spectra = Spectra(mean, np.ascontiguousarray(vectors[:, ::-1].T))
-    images = project(pixels, shape, spectra.first(IN_MEMORY), slice(0, IN_MEMORY))
-    seen = np.concatenate([np.isfinite(z).any(axis=2) for _, z in pixels()])
+    images = project(pixels, seen, spectra.first(IN_MEMORY), slice(0, IN_MEMORY))
     return Analysis(spectra, np.maximum(variances[::-1], 0.0), images, seen)
 
 
-def _moments(pixels: Pixels, nc: int) -> tuple[Float64, Float64]:
-    """Mean (nc) and covariance (nc, nc) of the pixels with any valid sample; an invalid one counts as the mean."""
-    total, n_valid = np.zeros(nc), np.zeros(nc)
+def _moments(pixels: Pixels, nc: int) -> tuple[Float64, Float64, Bools]:
+    """Mean (nc) and covariance (nc, nc) of the pixels with any valid sample, and which these are (ny, nx).
+
+    An invalid sample counts as the mean.
+    """
+    total, n_valid, seen = np.zeros(nc), np.zeros(nc), []
     for _, z in pixels():
+        valid = np.isfinite(z)
         total += np.nansum(z, axis=(0, 1), dtype=np.float64)
-        n_valid += np.isfinite(z).sum(axis=(0, 1))
+        n_valid += valid.sum(axis=(0, 1))
+        seen.append(valid.any(axis=2))
     mean = total / np.maximum(n_valid, 1)
     products, n = np.zeros((nc, nc)), 0
     for _, z in pixels():
@@ -106,26 +110,24 @@ def _moments(pixels: Pixels, nc: int) -> tuple[Float64, Float64]:
         np.nan_to_num(flat, copy=False, nan=0.0)
         products += flat.T @ flat
         n += len(flat)
-    return mean, products / max(n, 1)
+    return mean, products / max(n, 1), np.concatenate(seen)
 
 
-def project(pixels: Pixels, shape: tuple[int, int, int], spectra: Spectra, portion: slice) -> Float64:
+def project(pixels: Pixels, seen: Bools, spectra: Spectra, portion: slice) -> Float64:
     """The components, of a portion of them, that come nearest to a scene's valid samples: (k', ny, nx).
 
     Args:
         pixels: the scene; for a portion that is not the first one, less what the portions before decode to. Or samples
             that are missing would be taken for the mean, which is far off, and not for what those say.
-        shape: (ny, nx, nc).
+        seen: (ny, nx), pixels with any valid sample.
         spectra: the basis.
         portion: which of them.
     """
-    ny, nx, nc = shape
     basis = spectra.basis[portion]
-    k = len(basis)
-    images = np.empty((k, ny, nx))
+    k, nc = basis.shape
+    images = np.empty((k, *seen.shape))
     if not k:
         return images
-    seen = np.empty((ny, nx), np.bool_)
     inverse = np.asarray(np.linalg.pinv(basis), np.float64)  # (nc, k')
     for rows, z in pixels():
         flat = z.reshape(-1, nc).astype(np.float64)
@@ -138,8 +140,7 @@ def project(pixels: Pixels, shape: tuple[int, int, int], spectra: Spectra, porti
         partly = np.flatnonzero((n_valid > 0) & (n_valid < nc))
         if len(partly):
             found[partly] = _refined(flat[partly], valid[partly], found[partly], basis, inverse)
-        images[:, rows] = found.T.reshape(k, -1, nx)
-        seen[rows] = (n_valid > 0).reshape(-1, nx)
+        images[:, rows] = found.T.reshape(k, *z.shape[:2])
     return images if seen.all() else fill_invalid(images, seen)
 
 

@@ -94,7 +94,7 @@ class Variant:
     @cached_property
     def analysis(self) -> Analysis:
         """The scene's components."""
-        return analyse(self.pixels, self.shape)
+        return analyse(self.pixels, self.shape[2])
 
     @cached_property
     def _sample(self) -> list[tuple[slice, Float32]]:
@@ -202,12 +202,12 @@ class Variant:
         if self.latents is not None:
             blocks["LATN"] = self.latents
         k, step = stages.n_components, stages.step
-        spectra = self.analysis.spectra.first(k)
+        spectra, seen = self.analysis.spectra.first(k), self.analysis.seen
         blocks["SPEC"], spectra = encode_spectra(spectra, self.analysis.variances[:k], step, self.n_pixels)
         parts, pixels = [], self.pixels
         with Scratch(self.z.folder, self.shape) as left:
             for portion in spectra.portions():
-                data, images = encode_images(project(pixels, self.shape, spectra, portion), step, self.analysis.seen)
+                data, images = encode_images(project(pixels, seen, spectra, portion), step, seen)
                 parts.append(data)
                 if portion.stop < k:
                     for rows, z in pixels():

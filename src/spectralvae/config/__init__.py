@@ -24,6 +24,7 @@ from spectralvae.config.inference import (
     EncodeConfig,
     InferenceConfig,
     ModelConfig,
+    ScenesConfig,
 )
 from spectralvae.config.training import (
     DEBUG_OVERRIDES,
@@ -57,6 +58,7 @@ __all__ = [
     "PrepareConfig",
     "ProbeConfig",
     "ProductConfig",
+    "ScenesConfig",
     "Section",
     "SimulateConfig",
     "SpectraConfig",

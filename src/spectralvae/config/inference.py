@@ -36,18 +36,23 @@ class InferenceConfig(ModelConfig):
     )
 
 
-class EncodeConfig(InferenceConfig):
-    """`spectralvae encode`: scenes to latents, one file each."""
+class ScenesConfig(InferenceConfig):
+    """What makes one file of each scene."""
 
     inputs: list[InputSpec] = Field(
         min_length=1, description="scenes: paths or globs, or mappings as below; folders as of `prepare`"
     )
+    all_invalid: Literal["refuse", "leave_out"] = Field(
+        "refuse", description="what to do with a scene without any valid sample (at night, say); both name it"
+    )
+
+
+class EncodeConfig(ScenesConfig):
+    """`spectralvae encode`: scenes to latents, one file each."""
+
     log_variance: bool = Field(False, description="write the log variance of the latents' posterior, too")
     format: Literal["netcdf", "zarr"] = Field(
         "netcdf", description="of the files: NAME.latents.nc or NAME.latents.zarr"
-    )
-    all_invalid: Literal["refuse", "leave_out"] = Field(
-        "refuse", description="what to do with a scene without any valid sample (at night, say); both name it"
     )
 
 
@@ -109,17 +114,11 @@ def _exactly_one(section: Section, name: str) -> None:
         raise ValueError(f"{name}: give exactly one of {keys}; given: {', '.join(given) or 'none'}")
 
 
-class CompressConfig(InferenceConfig):
+class CompressConfig(ScenesConfig):
     """`spectralvae compress`: scenes to small files, one each."""
 
-    inputs: list[InputSpec] = Field(
-        min_length=1, description="scenes: paths or globs, or mappings as below; folders as of `prepare`"
-    )
     bound: BoundConfig | None = Field(None, description="how large an error may be; this or `rate`")
     rate: RateConfig | None = Field(None, description="how much is coded; this or `bound`")
-    all_invalid: Literal["refuse", "leave_out"] = Field(
-        "refuse", description="what to do with a scene without any valid sample (at night, say); both name it"
-    )
 
     @model_validator(mode="after")
     def _bound_or_rate(self) -> CompressConfig:

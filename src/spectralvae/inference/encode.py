@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from spectralvae import __version__
-from spectralvae.config import EncodeConfig, InputSpec
+from spectralvae.config import EncodeConfig, InputSpec, ScenesConfig
 from spectralvae.data.normalize import Normalization
 from spectralvae.data.plan import expand, open_input
 from spectralvae.errors import ConfigError, InputError
@@ -79,17 +79,13 @@ def open_scene_for(path: Path, spec: InputSpec, normalization: Normalization) ->
 
 
 @dataclass(frozen=True)
-class _Encoding:
-    """One scene."""
+class SceneJob:
+    """One scene, of which a file is to be made."""
 
     scene: Scene
     spec: InputSpec
     coder: Coder
-    config: EncodeConfig
-
-    @property
-    def result(self) -> Path:
-        return self.config.output_dir / f"{self.scene.name}{SUFFIXES[self.config.format]}"
+    config: ScenesConfig
 
     @property
     def source(self) -> Path:
@@ -107,6 +103,43 @@ class _Encoding:
     def notes(self) -> Sequence[str]:
         return self.scene.notes
 
+    def left_out(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """What is said of a scene without any valid sample.
+
+        Raises:
+            InputError: such a scene is to be refused.
+        """
+        n_samples = int(np.prod(self.scene.shape))
+        rules = ", ".join(f"{rule} {n}" for rule, n in counts.items() if n)
+        why = f"none of its {n_samples} samples is valid ({rules})"
+        if self.config.all_invalid == "refuse":
+            raise InputError(f"{self.scene.path}: {why}: leave the file out, or set all_invalid: leave_out")
+        return {"left_out": why, "n_samples": n_samples, "n_valid": 0, "invalid": counts}
+
+    def origin(self) -> dict[str, Any]:
+        """Which scene it is, and how it was read."""
+        scene = self.scene
+        return {
+            "source": scene.path.name,
+            "source_sha256": scene.sha256(),
+            "source_format": scene.format,
+            "source_arguments": self.spec.model_dump(mode="json", exclude={"path"}, exclude_none=True),
+            "band": scene.band,
+            "scan_start": scene.time.isoformat() if scene.time else None,
+            "units": scene.units,
+        }
+
+
+@dataclass(frozen=True)
+class _Encoding(SceneJob):
+    """One scene."""
+
+    config: EncodeConfig
+
+    @property
+    def result(self) -> Path:
+        return self.config.output_dir / f"{self.scene.name}{SUFFIXES[self.config.format]}"
+
     def do(self, advance: Advance) -> dict[str, Any]:
         scene, config = self.scene, self.config
         counts: dict[str, int] = {}
@@ -120,7 +153,7 @@ class _Encoding:
                 if not n_valid:
                     raise _NothingValidError
         except _NothingValidError:
-            return self._left_out(counts)
+            return self.left_out(counts)
         n_samples = int(np.prod(scene.shape))
         grid = " x ".join(str(will_be.sizes[dim]) for dim in ("latent_channel", "y", "x"))
         return {
@@ -130,27 +163,12 @@ class _Encoding:
             "invalid": counts,
         }
 
-    def _left_out(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        """What is said of a scene without any valid sample."""
-        n_samples = int(np.prod(self.scene.shape))
-        rules = ", ".join(f"{rule} {n}" for rule, n in counts.items() if n)
-        why = f"none of its {n_samples} samples is valid ({rules})"
-        if self.config.all_invalid == "refuse":
-            raise InputError(f"{self.scene.path}: {why}: leave the file out, or set all_invalid: leave_out")
-        return {"left_out": why, "n_samples": n_samples, "n_valid": 0, "invalid": counts}
-
     def _attributes(self) -> dict[str, Any]:
         """Where the latents come from."""
-        scene, given = self.scene, self.spec.model_dump(mode="json", exclude={"path"}, exclude_none=True)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        origin, now = self.origin(), datetime.now(UTC).isoformat(timespec="seconds")
         facts = {
-            "source": scene.path.name,
-            "source_sha256": scene.sha256(),
-            "source_format": scene.format,
-            "source_arguments": json.dumps(given),
-            "band": scene.band,
-            "scan_start": scene.time.isoformat() if scene.time else None,
-            "units": scene.units,
+            **origin,
+            "source_arguments": json.dumps(origin["source_arguments"]),
             "history": f"{now} encoded by spectralvae {__version__}",
         }
         return {key: value for key, value in facts.items() if value is not None}
