@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.analysis.regressors import Fitted, fit_linear
-from spectralvae.data.normalize import EPSILON, Normalization
 from spectralvae.data.scenes import blocks
 from spectralvae.data.statistics import RatioHistogram
 from spectralvae.data.targets import TargetTransform, fit_transform
@@ -22,6 +21,7 @@ from spectralvae.data.validity import Validity
 from spectralvae.readers import Scene
 from spectralvae.readers.pairing import ProductFolder
 from spectralvae.readers.products import PRODUCTS, read_product
+from spectralvae.weights.normalization import EPSILON, Normalization
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

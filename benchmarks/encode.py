@@ -42,17 +42,17 @@ import torch
 from steps import Network, make_config, make_model, peak_memory, spread, write_report
 
 from spectralvae import load_model
-from spectralvae.artifact import pack_model, write_folder
 from spectralvae.cli import run
-from spectralvae.configfile import dump_config
-from spectralvae.data.normalize import Normalization
+from spectralvae.config.loading import dump_config
 from spectralvae.data.wavelengths import channel_means
+from spectralvae.files.writer_base import Writer
 from spectralvae.inference.coder import Coder
-from spectralvae.inference.loading import artifact_of
 from spectralvae.inference.reading import _ZReader
-from spectralvae.inference.writer_base import Writer
 from spectralvae.readers import open_reader
 from spectralvae.readers.tempo import REJECTED_FLAG_BITS
+from spectralvae.weights.artifact import pack_model, write_folder
+from spectralvae.weights.loading import artifact_of
+from spectralvae.weights.normalization import Normalization
 
 WAYS = ("plain", "command-no-overlap", "command")
 STAGES = {"reading": (_ZReader, "read"), "network": (Coder, "run_network"), "writing": (Writer, "write")}

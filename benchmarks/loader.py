@@ -65,10 +65,10 @@ from spectralvae.cli import run
 from spectralvae.data import sampling
 from spectralvae.data.cache import load_scenes
 from spectralvae.data.loader import BATCHES_AHEAD, TileStream, make_sampler
-from spectralvae.data.normalize import Normalization
 from spectralvae.data.sampling import CropSampler
 from spectralvae.data.store import REQUIRED_ARRAYS, SceneRecord, Store, scene_folder, shard_file
 from spectralvae.data.store_writer import ZWriter, finish_store, write_n_invalid, write_scene_group
+from spectralvae.weights.normalization import Normalization
 
 NOISE_SHAPE = (32, 16, 16)
 CHUNK = (32, 64)

@@ -61,12 +61,12 @@ from steps import (
 
 from spectralvae.data.loader import TileStream, make_sampler, read_crops
 from spectralvae.data.store import Store
-from spectralvae.training.checkpoint import save_checkpoint
-from spectralvae.training.distributed import Ranks, find_ranks
+from spectralvae.plotting.reconstructions import N_TILES, draw_reconstructions
+from spectralvae.runtime.ranks import Ranks, find_ranks
 from spectralvae.training.engine import Engine
-from spectralvae.training.figures import N_TILES, draw_reconstructions
 from spectralvae.training.trainer import admit
 from spectralvae.training.watch import Watch
+from spectralvae.weights.checkpoint import save_checkpoint
 
 CPU = torch.device("cpu")
 POINTS = {

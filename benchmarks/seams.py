@@ -35,7 +35,7 @@ from machine import machine
 from spectralvae import load_model, open_scene
 from spectralvae.data.tiling import Cover
 from spectralvae.inference.coder import Coder
-from spectralvae.inference.loading import artifact_of
+from spectralvae.weights.loading import artifact_of
 
 SHARES = (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of a tile
 

@@ -25,14 +25,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectralvae.config import TrainConfig
-from spectralvae.configfile import dump_config
+from spectralvae.config.loading import dump_config
 from spectralvae.data import sampling
 from spectralvae.data.cache import SceneCache
 from spectralvae.data.loader import Batch
 from spectralvae.data.sampling import Crop
 from spectralvae.model import AttnBlock, AutoencoderKL
-from spectralvae.settings import build_model, construct
 from spectralvae.training.engine import Engine
+from spectralvae.weights.settings import build_model, construct
 
 T = TypeVar("T")
 WEIGHT_SPREAD = 0.02  # added to all weights: a fresh network ends in zeros, and most gradients would be 0

@@ -12,15 +12,15 @@ import numpy as np
 from distortion import Question, Spectra, noise_in_z, read_z
 from numpy.typing import NDArray
 
-from spectralvae.artifact import Artifact
 from spectralvae.config.data import InputSpec
-from spectralvae.data.normalize import Float64, Normalization
 from spectralvae.data.statistics import RatioHistogram
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference.encode import open_scene_for
-from spectralvae.inference.loading import load_artifact
 from spectralvae.readers import Scene
 from spectralvae.readers.base import file_sha256
+from spectralvae.weights.artifact import Artifact
+from spectralvae.weights.loading import load_artifact
+from spectralvae.weights.normalization import Float64, Normalization
 
 FIT_GRANULES, FIT_PIXELS = 12, 2000  # for regressions, pixels of each granule and product
 SAMSON = {"variable": "Y", "size": [95, 95], "wavelength": {"first": 401, "last": 889}}

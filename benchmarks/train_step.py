@@ -68,11 +68,11 @@ from steps import (
 )
 from torch import Tensor
 
-from spectralvae.configfile import dump_config
+from spectralvae.config.loading import dump_config
 from spectralvae.data.loader import Batch
 from spectralvae.model import AutoencoderKL
+from spectralvae.runtime.ranks import Ranks
 from spectralvae.training import engine as engine_module
-from spectralvae.training.distributed import Ranks
 from spectralvae.training.engine import Engine
 
 STEPS = {"cpu": 1, "cuda": 10}  # timed together

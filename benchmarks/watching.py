@@ -26,8 +26,9 @@ import numpy as np
 from machine import machine
 from matplotlib.figure import Figure
 
+from spectralvae.plotting.figures import save_figure
 from spectralvae.training.logbook import Logbook
-from spectralvae.training.plots import CURVES, draw_curves, save_figure
+from spectralvae.training.plots import CURVES, draw_curves
 
 LOG_EVERY, VAL_EVERY = 10, 50
 KEYS = ("loss", "nll_loss", "kl_loss", "pixel_mse")

@@ -15,7 +15,6 @@ import yaml
 from browsing import BROWSER, Browser
 
 from spectralvae.data import store
-from spectralvae.data.normalize import Normalization
 from spectralvae.data.store import SceneRecord, Store
 from spectralvae.data.store_writer import (
     NamedArray,
@@ -27,6 +26,7 @@ from spectralvae.data.store_writer import (
 )
 from spectralvae.data.targets import fit_transform
 from spectralvae.readers.products import PRODUCTS
+from spectralvae.weights.normalization import Normalization
 
 # A job in the background of a shell inherits that Ctrl-C is ignored; tests and their processes send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from spectralvae.analysis.evaluation import Channels, Evaluation, Judged, LatentUse, SceneScore, SceneView, TileView
-from spectralvae.data.normalize import Normalization
+from spectralvae.weights.normalization import Normalization
 
 NC, E, SCALE = 12, 8, 2
 WAVELENGTH = np.linspace(300.0, 410.0, NC)

@@ -161,7 +161,7 @@ def small_figures() -> None:
 
 def at_file(name: str, number: int, tile: int, rank: int = 0) -> None:
     """One process sends itself a signal before it puts a tile of a file through the network, 0 being the first."""
-    from spectralvae.inference import files
+    from spectralvae.files import jobs
     from spectralvae.inference.coder import Coder
 
     at = {"file": "", "tile": 0}
@@ -177,7 +177,7 @@ def at_file(name: str, number: int, tile: int, rank: int = 0) -> None:
             time.sleep(0.2)  # the interpreter's turn to notice
         return original(self, *arguments)
 
-    running._around(files, "_do_all", do_all)
+    running._around(jobs, "_do_all", do_all)
     running._around(Coder, "run_network", run_network)
 
 

@@ -14,11 +14,11 @@ import scipy.io
 import zarr
 
 from spectralvae.config import PrepareConfig
-from spectralvae.console import new_console
 from spectralvae.data.prepare import prepare
 from spectralvae.data.store import Store
 from spectralvae.errors import InputError, SpectralvaeError
-from spectralvae.rundir import RunDir
+from spectralvae.runtime.console import new_console
+from spectralvae.runtime.rundir import RunDir
 
 NY, NX, NC = 10, 8, 6
 BAND = "band_290_490_nm"

@@ -16,11 +16,11 @@ from tiny import N_CHANNELS, tiny_normalization, tiny_provenance, write_tiny
 
 from spectralvae import cli
 from spectralvae.data import store
-from spectralvae.data.normalize import Normalization
 from spectralvae.data.store import SceneRecord, Store
 from spectralvae.data.store_writer import ZWriter, finish_store, write_n_invalid, write_scene_group
 from spectralvae.data.targets import TargetTransform
-from spectralvae.provenance import Scenes
+from spectralvae.weights.normalization import Normalization
+from spectralvae.weights.provenance import Scenes
 
 S = 2  # pixels of a latent cell of the tiny model
 DIMS = ("y", "x")

@@ -351,8 +351,8 @@ def slow_blocks(n_samples: int) -> None:
 def killed_before(name: str, step: int) -> None:
     """SIGKILL after the checkpoint of a step: right before "thin_out", or before "draw"."""
     from spectralvae.training import trainer
-    from spectralvae.training.checkpoint import checkpoint_path
     from spectralvae.training.watch import Watch
+    from spectralvae.weights.checkpoint import checkpoint_path
 
     def wrapper(original: Any, first: Any, *arguments: Any) -> Any:
         run = first.path if isinstance(first, Watch) else first
@@ -382,7 +382,7 @@ def channels_last() -> None:
     """The memory layout that GPUs get."""
     import torch
 
-    from spectralvae import placement
+    from spectralvae.runtime import placement
 
     placement._fastest_layout = lambda *_: torch.channels_last
 
@@ -470,11 +470,6 @@ def _prepare() -> None:
     import torch._dynamo
     import torch.distributed
     import torch.utils.tensorboard
-
-    import spectralvae.cli
-    import spectralvae.data.prepare
-    import spectralvae.settings
-    import spectralvae.training.trainer  # noqa: F401
 
     os.fsync = lambda descriptor: None  # a kill is no power loss
     assert torch.get_num_threads() == len(list(Path("/proc/self/task").iterdir())) == 1

@@ -24,10 +24,11 @@ from tiny import (
     write_tiny,
 )
 
-from spectralvae import artifact, load_model
-from spectralvae.artifact import pack_model, read_artifact, verify, weights_sha256, write_files, write_folder
+from spectralvae import load_model
 from spectralvae.errors import DamagedError, InputError, NoRoomError
 from spectralvae.model import AutoencoderKL
+from spectralvae.weights import artifact
+from spectralvae.weights.artifact import pack_model, read_artifact, verify, weights_sha256, write_files, write_folder
 
 FILES = ["config.json", "manifest.json", "model.safetensors", "normalization.safetensors"]
 

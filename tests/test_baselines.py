@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from spectralvae.analysis.baselines import PixelPCA, reference_errors
+from spectralvae.data.pca import PixelPCA, reference_errors
 from spectralvae.errors import InputError
 
 NC = 12

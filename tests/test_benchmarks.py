@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from spectralvae.artifact import verify
 from spectralvae.data.cache import SceneCache
 from spectralvae.model import AttnBlock
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.weights.artifact import verify
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny import SETTINGS, equal_weights, flip, tiny_model, tiny_normalization, write_tiny
 
-from spectralvae.artifact import verify
 from spectralvae.errors import InputError
-from spectralvae.training.checkpoint import (
+from spectralvae.weights.artifact import verify
+from spectralvae.weights.checkpoint import (
     checkpoint_path,
     list_checkpoints,
     newest_valid,
@@ -249,7 +249,7 @@ def test_a_kill_while_thinning_out_leaves_none_half_deleted(tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("spectralvae.training.checkpoint.shutil.rmtree", stop)
+        patch.setattr("spectralvae.weights.checkpoint.shutil.rmtree", stop)
         with pytest.raises(KeyboardInterrupt):
             thin_out(run, 1, None, None)
     assert steps_in(run) == [10]

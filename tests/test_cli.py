@@ -17,9 +17,9 @@ import scipy.io
 import yaml
 
 from spectralvae import __version__, cli
-from spectralvae.configfile import to_yaml
+from spectralvae.config.loading import to_yaml
 from spectralvae.errors import ConfigError, InputError, RunError
-from spectralvae.rundir import Stopped
+from spectralvae.runtime.signals import Stopped
 
 MODEL = {"chs": [8, 8], "norm_groups": 2, "n_attention_heads": 1, "embed_dim": 2, "z_channels": 2, "mid_attn": False}
 TRAIN: dict[str, Any] = {
@@ -235,8 +235,8 @@ def test_start_up_imports_nothing_heavy(code: str) -> None:
 def test_lazy_names_are_there() -> None:
     import spectralvae
     from spectralvae import open_scene
-    from spectralvae.inference import load_model
     from spectralvae.model import AutoencoderKL
+    from spectralvae.weights.loading import load_model
 
     assert spectralvae.load_model is load_model
     assert spectralvae.AutoencoderKL is AutoencoderKL

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from tiny import N_CHANNELS, SETTINGS, tiny_model, tiny_normalization
 from torch.nn import functional
 
-from spectralvae.artifact import Artifact
 from spectralvae.codec.coding import Coded, SceneCoder
 from spectralvae.codec.decoding import stream_scene
 from spectralvae.codec.layouts import pack_layout, unpack_layout
 from spectralvae.codec.rates import Target
 from spectralvae.codec.scratch import Scratch
 from spectralvae.codec.stages import Bound, Stages
-from spectralvae.data.normalize import Normalization
+from spectralvae.files.layout import Layout
+from spectralvae.files.source import Stored
 from spectralvae.inference.coder import Coder
-from spectralvae.inference.layout import Layout
-from spectralvae.inference.source import Stored
+from spectralvae.weights.artifact import Artifact
+from spectralvae.weights.normalization import Normalization
 
 FIXED = 300
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from spectralvae.artifact import Artifact
-from spectralvae.data.normalize import Normalization
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference import coder as coder_module
 from spectralvae.inference.coder import Coder, default_overlap
+from spectralvae.weights.artifact import Artifact
+from spectralvae.weights.normalization import Normalization
 
 CHANNELS, SCALE, TILE = 3, 4, 16
 ONES = np.ones((4, 4, CHANNELS), np.float32)

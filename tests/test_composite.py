@@ -12,10 +12,10 @@ from matplotlib.text import Text
 from sklearn.decomposition import PCA
 from sklearn.impute import SimpleImputer
 
-from spectralvae.analysis import composite
-from spectralvae.analysis.composite import COLORS, draw_scene, thinning
-from spectralvae.analysis.panels import telling_pixels
-from spectralvae.data.normalize import Normalization
+from spectralvae.plotting import composite
+from spectralvae.plotting.composite import COLORS, draw_scene, thinning
+from spectralvae.plotting.panels import telling_pixels
+from spectralvae.weights.normalization import Normalization
 
 NC = 12
 MAPS = ("original", "reconstruction, on the scale of the original", "error: RMSE over the channels")

@@ -16,13 +16,13 @@ from inferring import FILL, WAVELENGTH, Result, contents, granule, names, radian
 from tiny import N_CHANNELS, SETTINGS, flip, tiny_model, tiny_normalization, write_tiny
 
 from spectralvae import cli, open_scene
-from spectralvae.artifact import Artifact, pack_model, write_folder
 from spectralvae.codec import entropy, stages
 from spectralvae.codec.coding import SceneCoder
 from spectralvae.codec.container import read_container, write_container
 from spectralvae.codec.stages import MARGIN_NETWORK
 from spectralvae.inference.coder import Coder
-from spectralvae.settings import build_model
+from spectralvae.weights.artifact import Artifact, pack_model, write_folder
+from spectralvae.weights.settings import build_model
 
 BAND = "band_290_490_nm"
 
@@ -318,7 +318,7 @@ def test_integers_do_not_depend_on_threads_nor_on_the_layout(
         with monkeypatch.context() as patch:
             patch.setattr(entropy.IntegerDecoder, "decode", decode)
             patch.setattr(
-                "spectralvae.placement._fastest_layout",
+                "spectralvae.runtime.placement._fastest_layout",
                 lambda *_, layout=channels_last: torch.channels_last if layout else torch.contiguous_format,
             )
             torch.set_num_threads(threads)
@@ -343,7 +343,7 @@ def test_the_margin_covers_what_networks_round_otherwise(monkeypatch: pytest.Mon
         for threads in (1, 2):
             artifact = Artifact(tiny_model(0, settings), settings, tiny_normalization(), None, Path("model"))
             with monkeypatch.context() as patch:
-                patch.setattr("spectralvae.placement._fastest_layout", lambda *_, layout=layout: layout)
+                patch.setattr("spectralvae.runtime.placement._fastest_layout", lambda *_, layout=layout: layout)
                 coder = Coder(artifact, torch.device("cpu"), overlap=0, batch_size=1, borrowed=plain)
             torch.set_num_threads(threads)
             pieces = coder.decode(lambda rows, columns: latents[0, rows, columns], (32, 32))

@@ -18,7 +18,7 @@ from spectralvae.config import (
     TrainConfig,
     may_change_on_resume,
 )
-from spectralvae.configfile import dump_config, load_config, parse_yaml, to_yaml
+from spectralvae.config.loading import dump_config, load_config, parse_yaml, to_yaml
 from spectralvae.errors import ConfigError
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -311,7 +311,7 @@ def test_defaults_are_those_of_the_contract(read: Any) -> None:
 def test_default_model_is_the_published_one(read: Any) -> None:
     import torch
 
-    from spectralvae.mltools import build_model
+    from spectralvae.weights.mltools import build_model
 
     settings = dump_config(read(TrainConfig, MINIMAL[TrainConfig]))
     with torch.device("meta"):

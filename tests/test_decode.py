@@ -24,14 +24,14 @@ from matplotlib.figure import Figure
 from tiny import N_CHANNELS, SETTINGS, flip, tiny_model, tiny_normalization, write_tiny
 
 from spectralvae import cli, decode_scene, load_model, open_scene
-from spectralvae.artifact import pack_model, write_folder
-from spectralvae.data.normalize import Normalization
+from spectralvae.files import writer_base
 from spectralvae.inference import decode as decode_module
-from spectralvae.inference import writer_base
 from spectralvae.inference.coder import Coder
 from spectralvae.inference.decode import LatentsFile
-from spectralvae.inference.loading import load_artifact
 from spectralvae.simulate import simulate_granules
+from spectralvae.weights.artifact import pack_model, write_folder
+from spectralvae.weights.loading import load_artifact
+from spectralvae.weights.normalization import Normalization
 
 BAND = "band_290_490_nm"
 BOOKKEEPING = {"CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid", "_Netcdf4Coordinates"}

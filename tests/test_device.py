@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from spectralvae.console import new_console
 from spectralvae.errors import ConfigError
-from spectralvae.training import device
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime import device
+from spectralvae.runtime.console import new_console
+from spectralvae.runtime.ranks import Ranks
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from running import (
 )
 from safetensors.numpy import load_file
 
-from spectralvae.artifact import read_artifact
 from spectralvae.errors import ConfigError
-from spectralvae.training.distributed import SLURM_PORTS, Ranks, find_ranks
+from spectralvae.runtime.ranks import SLURM_PORTS, Ranks, find_ranks
+from spectralvae.weights.artifact import read_artifact
 
 SBATCH = Path(__file__).parents[1] / "examples" / "slurm" / "train.sbatch"
 PATIENCE = 4.0  # peer_timeout where it is to run out
@@ -122,7 +122,7 @@ from pathlib import Path
 
 import torch
 
-from spectralvae.training.distributed import find_ranks
+from spectralvae.runtime.ranks import find_ranks
 
 def work():
     network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))

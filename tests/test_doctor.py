@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 
 from spectralvae.cli import run as cli
 from spectralvae.config import TrainConfig
-from spectralvae.configfile import load_config
+from spectralvae.config.loading import load_config
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.model import AutoencoderKL
-from spectralvae.rundir import Stopped
+from spectralvae.runtime.signals import Stopped
 from spectralvae.training import doctor, proofs, trainer, trials
 from spectralvae.training.engine import Engine
 from spectralvae.training.validation import Validation

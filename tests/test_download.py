@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from spectralvae import cli
-from spectralvae.configfile import to_yaml
+from spectralvae.config.loading import to_yaml
 
 PRODUCTS = ["RAD", "NO2", "HCHO"]
 KEYS = ["20240601T150000Z_S007G01", "20240601T150636Z_S007G02", "20240602T150000Z_S007G01"]

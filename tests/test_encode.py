@@ -22,10 +22,11 @@ from inferring import WAVELENGTH, Result, Runs, contents, granule, names, radian
 from tiny import N_CHANNELS, SETTINGS, tiny_model, tiny_normalization, write_tiny
 
 from spectralvae import cli, encode_scene, load_model, open_scene
-from spectralvae.artifact import pack_model, write_folder
-from spectralvae.data.normalize import Normalization
-from spectralvae.inference import reading, writer_base
+from spectralvae.files import writer_base
+from spectralvae.inference import reading
 from spectralvae.simulate import simulate_granules
+from spectralvae.weights.artifact import pack_model, write_folder
+from spectralvae.weights.normalization import Normalization
 
 BAND, OTHER_BAND = "band_290_490_nm", "band_540_740_nm"
 

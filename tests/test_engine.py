@@ -7,12 +7,12 @@ from tiny import N_CHANNELS, SETTINGS
 from tiny import tiny_model as small_model
 from torch import nn
 
-from spectralvae import placement
 from spectralvae.config import OptimizerConfig, TrainConfig
 from spectralvae.data.loader import Batch
 from spectralvae.errors import ConfigError
 from spectralvae.model import AttnBlock
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime import placement
+from spectralvae.runtime.ranks import Ranks
 from spectralvae.training.engine import Engine, check_shares, idle_parameters, learning_rate, metrics_of
 from spectralvae.training.failure import gradient_norms
 

@@ -17,17 +17,18 @@ from tiny import tiny_provenance
 
 from spectralvae import load_model
 from spectralvae.analysis import evaluate as command
-from spectralvae.analysis.baselines import Baselines, PixelPCA
+from spectralvae.analysis.baselines import Baselines
 from spectralvae.analysis.evaluation import METRICS
 from spectralvae.analysis.judging import Tiles
 from spectralvae.cli import run as cli
-from spectralvae.data.normalize import EPSILON, Normalization
+from spectralvae.data.pca import PixelPCA
 from spectralvae.data.store import REQUIRED_ARRAYS, Store
 from spectralvae.data.store_writer import finish_store
 from spectralvae.model import AutoencoderKL
-from spectralvae.provenance import Scenes
-from spectralvae.settings import build_model
-from spectralvae.training.checkpoint import save_checkpoint
+from spectralvae.weights.checkpoint import save_checkpoint
+from spectralvae.weights.normalization import EPSILON, Normalization
+from spectralvae.weights.provenance import Scenes
+from spectralvae.weights.settings import build_model
 
 TILE, SCALE, NC, STEPS = 8, 2, 6, (5, 10)
 SETTINGS = {

@@ -25,9 +25,9 @@ from tiny import (
 
 import spectralvae
 from spectralvae import load_model
-from spectralvae.artifact import read_artifact, weights_sha256
 from spectralvae.cli import run
-from spectralvae.provenance import Scenes
+from spectralvae.weights.artifact import read_artifact, weights_sha256
+from spectralvae.weights.provenance import Scenes
 
 FOREIGN = {key: value for key, value in SETTINGS.items() if key not in ("shape", "logvar_init")}
 MEAN = torch.linspace(1, 3, N_CHANNELS, dtype=torch.float64).div(3).float().double()
@@ -493,7 +493,7 @@ def test_a_failed_write_is_no_export(folder, monkeypatch, capsys):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spectralvae.artifact.write_atomic", fail)
+    monkeypatch.setattr("spectralvae.weights.artifact.write_atomic", fail)
     assert convert(model=FOREIGN) == 1
     assert "No space left" in capsys.readouterr().err
     assert json.loads((folder / "out" / "run.json").read_text())["state"] == "failed"

@@ -24,14 +24,14 @@ from spectral.io import envi
 
 from spectralvae import open_scene
 from spectralvae.config import PrepareConfig
-from spectralvae.console import new_console
 from spectralvae.data.prepare import prepare
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError, UserError
 from spectralvae.readers import RULES, open_reader
 from spectralvae.readers.netcdf import NetcdfScene
 from spectralvae.readers.tiles import tile_files
-from spectralvae.rundir import RunDir
+from spectralvae.runtime.console import new_console
+from spectralvae.runtime.rundir import RunDir
 
 NY, NX, NC = 6, 5, 4
 NM = [400.0, 500.0, 600.0, 700.0]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from browsing import HOSTILE, PNG, Reader
 
-from spectralvae import html
-from spectralvae.html import Dashboard, write_dashboard
+from spectralvae.pages import html
 from spectralvae.training.curves import Points
+from spectralvae.training.dashboard import Dashboard, write_dashboard
 from spectralvae.training.logbook import Event
 
 

@@ -8,7 +8,7 @@ from tiny import SETTINGS, equal_weights, flip, tiny_model, write_tiny
 
 import spectralvae
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.inference import load_artifact, load_model
+from spectralvae.weights.loading import load_artifact, load_model
 
 FOREIGN = {
     key: SETTINGS[key]

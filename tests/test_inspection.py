@@ -133,7 +133,7 @@ def test_z_made_with_other_statistics(
 ) -> None:
     """As if the normalisation had used another std than the store says: the digests all fit, the statistics do not."""
     from spectralvae.data import scenes
-    from spectralvae.data.normalize import Normalization
+    from spectralvae.weights.normalization import Normalization
 
     standardize = Normalization.standardize
     monkeypatch.setattr(scenes.Normalization, "standardize", lambda self, values: factor * standardize(self, values))

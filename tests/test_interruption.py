@@ -36,7 +36,8 @@ from spectralvae.data import scenes as scenes_module
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError, RunError
 from spectralvae.readers import Scene
-from spectralvae.rundir import RunDir, Stopped
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.runtime.signals import Stopped
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ from spectralvae import open_scene
 from spectralvae.cli import run
 from spectralvae.codec.layouts import pack_layout, unpack_layout
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.inference import layout as layouts
-from spectralvae.inference import source as sources
-from spectralvae.inference.layout import Layout, layout_of, new_scene, read_layout, write_layout
-from spectralvae.inference.source import Stored
-from spectralvae.inference.writers import new_file
+from spectralvae.files import layout as layouts
+from spectralvae.files import source as sources
+from spectralvae.files.layout import Layout, layout_of, new_scene, read_layout, write_layout
+from spectralvae.files.source import Stored
+from spectralvae.files.writers import new_file
 from spectralvae.readers import open_reader
 from spectralvae.readers.containers import open_container
 

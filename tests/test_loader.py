@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from spectralvae.console import new_console
 from spectralvae.data import cache, loader, sampling
 from spectralvae.data.cache import load_scenes
 from spectralvae.data.loader import Batch, TileStream, grid_crops, make_sampler, read_crops
 from spectralvae.data.sampling import Crop
 from spectralvae.data.store import Store, scene_folder, shard_file
 from spectralvae.errors import ConfigError, InputError
+from spectralvae.runtime.console import new_console
 
 NC, TILE, BATCH, SEED = 5, 4, 6, 11
 NOISE = (3, 2, 2)

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.mltools import (
+from spectralvae.model import AutoencoderKL
+from spectralvae.weights.mltools import (
     load_foreign,
     read_spectrum,
     read_weights,
     resolve_settings,
     save_weights,
 )
-from spectralvae.model import AutoencoderKL
-from spectralvae.settings import build_model
+from spectralvae.weights.settings import build_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["attention_everywhere", "default_small", "volume_3d", "wide_kernel"]

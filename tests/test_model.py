@@ -21,7 +21,7 @@ from spectralvae.model import (
     get_conv,
     zero_init,
 )
-from spectralvae.placement import place
+from spectralvae.runtime.placement import place
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import N_CHANNELS, SETTINGS, equal_weights, flip, tiny_model, write_tiny
 
-from spectralvae.artifact import pack_model, write_folder
 from spectralvae.config import TrainConfig
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.mltools import save_weights
 from spectralvae.training.network import network_settings, start_from
+from spectralvae.weights.artifact import pack_model, write_folder
+from spectralvae.weights.mltools import save_weights
 
 
 def config_of(tile_size=8, **model):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from spectralvae.data.normalize import Normalization, reject_small, transform_values
+from spectralvae.weights.normalization import Normalization, reject_small, transform_values
 
 MEAN, STD = np.array([25.0, 24.5, 3.0]), np.array([0.4, 1.5, 0.02])
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from spectralvae.data.normalize import Normalization
+from spectralvae.plotting.reconstructions import draw_reconstructions
 from spectralvae.training.curves import Curve
-from spectralvae.training.figures import draw_reconstructions
 from spectralvae.training.plots import draw_curve, draw_curves
+from spectralvae.weights.normalization import Normalization
 
 
 def make_curves(last, value, every=10):

@@ -32,7 +32,7 @@ from preparing import (
 )
 
 from spectralvae.config import PrepareConfig
-from spectralvae.configfile import load_config
+from spectralvae.config.loading import load_config
 from spectralvae.data import scenes as scenes_module
 from spectralvae.data.store import Store
 from spectralvae.data.targets import TargetTransform

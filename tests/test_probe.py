@@ -23,15 +23,15 @@ from tiny import N_CHANNELS, tiny_normalization
 
 from spectralvae import cli, encode_scene, load_model
 from spectralvae.analysis import probe_report, probe_results, regressors
-from spectralvae.analysis.baselines import PixelPCA
 from spectralvae.analysis.probe import _on_intervals
 from spectralvae.analysis.probe_data import Question
 from spectralvae.analysis.probe_features import Bases, decode_cells, encode_cells, mean_spectra, middle_pixels
 from spectralvae.analysis.probe_results import Answer, Counts
+from spectralvae.data.pca import PixelPCA
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.inference.coder import Coder
-from spectralvae.inference.loading import load_artifact
+from spectralvae.weights.loading import load_artifact
 
 SIZE = (20, 18)
 CLIP = 0.1

@@ -25,7 +25,7 @@ from spectralvae.analysis.probe_data import (
 from spectralvae.config import FilterConfig
 from spectralvae.data.store import Store
 from spectralvae.errors import InputError
-from spectralvae.provenance import Provenance
+from spectralvae.weights.provenance import Provenance
 
 MODEL = Path("model")
 

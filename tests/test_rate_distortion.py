@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from spectralvae.data.normalize import EPSILON, Normalization
 from spectralvae.errors import InputError
-from spectralvae.provenance import Provenance, Scenes
+from spectralvae.weights.normalization import EPSILON, Normalization
+from spectralvae.weights.provenance import Provenance, Scenes
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CODECS = ("constriction", "imagecodecs", "numcodecs", "pysz", "scipy")
@@ -353,8 +353,8 @@ def scenes_of(identities: list[str]) -> Scenes:
 
 
 def write_model(load: Any, folder: Path, n: Normalization, training: list[str] | None, validation: list[str]) -> Path:
-    from spectralvae.artifact import pack_model, write_folder
-    from spectralvae.configfile import dump_config
+    from spectralvae.config.loading import dump_config
+    from spectralvae.weights.artifact import pack_model, write_folder
 
     steps = load("steps")
     config = steps.make_config(steps.Network({"chs": [8, 8]}, n.n_channels, 8, 1))

@@ -16,7 +16,7 @@ from evaluations import BASELINES, NC, WAVELENGTH, E, evaluation, judged, normal
 from spectralvae.analysis.comparison import drawn_baselines, opponent, verdicts, written
 from spectralvae.analysis.evaluation import Evaluation
 from spectralvae.analysis.report import Table, group_of, write_evaluation_report, write_report
-from spectralvae.html import chart_of, series_of
+from spectralvae.pages.html import chart_of, series_of
 
 CHARTS = {
     "steps": ["mse", "psnr", "spectral_angle", "rmse_radiance", "relative_rmse", "noise_ratio"],

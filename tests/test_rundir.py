@@ -21,7 +21,9 @@ import yaml
 
 from spectralvae.config import SimulateConfig, TrainConfig, may_change_on_resume
 from spectralvae.errors import ConfigError, NoRoomError, RunError
-from spectralvae.rundir import RunDir, Stopped, write_atomic
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.runtime.signals import Stopped
 
 
 def train_config(path: Path, **sections: dict[str, Any]) -> TrainConfig:
@@ -319,11 +321,11 @@ def test_full_disk_does_not_hide_the_first_error(path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     run = train_dir(path).__enter__()
-    monkeypatch.setattr("spectralvae.rundir.write_atomic", no_space)
+    monkeypatch.setattr("spectralvae.runtime.rundir.write_atomic", no_space)
     run.__exit__(RunError, RunError("loss nan"), None)  # raises nothing, so that the error goes on
     monkeypatch.undo()
     with pytest.raises(RunError, match=r"run\.json"), train_dir(path):
-        monkeypatch.setattr("spectralvae.rundir.write_atomic", no_space)
+        monkeypatch.setattr("spectralvae.runtime.rundir.write_atomic", no_space)
 
 
 @contextmanager
@@ -437,7 +439,7 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 from spectralvae.config import SimulateConfig
-from spectralvae.rundir import RunDir
+from spectralvae.runtime.rundir import RunDir
 
 with RunDir("simulate", SimulateConfig(output_dir=Path(sys.argv[1])), overwrite=False):
     child = os.fork() if "fork" in sys.argv else -1

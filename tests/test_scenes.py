@@ -20,7 +20,7 @@ from spectralvae.inference import reading as reading_module
 from spectralvae.inference import scenes as scenes_module
 from spectralvae.inference.coder import Coder
 from spectralvae.inference.latents import on_grid
-from spectralvae.inference.loading import artifact_of
+from spectralvae.weights.loading import artifact_of
 
 WAVELENGTH = tiny_normalization().wavelength
 

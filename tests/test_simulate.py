@@ -10,7 +10,7 @@ import xarray as xr
 
 from spectralvae import cli
 from spectralvae.config import PLANTED_KINDS, PlantConfig, SimulateConfig
-from spectralvae.configfile import load_config
+from spectralvae.config.loading import load_config
 from spectralvae.errors import ConfigError
 from spectralvae.simulate import PRODUCTS, fields, files, physics, plant, simulate_granules
 

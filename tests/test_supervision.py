@@ -25,7 +25,7 @@ from spectralvae.data.sampling import Crop
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.model import AutoencoderKL
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime.ranks import Ranks
 from spectralvae.training.engine import Engine
 from spectralvae.training.supervision import Supervision, build_supervision
 from spectralvae.training.trainer import admit

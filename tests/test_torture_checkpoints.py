@@ -21,11 +21,11 @@ from tiny import SETTINGS, equal_weights, flip, tiny_model, tiny_normalization, 
 
 import spectralvae
 from spectralvae import load_model
-from spectralvae.artifact import verify
 from spectralvae.config import TrainConfig
 from spectralvae.errors import DamagedError, InputError, NoRoomError, RunError
-from spectralvae.rundir import RunDir
-from spectralvae.training.checkpoint import checkpoint_path, newest_valid, restore, save_checkpoint
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.weights.artifact import verify
+from spectralvae.weights.checkpoint import checkpoint_path, newest_valid, restore, save_checkpoint
 
 BATCH = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -259,8 +259,8 @@ from rich.console import Console
 from test_torture_checkpoints import save, trained
 from tiny import flip
 
-from spectralvae.artifact import verify
-from spectralvae.training.checkpoint import checkpoint_path, newest_valid, thin_out
+from spectralvae.weights.artifact import verify
+from spectralvae.weights.checkpoint import checkpoint_path, newest_valid, thin_out
 
 torch.set_num_threads(1)
 root, stride = Path(sys.argv[1]), int(sys.argv[2])

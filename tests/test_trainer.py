@@ -18,7 +18,6 @@ from running import write_config
 from safetensors.torch import load_file
 
 from spectralvae import load_model
-from spectralvae.artifact import read_artifact, verify, weights_sha256, write_folder
 from spectralvae.cli import run as cli
 from spectralvae.config import TrainConfig
 from spectralvae.data import sampling
@@ -28,11 +27,13 @@ from spectralvae.data.store import REQUIRED_ARRAYS, Store
 from spectralvae.data.store_writer import finish_store
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.model import AutoencoderKL
-from spectralvae.provenance import Scenes
-from spectralvae.training import device, record, trainer
+from spectralvae.runtime import device
+from spectralvae.training import record, trainer
 from spectralvae.training.engine import Engine
 from spectralvae.training.trainer import Trainer
 from spectralvae.training.validation import Validation
+from spectralvae.weights.artifact import read_artifact, verify, weights_sha256, write_folder
+from spectralvae.weights.provenance import Scenes
 
 N_STEPS = 14  # of `train`
 

@@ -7,7 +7,7 @@ import zarr
 from rich.console import Console
 
 from spectralvae.config import TrainConfig
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime.ranks import Ranks
 from spectralvae.training.engine import Engine
 from spectralvae.training.trainer import admit
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from spectralvae import winograd
 from spectralvae.model import AutoencoderKL
-from spectralvae.placement import place
+from spectralvae.runtime.placement import place
 from spectralvae.winograd import conv2d, use_winograd
 
 CPU = torch.device("cpu")

@@ -24,12 +24,11 @@ import xarray as xr
 import zarr
 
 from spectralvae.errors import InputError, NoRoomError
-from spectralvae.inference import writer_netcdf
-from spectralvae.inference.writer_base import CHUNK_BYTES, row_chunks
-from spectralvae.inference.writers import Writer, new_file
+from spectralvae.files import writer_netcdf
+from spectralvae.files.writer_base import CHUNK_BYTES, row_chunks
+from spectralvae.files.writers import Writer, new_file
 from spectralvae.readers.containers import open_container
-from spectralvae.rundir import Stopped
-from spectralvae.signals import stop_at_once
+from spectralvae.runtime.signals import Stopped, stop_at_once
 
 KINDS = ("netcdf", "zarr")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -350,7 +349,7 @@ class TestWholeOrNot:
         program = f"""
 import os, signal
 from pathlib import Path
-from spectralvae.inference.writers import new_file
+from spectralvae.files.writers import new_file
 with new_file(Path({str(path)!r}), {kind!r}) as writer:
     writer.dimension("y", 9)
     writer.create("v", ("y",), "f4", {{}}, values=range(9))
@@ -405,9 +404,9 @@ from pathlib import Path
 import pytest
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_writers import cube, make, signal_at
-from spectralvae.inference import writer_netcdf
-from spectralvae.rundir import Stopped
-from spectralvae.signals import stop_at_once
+from spectralvae.files import writer_netcdf
+from spectralvae.runtime.signals import Stopped
+from spectralvae.runtime.signals import stop_at_once
 for n in range(1, 40):
     with pytest.MonkeyPatch.context() as patch, stop_at_once():
         signal_at(writer_netcdf._Sink, "write", n, patch)
@@ -478,7 +477,7 @@ import resource
 import numpy as np
 from pathlib import Path
 from spectralvae.errors import NoRoomError
-from spectralvae.inference.writers import new_file
+from spectralvae.files.writers import new_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
     with new_file(Path({str(tmp_path / "a.nc")!r}), "netcdf") as writer:

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from spectralvae.artifact import pack_model, write_folder
-from spectralvae.data.normalize import Normalization
-from spectralvae.provenance import LatentStatistics, Provenance, Scenes
-from spectralvae.settings import build_model
+from spectralvae.weights.artifact import pack_model, write_folder
+from spectralvae.weights.normalization import Normalization
+from spectralvae.weights.provenance import LatentStatistics, Provenance, Scenes
+from spectralvae.weights.settings import build_model
 
 N_CHANNELS = 6
 SETTINGS = {

@@ -5,20 +5,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spectralvae.version import __version__
+
 if TYPE_CHECKING:
-    from spectralvae.inference import load_model
     from spectralvae.inference.scenes import decode_scene, encode_scene
     from spectralvae.model import AutoencoderKL
     from spectralvae.readers.dataset import open_scene
+    from spectralvae.weights.loading import load_model
 
-__version__ = "0.1.0"
-__all__ = ["AutoencoderKL", "decode_scene", "encode_scene", "load_model", "open_scene"]
+__all__ = ["AutoencoderKL", "__version__", "decode_scene", "encode_scene", "load_model", "open_scene"]
 
 _HOMES = {
     "AutoencoderKL": "spectralvae.model",
     "decode_scene": "spectralvae.inference.scenes",
     "encode_scene": "spectralvae.inference.scenes",
-    "load_model": "spectralvae.inference",
+    "load_model": "spectralvae.weights.loading",
     "open_scene": "spectralvae.readers.dataset",
 }
 

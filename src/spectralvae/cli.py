@@ -12,7 +12,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from spectralvae import __version__
 from spectralvae.config import (
     CommandConfig,
     CompressConfig,
@@ -30,10 +29,12 @@ from spectralvae.config import (
     may_change_on_resume,
     prepare_may_change_on_resume,
 )
-from spectralvae.configfile import dump_config, load_config, to_yaml
-from spectralvae.console import new_console
+from spectralvae.config.loading import dump_config, load_config, to_yaml
 from spectralvae.errors import PeerError, RunError, UserError
-from spectralvae.rundir import RunDir, Stopped
+from spectralvae.runtime.console import new_console
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.runtime.signals import Stopped
+from spectralvae.version import __version__
 
 app = typer.Typer(
     name="spectralvae",
@@ -142,7 +143,7 @@ def train(
 ) -> None:
     """Train the network on a store; started again, it goes on where it was."""
     cfg = _read(TrainConfig, config, set_, print_config, debug=debug)
-    from spectralvae.training.distributed import find_ranks
+    from spectralvae.runtime.ranks import find_ranks
 
     ranks = find_ranks()
     console.quiet = not ranks.leads
@@ -210,8 +211,8 @@ def decompress(
 
 def _share_files(command: str, config: ModelConfig, overwrite: bool, work: Callable[..., None]) -> None:
     """Run a command of which each process does some of the files."""
-    from spectralvae.inference.files import LONGEST_WAIT, may_change_on_resume
-    from spectralvae.training.distributed import find_ranks
+    from spectralvae.files.jobs import LONGEST_WAIT, may_change_on_resume
+    from spectralvae.runtime.ranks import find_ranks
 
     ranks = find_ranks()
     console.quiet = not ranks.leads
@@ -248,7 +249,7 @@ def convert(config: Config, set_: Set = None, overwrite: Overwrite = False, prin
     """Turn a model into an export folder, or into a file for mltools."""
     cfg = _read(ConvertConfig, config, set_, print_config)
     run = _claim("convert", cfg, overwrite=overwrite)
-    from spectralvae.export import convert as work
+    from spectralvae.convert.export import convert as work
 
     work(cfg, run, console)
 

@@ -25,10 +25,11 @@ from typing import Any
 from rich.console import Console
 
 from spectralvae.config import LEVEL_1, DownloadConfig
-from spectralvae.console import new_progress, warn
 from spectralvae.errors import InputError, RunError
-from spectralvae.rundir import RunDir, write_atomic
-from spectralvae.signals import stop_at_once
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.runtime.console import new_progress, warn
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.runtime.signals import stop_at_once
 
 PROVIDER = "LARC_CLOUD"  # holds the collections of TEMPO
 LIST = "granules.json"

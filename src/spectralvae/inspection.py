@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from spectralvae.artifact import is_artifact, weights_sha256
 from spectralvae.codec.container import SUFFIX as COMPRESSED
 from spectralvae.codec.container import read_container, read_head
-from spectralvae.console import new_progress
 from spectralvae.data.scenes import BLOCK_SAMPLES
 from spectralvae.data.store import Store
 from spectralvae.data.verify import verify_store
 from spectralvae.errors import DamagedError, InputError
-from spectralvae.inference import load_artifact
 from spectralvae.inference.encode import SUFFIXES
 from spectralvae.readers import Scene, open_reader
 from spectralvae.readers.base import check_file, damage_named
 from spectralvae.readers.containers import open_container
 from spectralvae.readers.products import describe_fields, product_of
-from spectralvae.rundir import TOOL, command_of
-from spectralvae.training.checkpoint import list_checkpoints
+from spectralvae.runtime.console import new_progress
+from spectralvae.runtime.rundir import TOOL, command_of
+from spectralvae.weights.artifact import is_artifact, weights_sha256
+from spectralvae.weights.checkpoint import list_checkpoints
+from spectralvae.weights.loading import load_artifact
 
 _SCENES_SHOWN = 20
 Facts = dict[str, Any]

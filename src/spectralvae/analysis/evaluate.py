@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from spectralvae.analysis.baselines import Baselines, PixelPCA
+from spectralvae.analysis.baselines import Baselines
 from spectralvae.analysis.evaluation import (
     Channels,
     Evaluation,
@@ -37,23 +37,25 @@ from spectralvae.analysis.metrics import (
     scene_metrics,
 )
 from spectralvae.analysis.report import write_evaluation_report
-from spectralvae.artifact import Artifact, read_artifact
 from spectralvae.config import EvaluateConfig
 from spectralvae.config.training import DataConfig
-from spectralvae.console import new_progress, warn
 from spectralvae.data.loader import grid_crops, read_crops
-from spectralvae.data.normalize import EPSILON, Float64
+from spectralvae.data.pca import PixelPCA
 from spectralvae.data.sampling import evenly
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference.coder import exact_float32
-from spectralvae.rundir import RunDir, command_of, write_atomic
-from spectralvae.signals import stop_at_once
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.runtime.console import new_progress, warn
+from spectralvae.runtime.device import choose_device, peak_memory
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.runtime.rundir import RunDir, command_of
+from spectralvae.runtime.signals import stop_at_once
 from spectralvae.training import record
-from spectralvae.training.checkpoint import list_checkpoints, step_of
-from spectralvae.training.device import choose_device, peak_memory
-from spectralvae.training.distributed import Ranks
 from spectralvae.training.validation import ACTIVE_VARIANCE, REFERENCE_TILES
+from spectralvae.weights.artifact import Artifact, read_artifact
+from spectralvae.weights.checkpoint import list_checkpoints, step_of
+from spectralvae.weights.normalization import EPSILON, Float64
 
 COMPONENTS = (1, 2, 4, 8, 16, 32)
 FIT_PIXELS = 2**16  # at least, where there are so many: 64 tiles as in training, and more if they are small

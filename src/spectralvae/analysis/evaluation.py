@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.data.normalize import Float64, Normalization
-from spectralvae.rundir import write_atomic
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.weights.normalization import Float64, Normalization
 
 Float32 = NDArray[np.float32]
 

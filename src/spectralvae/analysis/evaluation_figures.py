@@ -28,11 +28,11 @@ from spectralvae.analysis.comparison import (
     units,
     written,
 )
-from spectralvae.analysis.composite import draw_scene, thinning
 from spectralvae.analysis.evaluation import Evaluation
-from spectralvae.analysis.panels import INVALID, robust_limits
-from spectralvae.training.figures import draw_reconstructions
-from spectralvae.training.plots import save_figure
+from spectralvae.plotting.composite import draw_scene, thinning
+from spectralvae.plotting.figures import save_figure
+from spectralvae.plotting.panels import INVALID, robust_limits
+from spectralvae.plotting.reconstructions import draw_reconstructions
 
 NETWORK, NOISE = "#bb5566", "0.45"
 BASELINES = ("#9db8d9", "#4f86c0", "#08306b")  # more components are darker

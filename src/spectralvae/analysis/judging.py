@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectralvae.analysis.baselines import Baselines
-from spectralvae.analysis.composite import thinning
 from spectralvae.analysis.evaluation import SceneView, TileView
 from spectralvae.analysis.metrics import Errors, Latents, Observed, Radiance, Truth
-from spectralvae.artifact import Artifact
 from spectralvae.data import sampling
 from spectralvae.data.loader import grid_crops, read_crops
-from spectralvae.data.normalize import EPSILON
 from spectralvae.data.sampling import Crop
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.model import AutoencoderKL, DiagonalGaussianDistribution
-from spectralvae.placement import place
+from spectralvae.plotting.composite import thinning
+from spectralvae.runtime.placement import place
+from spectralvae.weights.artifact import Artifact
+from spectralvae.weights.normalization import EPSILON
 
 ALL = 2**62  # more than there are tiles
 BLOCK_SAMPLES = 2**20  # that are summed up at a time: more would leave the processor's cache between two operations

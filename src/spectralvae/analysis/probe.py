@@ -31,18 +31,18 @@ from spectralvae.analysis.probe_features import APPLIED, FITTED, Bases, decode_c
 from spectralvae.analysis.probe_report import print_summary, write_page
 from spectralvae.analysis.probe_results import Answer, Counts, Results, check_control, judge, write_numbers
 from spectralvae.analysis.regressors import Fitted, fit_linear, fit_mlp
-from spectralvae.artifact import Artifact
 from spectralvae.config import ProbeConfig
-from spectralvae.console import new_progress, warn
 from spectralvae.data.prepare import Stages
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.inference.coder import Coder
-from spectralvae.inference.loading import load_artifact
-from spectralvae.rundir import RunDir
-from spectralvae.signals import stop_at_once
-from spectralvae.training.device import choose_device
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime.console import new_progress, warn
+from spectralvae.runtime.device import choose_device
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.runtime.signals import stop_at_once
+from spectralvae.weights.artifact import Artifact
+from spectralvae.weights.loading import load_artifact
 
 MIN_SCENES = 2  # that are fitted on: probes choose their complexity on scenes held back
 ENOUGH_SCENES = 16  # to test on: fewer are told

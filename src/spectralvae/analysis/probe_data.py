@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from spectralvae.config import FilterConfig
 from spectralvae.data.cells import LEAST_VALID, cell_means, cell_sums
-from spectralvae.data.normalize import Float64
 from spectralvae.data.splits import DAY_OFFSET
 from spectralvae.data.store import SceneRecord, Store, beside_digest, scene_folder
 from spectralvae.data.targets import TargetTransform
 from spectralvae.errors import InputError
 from spectralvae.inference.latents import on_grid
-from spectralvae.provenance import Provenance
 from spectralvae.readers.base import ANGLES, COORDINATES
 from spectralvae.readers.products import PRODUCTS
+from spectralvae.weights.normalization import Float64
+from spectralvae.weights.provenance import Provenance
 
 CLOUDS = "CLDO4"
 DAY_SECONDS = 86_400

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.analysis.baselines import PixelPCA
+from spectralvae.data.pca import PixelPCA
 from spectralvae.data.store import Store
 from spectralvae.inference.coder import Coder, Read
 

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
-from spectralvae.analysis.panels import INVALID, Mark, robust_limits
 from spectralvae.analysis.scores import Scores
+from spectralvae.plotting.panels import INVALID, Mark, robust_limits
 
 Float64 = NDArray[np.float64]
 Curves = Mapping[str, Sequence[float]]  # as of regressors.Fitted

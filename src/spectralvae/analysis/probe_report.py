@@ -26,9 +26,9 @@ from spectralvae.analysis.probe_results import Answer, Counts, Nested, Results, 
 from spectralvae.analysis.report import Table, write_report
 from spectralvae.analysis.scores import Scores
 from spectralvae.config import ProbeConfig
-from spectralvae.console import new_progress
 from spectralvae.inference.coder import Coder
-from spectralvae.training.plots import save_figure
+from spectralvae.plotting.figures import save_figure
+from spectralvae.runtime.console import new_progress
 
 DRAWN = ("latents", "pca", "raw")  # predictions of these are drawn cell by cell
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae import __version__
 from spectralvae.analysis.evaluation import number, write_csv
 from spectralvae.analysis.probe_data import Grid, Question
 from spectralvae.analysis.probe_figures import FEATURES
@@ -19,9 +18,10 @@ from spectralvae.analysis.scores import score
 from spectralvae.data.store import Store
 from spectralvae.data.targets import TargetTransform
 from spectralvae.errors import RunError
+from spectralvae.files.writers import Writer, new_file
 from spectralvae.inference.coder import Coder
-from spectralvae.inference.writers import Writer, new_file
-from spectralvae.rundir import write_atomic
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.version import __version__
 
 CONTROL_LIMIT = 0.05  # R2 that shuffled targets surely stay below, unless a probe sees what it must not
 

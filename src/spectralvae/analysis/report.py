@@ -23,7 +23,7 @@ from spectralvae.analysis.comparison import (
     written,
 )
 from spectralvae.analysis.evaluation import Evaluation, Judged
-from spectralvae.html import Json, chart_of, inline_picture, series_of, write_page
+from spectralvae.pages.html import Json, chart_of, inline_picture, series_of, write_page
 
 ROOM = 10  # steps at both sides of a single one
 LATENTS, BASELINES = "latents", ("paler", "pale", "dark")  # colours: classes of report.css

@@ -17,9 +17,9 @@ from spectralvae.codec.rates import Target, solve
 from spectralvae.codec.scratch import Scratch, bands
 from spectralvae.codec.stages import LEAST_BOUND, MARGIN_NETWORK, Errors, Stages
 from spectralvae.codec.variants import Blocks, Estimate, Variant
-from spectralvae.data.normalize import EPSILON
 from spectralvae.errors import InputError, RunError
 from spectralvae.inference.coder import Coder
+from spectralvae.weights.normalization import EPSILON
 
 _WINDOW = (2, 4)  # tiles along y and x on which the network is tried first
 _COARSER = (1.0, 2.0, 4.0)  # steps of latents that are tried, in that of the components

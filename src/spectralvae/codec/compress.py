@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
-from spectralvae import __version__
 from spectralvae.codec.coding import SceneCoder
 from spectralvae.codec.container import SUFFIX, container_size, read_container, write_container
 from spectralvae.codec.layouts import pack_layout, unpack_layout
@@ -23,18 +22,20 @@ from spectralvae.codec.rates import Target
 from spectralvae.codec.scratch import Scratch, bands
 from spectralvae.codec.stages import LEAST_BOUND, MARGIN, Bound, Head
 from spectralvae.config import CompressConfig, InputSpec
-from spectralvae.data.normalize import Normalization
 from spectralvae.data.plan import expand
 from spectralvae.errors import ConfigError, DamagedError
-from spectralvae.inference.coder import Coder
+from spectralvae.files.jobs import Advance, Job, plan, work_through
+from spectralvae.files.layout import layout_of
+from spectralvae.inference.coder import Coder, open_coder
 from spectralvae.inference.encode import SceneJob, open_scene_for
-from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
 from spectralvae.inference.latents import check_scene
-from spectralvae.inference.layout import layout_of
 from spectralvae.inference.reading import z_reader
 from spectralvae.readers import Scene
-from spectralvae.rundir import RunDir, write_atomic
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.version import __version__
+from spectralvae.weights.normalization import Normalization
 
 _KINDS = ("LAYT", "MASK", "LATN", "SPEC", "COMP", "RESD")
 _LARGEST = float(np.finfo(np.float32).max)

@@ -19,9 +19,9 @@ from typing import IO, Any
 
 import google_crc32c
 
-from spectralvae import __version__
 from spectralvae.errors import DamagedError, InputError
-from spectralvae.rundir import write_atomic
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.version import __version__
 
 SUFFIX = ".svae"
 FORMAT = 1

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 
-from spectralvae import __version__
 from spectralvae.codec.compress import parse_head
 from spectralvae.codec.container import SUFFIX, read_container, read_head
 from spectralvae.codec.decoding import stream_scene
@@ -20,11 +19,12 @@ from spectralvae.codec.stages import Head
 from spectralvae.config import DecompressConfig
 from spectralvae.data.plan import expand
 from spectralvae.errors import ConfigError, DamagedError, InputError
-from spectralvae.inference.coder import Coder
-from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
-from spectralvae.inference.layout import new_scene
-from spectralvae.rundir import RunDir
-from spectralvae.training.distributed import Ranks
+from spectralvae.files.jobs import Advance, Job, plan, work_through
+from spectralvae.files.layout import new_scene
+from spectralvae.inference.coder import Coder, open_coder
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.version import __version__
 
 _MOST_PIXELS = 2**28  # of a scene
 

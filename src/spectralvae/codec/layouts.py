@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from spectralvae.codec.container import inflate
 from spectralvae.codec.lossless import pack_array, unpack_array
-from spectralvae.inference.layout import Layout, from_json, to_json
+from spectralvae.files.layout import Layout, from_json, to_json
 
 _LENGTH = struct.Struct("<Q")
 _LARGEST_JSON, _LARGEST_ARRAY = 2**26, 2**31  # bytes

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.rundir import room_for
+from spectralvae.runtime.atomic import room_for
 
 BAND_SAMPLES = 8_000_000  # of rows that are worked on at a time: 32 MB of float32
 

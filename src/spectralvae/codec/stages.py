@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from spectralvae.data.normalize import EPSILON, Normalization
+from spectralvae.weights.normalization import EPSILON, Normalization
 
 # What is kept of a bound for what rounds otherwise elsewhere, in z; more where that is not enough. Of the linear stage
 # only float32 does, in which radiance is written; the network's result depends on device, memory layout, threads and

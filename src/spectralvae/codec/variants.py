@@ -19,7 +19,7 @@ from spectralvae.codec.linear import IN_MEMORY, Analysis, analyse, encode_images
 from spectralvae.codec.residual import ResidualEncoder
 from spectralvae.codec.scratch import Scratch, bands
 from spectralvae.codec.stages import MARGIN, MARGIN_NETWORK, Bound, Stages
-from spectralvae.data.normalize import Normalization
+from spectralvae.weights.normalization import Normalization
 
 SAMPLED = 12_000_000  # samples of the rows from which costs are estimated
 _SMOOTHEST = 2.0**-6  # share of the variance that matters where a component's image is smooth

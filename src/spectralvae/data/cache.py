@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from spectralvae.console import new_progress
 from spectralvae.data import sampling
 from spectralvae.data.sampling import Crop
 from spectralvae.data.store import Store
+from spectralvae.runtime.console import new_progress
 
 BLOCK_BYTES = 2**26  # that are read at a time
 QUIET_SECONDS = 2.0  # until a progress bar is worth looking at

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.data.normalize import Float64
+from spectralvae.weights.normalization import Float64
 
 LEAST_VALID = 0.5  # share of a cell's pixels without which its mean says nothing
 

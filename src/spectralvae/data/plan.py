@@ -11,8 +11,6 @@ from pathlib import Path
 from rich.console import Console
 
 from spectralvae.config import InputSpec, PrepareConfig
-from spectralvae.console import new_progress
-from spectralvae.data.normalize import Float64
 from spectralvae.data.splits import PlannedScene, split_scenes
 from spectralvae.data.wavelengths import channel_means, span, wavelength_gap
 from spectralvae.errors import ConfigError, InputError
@@ -22,6 +20,8 @@ from spectralvae.readers.containers import is_zarr
 from spectralvae.readers.pairing import ProductFolder, granule_key
 from spectralvae.readers.products import read_product
 from spectralvae.readers.tiles import tile_files
+from spectralvae.runtime.console import new_progress
+from spectralvae.weights.normalization import Float64
 
 
 def plan_scenes(config: PrepareConfig, console: Console) -> tuple[list[PlannedScene], Float64]:

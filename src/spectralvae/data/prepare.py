@@ -18,10 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from spectralvae import __version__
 from spectralvae.config import PrepareConfig
-from spectralvae.console import new_progress, warn
-from spectralvae.data.normalize import Float64, Normalization
 from spectralvae.data.plan import plan_scenes
 from spectralvae.data.scenes import (
     NO_STATISTICS,
@@ -45,8 +42,12 @@ from spectralvae.errors import ConfigError, RunError
 from spectralvae.readers import Scene
 from spectralvae.readers.base import FLAG
 from spectralvae.readers.products import PRODUCTS
-from spectralvae.rundir import RunDir, write_atomic
-from spectralvae.signals import stop_at_once
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.runtime.console import new_progress, warn
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.runtime.signals import stop_at_once
+from spectralvae.version import __version__
+from spectralvae.weights.normalization import Float64, Normalization
 
 
 def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.config import ProductConfig
-from spectralvae.data.normalize import Normalization, transform_values
 from spectralvae.data.splits import PlannedScene
 from spectralvae.data.statistics import Moments, RatioHistogram
 from spectralvae.data.store import SceneRecord, scene_folder
@@ -39,6 +38,7 @@ from spectralvae.errors import InputError
 from spectralvae.readers import Scene
 from spectralvae.readers.base import file_sha256
 from spectralvae.readers.products import ProductField, read_product
+from spectralvae.weights.normalization import Normalization, transform_values
 
 BLOCK_SAMPLES = 4_000_000  # read at a time: 16 MB of float32
 BELOW_MINIMUM = "below_min_radiance"

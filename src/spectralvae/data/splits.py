@@ -14,10 +14,10 @@ import numpy as np
 from rich.console import Console
 
 from spectralvae.config import InputSpec, SplitConfig
-from spectralvae.console import warn
 from spectralvae.errors import ConfigError
 from spectralvae.readers import Scene
 from spectralvae.readers.arguments import Window
+from spectralvae.runtime.console import warn
 
 DAY_OFFSET = timedelta(hours=6)  # local days of North America, in UTC
 Split = Literal["train", "val"]

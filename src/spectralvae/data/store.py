@@ -30,9 +30,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from spectralvae.data.normalize import Normalization
 from spectralvae.errors import InputError
-from spectralvae.rundir import command_of
+from spectralvae.runtime.rundir import command_of
+from spectralvae.weights.normalization import Normalization
 
 FORMAT = 2
 MAX_CHANNELS = 1_000_000

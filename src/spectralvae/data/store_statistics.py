@@ -12,8 +12,6 @@ import numpy as np
 from rich.console import Console
 
 from spectralvae.config import NormalizationConfig, PrepareConfig
-from spectralvae.console import warn
-from spectralvae.data.normalize import Float64
 from spectralvae.data.scenes import BELOW_MINIMUM, Bench, load_measured
 from spectralvae.data.splits import PlannedScene
 from spectralvae.data.statistics import Moments, RatioHistogram
@@ -22,6 +20,8 @@ from spectralvae.data.validity import Validity
 from spectralvae.data.wavelengths import wavelength_gap
 from spectralvae.errors import ConfigError
 from spectralvae.readers import Scene
+from spectralvae.runtime.console import warn
+from spectralvae.weights.normalization import Float64
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def given_statistics(config: PrepareConfig, planned: Sequence[PlannedScene], wav
 
 def _spectra(folder: Path, n_channels: int) -> Statistics:
     """mltools' statistics."""
-    from spectralvae.mltools import read_spectrum  # torch takes seconds to import
+    from spectralvae.weights.mltools import read_spectrum  # torch takes seconds to import
 
     mean, std = (read_spectrum(folder / f"{name}_spectrum.pt") for name in ("mean", "std"))
     for name, values in (("mean", mean), ("std", std)):

@@ -17,8 +17,6 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from spectralvae import __version__
-from spectralvae.data.normalize import Normalization
 from spectralvae.data.store import (
     FIELD_DTYPE,
     FORMAT,
@@ -32,7 +30,9 @@ from spectralvae.data.store import (
     scene_folder,
     shard_file,
 )
-from spectralvae.rundir import write_atomic
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.version import __version__
+from spectralvae.weights.normalization import Normalization
 
 NamedArray = tuple[tuple[str, ...], NDArray[Any]]  # dimensions and values
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.data.normalize import Float64
 from spectralvae.data.statistics import Moments
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.readers.products import ProductSpec
+from spectralvae.weights.normalization import Float64
 
 NORMAL_MAD = 1.4826  # the standard deviation of a normal distribution is so many of its MADs
 MARGIN = 0.01  # fractions of 0 and 1 have no finite logit

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.config import PrepareConfig
-from spectralvae.data.normalize import Normalization, reject_small
+from spectralvae.weights.normalization import Normalization, reject_small
 
 # In this order, after the reader's own rules: a sample is counted under the first rule that rejects it.
 CONFIGURED_RULES = ("solar_zenith", "out_of_range", "below_min_radiance")

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.data.normalize import EPSILON
 from spectralvae.data.statistics import Moments
 from spectralvae.data.store import Store, beside_digest, scene_folder, shard_file
 from spectralvae.data.store_writer import group_json, root_json, scene_attributes, shard_index
 from spectralvae.errors import InputError
+from spectralvae.weights.normalization import EPSILON
 
 _BLOCK_BYTES = 2**24
 _TOLERANCE = 1e-8  # of sums in float64 over all training samples

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.data.normalize import Float64
 from spectralvae.errors import InputError
 from spectralvae.readers.arguments import check_wavelengths
+from spectralvae.weights.normalization import Float64
 
 
 def channel_means(name: str, wavelength: NDArray[np.float64]) -> Float64:

@@ -14,12 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 
-from spectralvae.artifact import Artifact, weights_sha256
-from spectralvae.data.normalize import Normalization
+from spectralvae.config import InferenceConfig, ModelConfig
 from spectralvae.data.tiling import Cover, Panel, mirrored
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.placement import place
+from spectralvae.runtime.device import choose_device, peak_memory
+from spectralvae.runtime.placement import place
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.weights.artifact import Artifact, weights_sha256
+from spectralvae.weights.loading import load_artifact
+from spectralvae.weights.normalization import Normalization
 
 OVERLAP = 0.25  # of a tile; benchmarks/seams.py shows why
 STRIP_SAMPLES = 150_000_000  # 600 MB of float32: as high as a tile of 64, as wide as a TEMPO granule
@@ -88,6 +94,10 @@ class Coder:
         other.overlap = overlap
         other._check_overlap()
         return other
+
+    def peak_memory(self) -> int:
+        """Bytes, the most that this process has used so far on the network's device."""
+        return peak_memory(self.device)
 
     def _check_overlap(self) -> None:
         if not 0 <= self.overlap < self.tile or self.overlap % self.scale:
@@ -299,3 +309,27 @@ def _requirements(artifact: Artifact) -> tuple[Normalization, int]:
             "`model: {..., shape: [channels, y, x]}`"
         )
     return normalization, int(sizes[0])
+
+
+def open_coder(config: ModelConfig, run: RunDir | None, ranks: Ranks, console: Console) -> Coder:
+    """The network that a config names, on its device.
+
+    Raises:
+        InputError, ConfigError: it cannot be used on scenes, or is not the one that the files there were made with.
+    """
+    if run:
+        run.refuse_inside("model", config.model)
+    artifact = load_artifact(config.model)
+    step = "" if artifact.step is None else f", step {artifact.step}"
+    console.print(f"model: {artifact.path}{step}")
+    device = choose_device(config.device, ranks, console, key="device")
+    overlap = config.overlap if isinstance(config, InferenceConfig) else None
+    coder = Coder(artifact, device, overlap=overlap, batch_size=config.batch_size)
+    for name, ours in coder.identity.items():
+        theirs = run.record.get(name, ours) if run and run.resuming else ours
+        if theirs != ours:
+            raise ConfigError(
+                f"model: {artifact.path} ({name} {ours[:16]}...) is not the one that {config.output_dir} was begun "
+                f"with ({theirs[:16]}...): name that one, or start afresh with --overwrite"
+            )
+    return coder

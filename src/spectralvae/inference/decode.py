@@ -16,25 +16,25 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
-from spectralvae import __version__
-from spectralvae.analysis.composite import draw_scene, thinning
 from spectralvae.config import DecodeConfig, InputSpec
-from spectralvae.data.normalize import Normalization
 from spectralvae.data.plan import expand
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.inference.coder import Coder, Float32
+from spectralvae.files.jobs import Advance, Job, plan, work_through
+from spectralvae.files.layout import new_scene, read_layout
+from spectralvae.files.source import check_source
+from spectralvae.inference.coder import Coder, Float32, open_coder
 from spectralvae.inference.encode import open_scene_for
-from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
 from spectralvae.inference.latents import check_latents, stream_radiance
-from spectralvae.inference.layout import new_scene, read_layout
 from spectralvae.inference.reading import z_reader
-from spectralvae.inference.source import check_source
+from spectralvae.plotting.composite import draw_scene, thinning
+from spectralvae.plotting.figures import save_figure
 from spectralvae.readers import Scene, guard
 from spectralvae.readers.base import check_file, damage_named
 from spectralvae.readers.containers import Container, is_zarr, open_container
-from spectralvae.rundir import RunDir
-from spectralvae.training.distributed import Ranks
-from spectralvae.training.plots import save_figure
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.version import __version__
+from spectralvae.weights.normalization import Normalization
 
 # Those of a file of `encode` without which it cannot be decoded.
 _ATTRIBUTES = ("spectralvae_latents", "model_sha256", "source", "source_sha256", "source_arguments")

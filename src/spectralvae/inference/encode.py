@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from spectralvae import __version__
 from spectralvae.config import EncodeConfig, InputSpec, ScenesConfig
-from spectralvae.data.normalize import Normalization
 from spectralvae.data.plan import expand, open_input
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.inference.coder import Coder
-from spectralvae.inference.files import Advance, Job, open_coder, plan, work_through
+from spectralvae.files.jobs import Advance, Job, plan, work_through
+from spectralvae.files.layout import layout_of, write_layout
+from spectralvae.files.writer_base import Writer, row_chunks
+from spectralvae.files.writers import new_file
+from spectralvae.inference.coder import Coder, open_coder
 from spectralvae.inference.latents import VARIABLES, Contents, check_scene, contents, stream_latents
-from spectralvae.inference.layout import layout_of, write_layout
-from spectralvae.inference.writer_base import Writer, row_chunks
-from spectralvae.inference.writers import new_file
 from spectralvae.readers import Scene
-from spectralvae.rundir import RunDir
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.version import __version__
+from spectralvae.weights.normalization import Normalization
 
 SUFFIXES = {"netcdf": ".latents.nc", "zarr": ".latents.zarr"}
 

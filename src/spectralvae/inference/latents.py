@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae import __version__
 from spectralvae.data.cells import cell_sums
-from spectralvae.data.normalize import Normalization
 from spectralvae.data.wavelengths import channel_means, span, wavelength_gap
 from spectralvae.errors import InputError
 from spectralvae.inference.coder import Coder, Float32, Read
 from spectralvae.inference.reading import Source, z_reader
 from spectralvae.readers.base import Coordinate
+from spectralvae.version import __version__
+from spectralvae.weights.normalization import Normalization
 
 FORMAT = 1
 BLOCK_SAMPLES = 4_000_000  # decoded at a time

@@ -10,10 +10,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.data.normalize import Normalization
 from spectralvae.data.validity import Validity
 from spectralvae.inference.coder import Float32, Read
 from spectralvae.readers.base import Coordinate
+from spectralvae.weights.normalization import Normalization
 
 BLOCK_SAMPLES = 4_000_000  # normalised at a time
 BAND_SAMPLES = 75_000_000  # kept of rows that chunks span: 300 MB of float32, 35 rows of a TEMPO granule

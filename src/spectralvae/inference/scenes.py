@@ -23,11 +23,11 @@ from spectralvae.inference.latents import (
     stream_latents,
     stream_radiance,
 )
-from spectralvae.inference.loading import artifact_of
 from spectralvae.model import AutoencoderKL
 from spectralvae.readers.base import COORDINATES as OF_SCENES
 from spectralvae.readers.base import Coordinate, invalidate
 from spectralvae.readers.tempo import REJECTED_FLAG_BITS
+from spectralvae.weights.loading import artifact_of
 
 DIMS = ("y", "x", "channel")
 LAZY_SAMPLES = 2**24  # read at a time

@@ -145,7 +145,7 @@ def _load(path: Path) -> Tensor:
     """The tensor of a file, (N, h, w, C) float32, mapped into memory."""
     import torch
 
-    from spectralvae.torchfile import check_size, load_torch_file
+    from spectralvae.weights.torchfile import check_size, load_torch_file
 
     tiles = load_torch_file(path, mmap=True)
     needed = "needed: tiles [N, y, x, channel] in float32"
@@ -161,7 +161,7 @@ def _load(path: Path) -> Tensor:
 
 def _read_spectra(path: Path, nc: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(C,) mean and standard deviation of log radiance, from the folder of a tile file."""
-    from spectralvae.mltools import read_spectrum
+    from spectralvae.weights.mltools import read_spectrum
 
     spectra = []
     for name in (MEAN, STD):

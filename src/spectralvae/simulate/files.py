@@ -14,10 +14,10 @@ import h5netcdf
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae import __version__
 from spectralvae.config import PlantConfig
 from spectralvae.simulate import fields, physics
 from spectralvae.simulate.plant import FILL, deal, plant_unphysical, planted_counts, spoil
+from spectralvae.version import __version__
 
 EPOCH = datetime(1980, 1, 6, tzinfo=UTC)
 TITLES = {"NO2": "nitrogen dioxide", "HCHO": "formaldehyde", "O3TOT": "total ozone", "CLDO4": "cloud"}

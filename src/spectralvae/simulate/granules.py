@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from spectralvae.config import PlantConfig
-from spectralvae.console import new_progress
 from spectralvae.errors import ConfigError
+from spectralvae.runtime.console import new_progress
 from spectralvae.simulate import fields, files, physics, plant
 
 PRODUCTS = tuple(files.TITLES)

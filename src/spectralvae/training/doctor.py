@@ -16,20 +16,20 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from spectralvae.artifact import verify
 from spectralvae.config import TrainConfig, may_change_on_resume
 from spectralvae.data.loader import read_crops
 from spectralvae.errors import ConfigError, RunError, SpectralvaeError
-from spectralvae.rundir import RunDir
-from spectralvae.settings import construct
-from spectralvae.signals import stop_at_once
+from spectralvae.runtime.ranks import find_ranks
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.runtime.signals import stop_at_once
 from spectralvae.training import proofs, record, trials
-from spectralvae.training.checkpoint import list_checkpoints, step_of
-from spectralvae.training.distributed import find_ranks
 from spectralvae.training.engine import idle_parameters, out_of_memory
 from spectralvae.training.network import start_from
 from spectralvae.training.trainer import admit
 from spectralvae.training.trials import Check, Patient, in_bytes
+from spectralvae.weights.artifact import verify
+from spectralvae.weights.checkpoint import list_checkpoints, step_of
+from spectralvae.weights.settings import construct
 
 MARKS = {True: "✓", False: "✗", None: "-"}
 TILES_LOOKED_AT = 8

@@ -19,8 +19,8 @@ from spectralvae.data import sampling
 from spectralvae.data.loader import Batch
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.model import AttnBlock, AutoencoderKL
-from spectralvae.placement import place
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime.placement import place
+from spectralvae.runtime.ranks import Ranks
 from spectralvae.training.supervision import Supervision
 
 METRICS = ("loss", "nll_loss", "kl_loss", "pixel_mse")

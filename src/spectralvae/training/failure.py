@@ -14,7 +14,7 @@ from torch import nn
 from spectralvae.data.loader import Batch
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
-from spectralvae.rundir import write_atomic
+from spectralvae.runtime.atomic import write_atomic
 from spectralvae.training.engine import Engine, learning_rate
 
 

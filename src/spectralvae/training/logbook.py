@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from spectralvae.errors import RunError
-from spectralvae.rundir import write_atomic
+from spectralvae.runtime.atomic import write_atomic
 from spectralvae.training.curves import Curve
 
 N_EVENTS = 200  # kept in memory

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralvae.artifact import Artifact
 from spectralvae.config import TrainConfig
-from spectralvae.configfile import dump_config
+from spectralvae.config.loading import dump_config
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError
-from spectralvae.inference import load_artifact
 from spectralvae.model import AutoencoderKL
-from spectralvae.settings import construct
+from spectralvae.weights.artifact import Artifact
+from spectralvae.weights.loading import load_artifact
+from spectralvae.weights.settings import construct
 
 # May differ between a run and the weights it starts from: they are no part of the weights' meaning. The first three
 # decide which layers there are, but only together: the layers are compared instead.

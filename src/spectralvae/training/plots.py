@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
-from spectralvae.rundir import write_atomic
+from spectralvae.plotting.figures import save_figure
 from spectralvae.training.curves import Curve, Points
 
 LINEAR_UNTIL = 100  # steps: what comes before would fill half of a logarithmic axis
@@ -25,15 +24,6 @@ CURVES = (
     ("recons_err", "pixel_mse", "Reconstruction error: mean squared error in z, valid samples"),
     ("kl", "kl_loss", "KL term per tile (weighted)"),
 )
-
-
-def save_figure(figure: Figure, path: Path) -> bytes:
-    """Write a PNG that is either whole or not there; returns its bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomic(path, buffer.getvalue())
-    return buffer.getvalue()
 
 
 def draw_curves(

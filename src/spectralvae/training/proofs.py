@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from spectralvae.config import TrainConfig
-from spectralvae.configfile import dump_config, to_yaml
+from spectralvae.config.loading import dump_config, to_yaml
 from spectralvae.data.loader import TileStream, make_sampler
 from spectralvae.errors import ConfigError, RunError
-from spectralvae.training.checkpoint import checkpoint_path
 from spectralvae.training.engine import metrics_of
 from spectralvae.training.supervision import supervised_products
 from spectralvae.training.trials import Check, Patient, changed, in_bytes
+from spectralvae.weights.checkpoint import checkpoint_path
 
 TRAIN = (sys.executable, "-m", "spectralvae", "train")
 REHEARSAL = (sys.executable, "-m", "spectralvae.training.rehearsal")

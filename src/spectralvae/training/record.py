@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from spectralvae import __version__
 from spectralvae.config import OptimizerConfig, TrainConfig
 from spectralvae.data.sampling import Crop
 from spectralvae.data.store import Store
-from spectralvae.provenance import Provenance, Scenes
 from spectralvae.training.supervision import Supervision
+from spectralvae.version import __version__
+from spectralvae.weights.provenance import Provenance, Scenes
 
 
 def versions() -> dict[str, str]:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from spectralvae.config import TrainConfig
-from spectralvae.configfile import load_config
+from spectralvae.config.loading import load_config
 from spectralvae.data.loader import TileStream, make_sampler
 from spectralvae.data.store import Store
 from spectralvae.errors import SpectralvaeError
-from spectralvae.rundir import write_atomic
-from spectralvae.settings import build_model
-from spectralvae.training.distributed import Ranks, find_ranks
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.runtime.ranks import Ranks, find_ranks
 from spectralvae.training.engine import Engine, metrics_of
 from spectralvae.training.network import network_settings
+from spectralvae.weights.settings import build_model
 
 WEIGHT_SPREAD = 0.02  # added to all weights: a fresh network ends in zeros, so most gradients would be 0
 NEGLIGIBLE = 1e-5  # of the whole gradient: what is shorter is rounding

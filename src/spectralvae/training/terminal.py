@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from spectralvae.console import new_progress
+from spectralvae.runtime.console import new_progress
 from spectralvae.training.plots import CURVES
 from spectralvae.training.watch import Watch
 

@@ -10,19 +10,27 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from spectralvae import __version__
-from spectralvae.artifact import weights_sha256
 from spectralvae.config import TrainConfig
-from spectralvae.console import warn
 from spectralvae.data.cache import SceneCache, load_scenes, scene_bytes
 from spectralvae.data.loader import Batch, TargetReader, TileStream, make_sampler
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, RunError
-from spectralvae.rundir import RunDir, Stopped
-from spectralvae.settings import build_model
-from spectralvae.signals import EXIT_CODES, StopSignal, stop_signal
+from spectralvae.runtime.console import warn
+from spectralvae.runtime.device import choose_device, peak_memory
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.runtime.signals import EXIT_CODES, Stopped, StopSignal, stop_signal
 from spectralvae.training import failure, record
-from spectralvae.training.checkpoint import (
+from spectralvae.training.engine import Engine, check_shares, out_of_memory
+from spectralvae.training.memory import check_batch_fits, check_cache, report_first_step
+from spectralvae.training.network import check_forward, network_settings, start_from
+from spectralvae.training.supervision import build_supervision
+from spectralvae.training.terminal import Stopwatch, summarize, terminal
+from spectralvae.training.validation import Validated, Validation
+from spectralvae.training.watch import Watch
+from spectralvae.version import __version__
+from spectralvae.weights.artifact import weights_sha256
+from spectralvae.weights.checkpoint import (
     best_of,
     checkpoint_path,
     list_checkpoints,
@@ -31,14 +39,7 @@ from spectralvae.training.checkpoint import (
     save_checkpoint,
     thin_out,
 )
-from spectralvae.training.device import check_batch_fits, check_cache, choose_device, peak_memory, report_first_step
-from spectralvae.training.distributed import Ranks
-from spectralvae.training.engine import Engine, check_shares, out_of_memory
-from spectralvae.training.network import check_forward, network_settings, start_from
-from spectralvae.training.supervision import build_supervision
-from spectralvae.training.terminal import Stopwatch, summarize, terminal
-from spectralvae.training.validation import Validated, Validation
-from spectralvae.training.watch import Watch
+from spectralvae.weights.settings import build_model
 
 
 def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Console) -> None:

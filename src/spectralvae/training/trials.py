@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 
 from spectralvae.config import TrainConfig
-from spectralvae.console import new_progress
 from spectralvae.data.loader import BATCHES_AHEAD, TileStream
 from spectralvae.data.sampling import CropSampler
 from spectralvae.data.store import Store
-from spectralvae.settings import build_model
-from spectralvae.training.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, step_of
-from spectralvae.training.device import available_memory, peak_memory
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime.console import new_progress
+from spectralvae.runtime.device import available_memory, peak_memory
+from spectralvae.runtime.ranks import Ranks
 from spectralvae.training.engine import METRICS, Engine, check_shares, metrics_of
 from spectralvae.training.validation import Validation
 from spectralvae.training.watch import Watch
+from spectralvae.weights.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, step_of
+from spectralvae.weights.settings import build_model
 
 WARM_UP, TIMED = 2, 5  # steps
 BLOWN_UP = 10.0  # times the first error

@@ -13,20 +13,19 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectralvae.analysis.baselines import reference_errors
 from spectralvae.data import sampling
 from spectralvae.data.loader import TargetReader, grid_crops, read_crops
+from spectralvae.data.pca import reference_errors
 from spectralvae.data.sampling import Crop, CropSampler
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.model import DiagonalGaussianDistribution
-from spectralvae.provenance import LatentStatistics
+from spectralvae.plotting.reconstructions import N_TILES, draw_reconstructions
 from spectralvae.training.engine import METRICS, Engine, metric_sums, metrics_of
-from spectralvae.training.figures import N_TILES, draw_reconstructions
+from spectralvae.weights.provenance import LatentStatistics
 
 ACTIVE_VARIANCE = 0.01  # a latent channel whose posterior mean varies less says nothing (Burda et al. 2016)
 REFERENCE_TILES = 64  # that PCA is fitted on: enough pixels for 1028 channels, and a matter of seconds
-REFERENCE_LABELS = {"mean": "predicting the mean", "pca_1": "PCA, 1 component", "pca_2": "PCA, 2 components"}
 
 
 class Validated(NamedTuple):

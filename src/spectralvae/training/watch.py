@@ -12,14 +12,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from spectralvae.data.pca import REFERENCE_LABELS
 from spectralvae.errors import RunError
-from spectralvae.html import Dashboard, write_dashboard
-from spectralvae.rundir import State, state_after, write_atomic
+from spectralvae.plotting.figures import save_figure
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.runtime.rundir import State, state_after
 from spectralvae.training import plots
-from spectralvae.training.checkpoint import list_checkpoints, step_of
+from spectralvae.training.dashboard import Dashboard, write_dashboard
 from spectralvae.training.logbook import Event, Logbook
 from spectralvae.training.spikes import SpikeDetector
-from spectralvae.training.validation import REFERENCE_LABELS
+from spectralvae.weights.checkpoint import list_checkpoints, step_of
 
 WATCHED = ("loss", "grad_norm")  # for spikes, on every step
 DRAWING_SHARE = 0.02  # of the time, at most
@@ -118,7 +120,7 @@ class Watch:
 
     def reconstructions(self, figure: Figure, step: int) -> None:
         """Keep a figure of reconstructions."""
-        self.log.picture("reconstructions", plots.save_figure(figure, self.figure_path(step)), step)
+        self.log.picture("reconstructions", save_figure(figure, self.figure_path(step)), step)
 
     def draw(self, step: int, state: State) -> None:
         """Redraw the curves and the page; while the run goes on, not so often that this takes more than

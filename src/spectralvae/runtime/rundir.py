@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import platform
-import resource
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,77 +17,16 @@ from typing import IO, Any, Literal, Self
 
 from pydantic import ValidationError
 
-from spectralvae import __version__
 from spectralvae.config import CommandConfig
-from spectralvae.configfile import dump_config, to_yaml
+from spectralvae.config.loading import dump_config, to_yaml
 from spectralvae.errors import ConfigError, LostPeerError, NoRoomError, RunError
+from spectralvae.runtime.atomic import NO_ROOM, no_room_error, room_for, write_atomic
+from spectralvae.runtime.signals import Stopped
+from spectralvae.version import __version__
 
 TOOL = "spectralvae"
 State = Literal["running", "stopped", "finished", "failed"]
 _BEFORE_RECORD = (".lock", ".run.json.tmp")  # all that a kill leaves of a run before it is known as ours
-
-_NO_ROOM = {  # errno -> what to do
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "delete what you can spare, or have the quota raised,",
-    errno.EFBIG: "raise `ulimit -f`",
-}
-
-
-@contextmanager
-def room_for(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Make one line of whatever tells that there is no room; what is free is looked up once the block is left.
-
-    Args:
-        path: what is being written, named in place of its parts and temporary files.
-        needed: how many bytes it takes, where known.
-
-    Raises:
-        NoRoomError: the disk is full, a quota used up, or a file larger than files may be.
-    """
-    try:
-        yield
-    except (OSError, NoRoomError) as error:
-        cause = error.__cause__ if isinstance(error, NoRoomError) else error
-        if not isinstance(cause, OSError) or cause.errno not in _NO_ROOM:
-            raise
-        raise _no_room(cause, path, needed) from cause
-
-
-def _no_room(error: OSError, path: Path, needed: int | None) -> NoRoomError:
-    assert error.errno is not None
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    figures = [f"{shutil.disk_usage(nearest).free:,} bytes are free"]
-    if needed is not None:
-        figures.insert(0, f"{needed:,} bytes are needed")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if error.errno == errno.EFBIG and limit != resource.RLIM_INFINITY:  # else it is the file system's
-        figures.append(f"{limit:,} bytes are the limit of a file")
-    return NoRoomError(
-        f"{path}: {os.strerror(error.errno)}: {', '.join(figures)}; {_NO_ROOM[error.errno]} and start again"
-    )
-
-
-def write_atomic(path: Path, *content: bytes | str) -> None:
-    """Write a file that is either whole or not there: temporary name, fsync, replace.
-
-    Args:
-        path: the file.
-        content: its parts, one after the other.
-
-    Raises:
-        NoRoomError: it does not fit; nothing of it stays.
-    """
-    parts = [part.encode() if isinstance(part, str) else part for part in content]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with room_for(path, sum(map(len, parts))):
-        try:
-            with temporary.open("wb") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def command_of(folder: Path) -> str | None:
@@ -100,17 +36,6 @@ def command_of(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return str(record.get("command")) if isinstance(record, dict) and record.get("tool") == TOOL else None
-
-
-class Stopped(BaseException):
-    """A signal asked the command to stop, and it has saved its work; ``exit_code`` 75 or 130.
-
-    No `Exception`, like KeyboardInterrupt: libraries that catch all of these would go on.
-    """
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"stopped, exit code {exit_code}")
-        self.exit_code = exit_code
 
 
 def state_after(error: BaseException | None) -> State:
@@ -339,8 +264,8 @@ class RunDir:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         no_room = None
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:  # of a file that was not written by write_atomic
-            no_room = _no_room(error, Path(error.filename) if isinstance(error.filename, str) else self.path, None)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:  # of a file that was not written by write_atomic
+            no_room = no_room_error(error, Path(error.filename) if isinstance(error.filename, str) else self.path, None)
             error = no_room
         if error is not None and not isinstance(error, (Stopped, KeyboardInterrupt)):
             self.record["error"] = f"{type(error).__name__}: {error}"

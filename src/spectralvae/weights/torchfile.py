@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectralvae.errors import InputError
-from spectralvae.rundir import write_atomic
+from spectralvae.runtime.atomic import write_atomic
 
 # Metric lists beside the weights hold numpy scalars. The function that restores them is found through a scalar,
 # since its module is private and was renamed in numpy 2. Numbers and booleans only: the state of a

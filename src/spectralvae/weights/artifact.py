@@ -29,13 +29,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from spectralvae import __version__
-from spectralvae.data.normalize import Normalization
 from spectralvae.errors import ConfigError, DamagedError, InputError
 from spectralvae.model import AutoencoderKL
-from spectralvae.provenance import LatentStatistics, Provenance
-from spectralvae.rundir import room_for, write_atomic
-from spectralvae.settings import build_model
+from spectralvae.runtime.atomic import room_for, write_atomic
+from spectralvae.version import __version__
+from spectralvae.weights.normalization import Normalization
+from spectralvae.weights.provenance import LatentStatistics, Provenance
+from spectralvae.weights.settings import build_model
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.model import AutoencoderKL
-from spectralvae.settings import LIMITS, build_model, check_settings, construct
-from spectralvae.torchfile import check_size, load_torch_file, save_torch_file
+from spectralvae.weights.settings import LIMITS, build_model, check_settings, construct
+from spectralvae.weights.torchfile import check_size, load_torch_file, save_torch_file
 
 CONTAINERS = ("state_dict", "model_state_dict")
 PREFIXES = ("vae", "model", "module", "_orig_mod")

@@ -8,13 +8,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from spectralvae.rundir import Stopped
-
 # TERM and USR1 come from schedulers, HUP from a terminal that was closed: "start it again" is 75; Ctrl-C is 130 by
 # convention.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
 
 Handler = Callable[[int, FrameType | None], None]
+
+
+class Stopped(BaseException):
+    """A signal asked the command to stop, and it has saved its work; ``exit_code`` 75 or 130.
+
+    No `Exception`, like KeyboardInterrupt: libraries that catch all of these would go on.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"stopped, exit code {exit_code}")
+        self.exit_code = exit_code
 
 
 class StopSignal:

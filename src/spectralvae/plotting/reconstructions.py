@@ -9,8 +9,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from spectralvae.analysis.panels import INVALID, MARKS, draw_spectra, mark_pixel, robust_limits, telling_pixels
-from spectralvae.data.normalize import Normalization
+from spectralvae.plotting.panels import INVALID, MARKS, draw_spectra, mark_pixel, robust_limits, telling_pixels
+from spectralvae.weights.normalization import Normalization
 
 N_TILES = 3
 VALUES, DIFFERENCES = (colormaps[name].with_extremes(bad=INVALID) for name in ("viridis", "RdBu_r"))

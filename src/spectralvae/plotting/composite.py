@@ -17,10 +17,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from spectralvae.analysis.baselines import PixelPCA
-from spectralvae.analysis.panels import FEW, INVALID, MARKS, draw_spectra, mark_pixel, spectral_axis, telling_pixels
-from spectralvae.data.normalize import Normalization
+from spectralvae.data.pca import PixelPCA
 from spectralvae.data.sampling import evenly
+from spectralvae.plotting.panels import FEW, INVALID, MARKS, draw_spectra, mark_pixel, spectral_axis, telling_pixels
+from spectralvae.weights.normalization import Normalization
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.inference.writer_base import Writer, attribute, home_of, join, row_chunks, stored_dtype
+from spectralvae.files.writer_base import Writer, attribute, home_of, join, row_chunks, stored_dtype
 from spectralvae.readers import guard
 from spectralvae.readers.base import Scene, damage_named
 from spectralvae.readers.containers import Variable, open_container

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from spectralvae.inference.writer_base import Writer
-from spectralvae.inference.writer_netcdf import NetcdfWriter
-from spectralvae.inference.writer_zarr import ZarrWriter
-from spectralvae.rundir import room_for
+from spectralvae.files.writer_base import Writer
+from spectralvae.files.writer_netcdf import NetcdfWriter
+from spectralvae.files.writer_zarr import ZarrWriter
+from spectralvae.runtime.atomic import room_for
 
 __all__ = ["Writer", "new_file"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spectralvae.data.normalize import Float64
+from spectralvae.weights.normalization import Float64
 
 
 @dataclass(frozen=True)

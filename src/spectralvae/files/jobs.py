@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -14,15 +14,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from rich.console import Console
 
-from spectralvae.config import InferenceConfig, ModelConfig
-from spectralvae.console import new_console, new_progress, warn
 from spectralvae.errors import ConfigError
-from spectralvae.inference.coder import Coder
-from spectralvae.inference.loading import load_artifact
-from spectralvae.rundir import RunDir, write_atomic
-from spectralvae.signals import stop_at_once
-from spectralvae.training.device import choose_device, peak_memory
-from spectralvae.training.distributed import Ranks
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.runtime.console import new_console, new_progress, warn
+from spectralvae.runtime.ranks import Ranks
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.runtime.signals import stop_at_once
 
 # Seconds that processes wait for each other at the end, where one may have a file more to do. One that is gone is
 # noticed at once.
@@ -33,6 +30,22 @@ _PREFIX = ".files-"
 T = TypeVar("T")
 Advance = Callable[[int], None]  # called with the number of pixels that are done
 Facts = dict[str, dict[str, Any]]  # of the files that are done, by their names
+
+
+class Model(Protocol):
+    """The model that the results are made with.
+
+    Attributes:
+        path: where it was loaded from.
+        identity: SHA-256 digests by name, kept in run.json: a resumed run needs the same.
+    """
+
+    path: Path
+    identity: dict[str, str]
+
+    def peak_memory(self) -> int:
+        """Bytes, the most that this process has used so far on the model's device."""
+        ...
 
 
 class Job(Protocol):
@@ -60,7 +73,6 @@ class Job(Protocol):
 
     @property
     def n_pixels(self) -> int: ...
-
     def do(self, advance: Advance) -> dict[str, Any]:
         """Make it; returns facts for run.json, with `text` for people.
 
@@ -72,30 +84,6 @@ class Job(Protocol):
 def may_change_on_resume(key: str, old: Any, new: Any) -> bool:
     """Whether the rest of the files may be done with another value of a key."""
     return key in ("device", "batch_size", "all_invalid")
-
-
-def open_coder(config: ModelConfig, run: RunDir | None, ranks: Ranks, console: Console) -> Coder:
-    """The network that a config names, on its device.
-
-    Raises:
-        InputError, ConfigError: it cannot be used on scenes, or is not the one that the files there were made with.
-    """
-    if run:
-        run.refuse_inside("model", config.model)
-    artifact = load_artifact(config.model)
-    step = "" if artifact.step is None else f", step {artifact.step}"
-    console.print(f"model: {artifact.path}{step}")
-    device = choose_device(config.device, ranks, console, key="device")
-    overlap = config.overlap if isinstance(config, InferenceConfig) else None
-    coder = Coder(artifact, device, overlap=overlap, batch_size=config.batch_size)
-    for name, ours in coder.identity.items():
-        theirs = run.record.get(name, ours) if run and run.resuming else ours
-        if theirs != ours:
-            raise ConfigError(
-                f"model: {artifact.path} ({name} {ours[:16]}...) is not the one that {config.output_dir} was begun "
-                f"with ({theirs[:16]}...): name that one, or start afresh with --overwrite"
-            )
-    return coder
 
 
 def plan(
@@ -142,7 +130,7 @@ def plan(
 def work_through(
     jobs: Sequence[Job],
     text: str,
-    coder: Coder,
+    model: Model,
     run: RunDir | None,
     ranks: Ranks,
     console: Console,
@@ -153,7 +141,7 @@ def work_through(
     Args:
         jobs: of this process.
         text: what is done, for the progress bar.
-        coder: the network.
+        model: that makes the results.
         run: the output directory; None in all processes but the first.
         ranks: the processes.
         console: where to print.
@@ -164,13 +152,13 @@ def work_through(
         InputError: a source cannot be read, or holds nothing.
         PeerError: so it was for another process.
     """
-    if any(identity != coder.identity for identity in ranks.gather(coder.identity)):
-        raise ConfigError(f"model: the processes loaded several ({coder.path} here): name one checkpoint, not its run")
+    if any(identity != model.identity for identity in ranks.gather(model.identity)):
+        raise ConfigError(f"model: the processes loaded several ({model.path} here): name one checkpoint, not its run")
     with stop_at_once(), ExitStack() as stack:
         with ranks.together():
             if run:
                 stack.enter_context(run)
-                _take_over(run, coder)
+                _take_over(run, model.identity)
         with ranks.together():  # a block of its own, for the first process may have cleared the directory just now
             left = [job for job in jobs if not _is_done(job)]
         n_files, n_left = ranks.sum(np.array([len(jobs), len(left)], np.float64))
@@ -179,7 +167,7 @@ def work_through(
         facts: Facts = {}
         with ranks.together():
             try:
-                _do_all(left, text, coder, facts, run, ranks, console)
+                _do_all(left, text, model, facts, run, ranks, console)
             except Exception as error:
                 if ranks.world_size > 1:  # it may take long until all leave the block
                     new_console().print(f"process {ranks.rank}: {error}; it waits for the others to do their files")
@@ -194,7 +182,7 @@ def work_through(
 
 
 def _do_all(
-    left: Sequence[Job], text: str, coder: Coder, facts: Facts, run: RunDir | None, ranks: Ranks, console: Console
+    left: Sequence[Job], text: str, model: Model, facts: Facts, run: RunDir | None, ranks: Ranks, console: Console
 ) -> None:
     """Make the files that are left to this process; `facts` are added to as each is done."""
     with new_progress(quiet=not ranks.leads) as progress:
@@ -202,7 +190,7 @@ def _do_all(
         for job in left:
             begun = time.monotonic()
             found = job.do(partial(progress.advance, task))
-            seconds, memory = time.monotonic() - begun, peak_memory(coder.device) / 1e9
+            seconds = time.monotonic() - begun
             if "left_out" in found:
                 warn(console, f"{job.source}: left out: {found['left_out']}")
             else:
@@ -211,7 +199,7 @@ def _do_all(
                 "source": str(job.source),
                 **found,
                 "seconds": round(seconds, 2),
-                "peak_memory_gb": round(memory, 2),
+                "peak_memory_gb": round(model.peak_memory() / 1e9, 2),
             }
             if run:
                 run.note(files={**run.record["files"], **facts})
@@ -224,13 +212,13 @@ def _beside(job: Job, ranks: Ranks) -> Path:
     return job.result.with_name(f"{_PREFIX}{ranks.rank}.json")
 
 
-def _take_over(run: RunDir, coder: Coder) -> None:
+def _take_over(run: RunDir, identity: Mapping[str, str]) -> None:
     """Put into run.json what other processes have left, and which model it is."""
     files: Facts = dict(run.record.get("files", {}))
     others = sorted(run.path.glob(f"{_PREFIX}*.json"))
     for path in others:
         files |= json.loads(path.read_text())
-    run.note(**coder.identity, files=files)
+    run.note(**identity, files=files)
     for path in others:
         path.unlink()
 

@@ -9,18 +9,19 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from spectralvae import mltools
-from spectralvae.artifact import Artifact, pack_model, read_artifact, write_files
 from spectralvae.config import ConvertConfig, SpectraConfig, Wavelengths
-from spectralvae.console import warn
-from spectralvae.data.normalize import Float64, Normalization
+from spectralvae.convert.modelcard import NO_NORMALIZATION, model_card
 from spectralvae.data.wavelengths import channel_means
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.inference import load_artifact
-from spectralvae.modelcard import NO_NORMALIZATION, model_card
-from spectralvae.rundir import RunDir, write_atomic
-from spectralvae.torchfile import save_torch_file
-from spectralvae.training.checkpoint import list_checkpoints
+from spectralvae.runtime.atomic import write_atomic
+from spectralvae.runtime.console import warn
+from spectralvae.runtime.rundir import RunDir
+from spectralvae.weights import mltools
+from spectralvae.weights.artifact import Artifact, pack_model, read_artifact, write_files
+from spectralvae.weights.checkpoint import list_checkpoints
+from spectralvae.weights.loading import load_artifact
+from spectralvae.weights.normalization import Float64, Normalization
+from spectralvae.weights.torchfile import save_torch_file
 
 
 def convert(config: ConvertConfig, run: RunDir, console: Console) -> None:

@@ -17,7 +17,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from spectralvae.data.store_writer import group_json
-from spectralvae.inference.writer_base import Key, Writer, pieces
+from spectralvae.files.writer_base import Key, Writer, pieces
 
 # Measured on radiance: a higher level takes longer and saves nothing.
 _ZSTD_LEVEL = 1

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.inference.writer_base import Key, Writer, join, pieces, stored_dtype
+from spectralvae.files.writer_base import Key, Writer, join, pieces, stored_dtype
 from spectralvae.readers import hdf5
 
 # Measured on radiance: a higher level takes longer and saves nothing, for deflate finds little in noise.

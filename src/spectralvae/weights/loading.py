@@ -8,11 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from spectralvae import mltools
-from spectralvae.artifact import Artifact, is_artifact, read_artifact, verify
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.model import AutoencoderKL
-from spectralvae.training.checkpoint import list_checkpoints
+from spectralvae.weights import mltools
+from spectralvae.weights.artifact import Artifact, is_artifact, read_artifact, verify
+from spectralvae.weights.checkpoint import list_checkpoints
 
 _ARTIFACT = "_spectralvae_artifact"
 

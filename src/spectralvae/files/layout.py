@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.inference.source import Source, Stored
-from spectralvae.inference.writer_base import Writer, join, row_chunks
-from spectralvae.inference.writers import new_file
+from spectralvae.files.source import Source, Stored
+from spectralvae.files.writer_base import Writer, join, row_chunks
+from spectralvae.files.writers import new_file
 from spectralvae.readers.base import UNDECLARED_FILLS, Scene, damage_named
 from spectralvae.readers.containers import Container
 from spectralvae.readers.dataset import ATTRIBUTES

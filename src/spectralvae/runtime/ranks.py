@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, LostPeerError, PeerError
-from spectralvae.rundir import Stopped
+from spectralvae.runtime.signals import Stopped
 
 T = TypeVar("T")
 SLURM_PORTS = range(20_000, 30_000)  # of a job's first node; which one, its number tells

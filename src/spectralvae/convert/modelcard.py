@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from spectralvae import __version__
-from spectralvae.artifact import Artifact, weights_sha256
-from spectralvae.data.normalize import EPSILON, Normalization
+from spectralvae.data.pca import REFERENCE_LABELS
 from spectralvae.data.wavelengths import span
-from spectralvae.provenance import LatentStatistics, Provenance, Scenes
-from spectralvae.training.validation import REFERENCE_LABELS
+from spectralvae.version import __version__
+from spectralvae.weights.artifact import Artifact, weights_sha256
+from spectralvae.weights.normalization import EPSILON, Normalization
+from spectralvae.weights.provenance import LatentStatistics, Provenance, Scenes
 
 NO_NORMALIZATION = (
     "This export holds no normalisation: it cannot encode scenes. Convert it again with "
@@ -190,7 +190,7 @@ def _latents(latents: LatentStatistics | None) -> list[str]:
         "sqrt(var(mean) + mean(variance)). A diffusion model wants latents of mean 0 and standard deviation 1:",
         "",
         "```python",
-        "from spectralvae.inference import load_artifact",
+        "from spectralvae.weights.loading import load_artifact",
         "",
         'statistics = load_artifact("path/to/this/folder").latents',
         "scaled = (latents.latent.values - statistics.mean[:, None, None]) / statistics.std[:, None, None]",

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from spectralvae.data.normalize import Normalization
+from spectralvae.weights.normalization import Normalization
 
 INVALID = "0.6"  # grey
 QUANTILES = {"dark": 0.05, "middling": 0.5, "bright": 0.95}  # of the mean of z

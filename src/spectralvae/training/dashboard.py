@@ -1,38 +1,24 @@
-"""Pages that need no server and no network: what all of them share, and a run's dashboard.
-
-A page is one file: templates/page.html around the page's own template, with style, script, data and pictures inside.
-Its content security policy lets the browser load nothing and run no other script, whatever a name contains.
-"""
+"""The page of a run, rewritten while it trains."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from numpy.typing import ArrayLike
 
-from spectralvae.rundir import State, write_atomic
+from spectralvae.pages.html import Json, chart_of, inline_picture, numbers_of, series_of, write_page
+from spectralvae.runtime.rundir import State
+from spectralvae.training.curves import Points
+from spectralvae.training.logbook import Event
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from spectralvae.training.curves import Points
-    from spectralvae.training.logbook import Event
-
-DIGITS = 6  # significant ones, of numbers in a page: more than a screen can show
 RELOAD_SECONDS = 60
 LOG_FROM = 100  # steps: what comes before would fill half of a logarithmic axis
 LOG_FROM_SINCE = 1000  # steps: a run of fewer is shown whole
 NOTABLE = ("failed", "spike", "warning")  # kinds of events that a reader should see first
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,51 +85,6 @@ _PLOTS = (
 _PRODUCT_COLORS = ("hue-1", "hue-2", "hue-3", "hue-4")
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("spectralvae"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["whole"] = "{:,}".format
-    # NaN is no JSON: it would break the whole page
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment
-
-
-@cache
-def _inlined(*names: str) -> tuple[Markup, Markup]:
-    """Files of templates/ as one text, and its hash for the content security policy."""
-    loader = _environment().loader
-    assert loader is not None
-    text = "".join(loader.get_source(_environment(), name)[0] for name in names)
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return Markup(text), Markup(f"'sha256-{digest}'")
-
-
-def write_page(
-    path: Path, template: str, scripts: Sequence[str], data: Json, styles: Sequence[str] = (), **context: Any
-) -> None:
-    """Write a page that is either whole or not there.
-
-    Args:
-        path: of the page.
-        template: in templates/, extending page.html.
-        scripts: files of templates/, to run in this order.
-        data: what the scripts read; JSON, no NaN.
-        styles: files of templates/, beside page.css.
-        context: for the template, escaped there.
-    """
-    style, style_hash = _inlined("page.css", *styles)
-    script, script_hash = _inlined(*scripts)
-    page = _environment().get_template(template)
-    inlined = {"style": style, "style_hash": style_hash, "script": script, "script_hash": script_hash}
-    write_atomic(path, page.render(data=data, **inlined, **context))
-
-
 def write_dashboard(path: Path, dashboard: Dashboard) -> None:
     """Write the page of a run.
 
@@ -163,75 +104,6 @@ def write_dashboard(path: Path, dashboard: Dashboard) -> None:
         notable=NOTABLE,
         picture=None if dashboard.picture is None else inline_picture(dashboard.picture),
     )
-
-
-def inline_picture(png: bytes) -> Markup:
-    """A PNG as text, for the address of an image."""
-    assert png.startswith(b"\x89PNG\r\n")
-    return Markup(base64.b64encode(png).decode())
-
-
-def numbers_of(values: ArrayLike) -> list[float | None]:
-    """Numbers for JSON: rounded to DIGITS significant digits; what is not finite is null, a gap in a plot."""
-    array = np.asarray(values, dtype=np.float64)
-    finite = np.isfinite(array)
-    known = np.where(finite, array, 0.0)
-    # the least size keeps the powers finite, for zero and for what is as good as zero
-    places = DIGITS - 1 - np.floor(np.log10(np.maximum(np.abs(known), 1e-290)))
-    # whole powers of ten are exact: no digits are left over
-    up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)
-    rounded: list[float | None] = (np.round(known * up / down) * down / up).tolist()
-    for i in np.flatnonzero(~finite):
-        rounded[i] = None
-    return rounded
-
-
-def series_of(label: str, color: str, draw: str, x: ArrayLike, y: ArrayLike, *range_: ArrayLike) -> Json:
-    """A series of a chart.
-
-    Args:
-        label: in the legend and beside the values.
-        color: a class of the page's style that has a colour.
-        draw: "curve" (a line with dots), "line", "dots" or "bars".
-        x, y: as many each; what is not finite is a gap.
-        range_: low and high of each, if there is a range.
-    """
-    series = {"label": label, "short": label, "color": color, "draw": draw, "x": numbers_of(x), "y": numbers_of(y)}
-    assert len(series["x"]) == len(series["y"])
-    return series | dict(zip(("low", "high"), map(numbers_of, range_), strict=False))
-
-
-def chart_of(
-    name: str,
-    group: str,
-    title: str,
-    label: str,
-    y: str,
-    series: list[Json],
-    references: Mapping[str, float] | None = None,
-) -> Json:
-    """A chart whose group and section have one name.
-
-    Args:
-        name: of the chart, among those of the page.
-        group: of the charts that share its x axis.
-        title: over it.
-        label: of the y axis.
-        y: its scale: "switch" (as the reader likes), "log", "linear" or "zero" (linear, from zero).
-        series: as `series_of` makes them.
-        references: values to compare with, by label; those that are not finite have no line.
-    """
-    return {
-        "id": f"chart-{name}",
-        "group": group,
-        "section": group,
-        "title": title,
-        "label": label,
-        "y": y,
-        "series": series,
-        "references": _references(references or {}),
-        "spikes": [],
-    }
 
 
 def _data(dashboard: Dashboard) -> Json:
@@ -262,19 +134,9 @@ def _step_charts(dashboard: Dashboard) -> list[Json]:
         if f"val_{plot.key}" in dashboard.curves:
             series.append(_curve("validation", "validation", dashboard.curves[f"val_{plot.key}"], smooth=False))
         if series:
-            charts.append(
-                {
-                    "id": f"chart-{plot.key}",
-                    "group": "steps",
-                    "section": plot.section,
-                    "title": plot.title,
-                    "label": plot.label,
-                    "y": plot.y,
-                    "series": series,
-                    "references": _references(dashboard.references if plot.key == "pixel_mse" else {}),
-                    "spikes": spikes if plot.section == "learning" else [],
-                }
-            )
+            references = dashboard.references if plot.key == "pixel_mse" else {}
+            chart = chart_of(plot.key, "steps", plot.title, plot.label, plot.y, series, references)
+            charts.append({**chart, "section": plot.section, "spikes": spikes if plot.section == "learning" else []})
     supervision = _supervision_series(dashboard.curves)
     if supervision:
         reference = {"variance of the training pixels": 1.0}
@@ -308,12 +170,6 @@ def _curve(name: str, color: str, points: Points, *, smooth: bool) -> Json:
         "high": numbers_of(points.high),
     }
     return series | {"smooth": numbers_of(points.smooth)} if smooth else series
-
-
-def _references(references: Mapping[str, float]) -> list[Json]:
-    """Those that are not finite have no line."""
-    rounded = zip(references, numbers_of(list(references.values())), strict=True)
-    return [{"label": label, "value": value} for label, value in rounded if value is not None]
 
 
 def _validation_charts(validation: Mapping[str, Any] | None) -> list[Json]:

@@ -13,12 +13,20 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from spectralvae.artifact import hidden_old, pack_model, pack_tensors, read_artifact, tensors_of, verify, write_folder
-from spectralvae.console import warn
-from spectralvae.data.normalize import Normalization
 from spectralvae.errors import DamagedError, InputError
 from spectralvae.model import AutoencoderKL
-from spectralvae.provenance import LatentStatistics, Provenance
+from spectralvae.runtime.console import warn
+from spectralvae.weights.artifact import (
+    hidden_old,
+    pack_model,
+    pack_tensors,
+    read_artifact,
+    tensors_of,
+    verify,
+    write_folder,
+)
+from spectralvae.weights.normalization import Normalization
+from spectralvae.weights.provenance import LatentStatistics, Provenance
 
 _NAME = re.compile(r"step=(\d{6,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -1,0 +1,1 @@
+"""Models as export folders and as files for mltools."""

@@ -1,0 +1,1 @@
+"""Results as files: layouts, writers, and which of many files are done."""
