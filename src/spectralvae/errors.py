@@ -1,15 +1,83 @@
-"""What can go wrong, by whose hand it is mended.
+"""The errors that users see, each with its parts: what is wrong, where, the limit and the remedy.
 
 ``assert`` is for our own invariants; these classes are for users.
 """
 
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
 
 class SpectralvaeError(Exception):
-    """Base class of all errors raised on purpose."""
+    """Base class of all errors raised on purpose. Its text is one line made of its parts.
+
+    Args:
+        problem: what is wrong, without the file and the key: "is corrupt: its SHA-256 differs".
+        key: path of the config key, "data.tile_size", or name of the argument at fault.
+        path: the file or folder at fault.
+        value: the value that is refused.
+        limit: what the value must be, "a multiple of 4".
+        remedy: what to do, "give the output_dir of a `spectralvae prepare`".
+    """
+
+    def __init__(
+        self,
+        problem: str = "",
+        *,
+        key: str | None = None,
+        path: str | PathLike[str] | None = None,
+        value: Any = None,
+        limit: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.key = key
+        self.path = None if path is None else Path(path)
+        self.value = value
+        self.limit = limit
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        """``path: key = value: problem; must be limit; remedy``, without the parts that are absent."""
+        subject = ": ".join(str(part) for part in (self.path, self.key) if part is not None)
+        if self.value is not None:
+            subject = f"{subject} = {show(self.value)}" if subject else show(self.value)
+        limit = "" if self.limit is None else f"must be {self.limit}"
+        joint = " " if self.value is not None and not self.problem else ": "  # "tile_size = 15 must be ..."
+        said = "; ".join(part for part in (self.problem, limit, self.remedy) if part)
+        return joint.join(part for part in (subject, said) if part)
+
+    def parts(self) -> dict[str, Any]:
+        """The arguments that make this error again, as plain values."""
+        path = None if self.path is None else str(self.path)
+        return {
+            "problem": self.problem,
+            "key": self.key,
+            "path": path,
+            "value": self.value,
+            "limit": self.limit,
+            "remedy": self.remedy,
+        }
+
+    def with_parts(self, **parts: Any) -> Self:
+        """The same error with other parts; ``raise error.with_parts(path=path) from error``."""
+        return type(self)(**{**self.parts(), **parts})
+
+
+def show(value: Any) -> str:
+    """A value as a config would hold it: numpy numbers as numbers, texts in quotes, paths as they are."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy's arrays and scalars
+        value = value.tolist()
+    return repr(value)
 
 
 class UserError(SpectralvaeError):
-    """The user can mend it: one line that names file, key, value, limit and remedy; exit code 2."""
+    """The user can mend it; exit code 2."""
 
 
 class ConfigError(UserError):
@@ -17,7 +85,7 @@ class ConfigError(UserError):
 
 
 class InputError(UserError):
-    """A file is missing, damaged, or not what its place in the config asks for."""
+    """A file is missing, corrupt, or not what its place in the config asks for."""
 
 
 class DamagedError(InputError):

@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic_core import PydanticCustomError
+
+from spectralvae.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def refusal(problem: str = "", **parts: Any) -> PydanticCustomError:
+    """What a validator raises: the parts of a `ConfigError`, whose key is relative to the section that is checked."""
+    error = ConfigError(problem, **parts)
+    return PydanticCustomError("refused", "{text}", {"text": str(error), "parts": error.parts()})
 
 
 def _to_path(value: Any) -> Path:
@@ -16,19 +25,19 @@ def _to_path(value: Any) -> Path:
         try:
             return Path(value).expanduser()
         except RuntimeError as error:  # ~nobody
-            raise ValueError(f"must be a path: {error}") from error
-    raise ValueError("must be a path")
+            raise refusal(str(error), limit="a path") from error
+    raise refusal(limit="a path")
 
 
 def check_distinct(values: list[T]) -> list[T]:
     if len(set(values)) < len(values):
-        raise ValueError("must not name anything twice")
+        raise refusal("names something twice", remedy="name each once")
     return values
 
 
 def _check_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
-        raise ValueError("must be auto, cpu, cuda or cuda:N")
+        raise refusal(limit="auto, cpu, cuda or cuda:N")
     return value
 
 
@@ -83,5 +92,10 @@ class NormalizationConfig(Section):
     @model_validator(mode="after")
     def _only_log_has_min_radiance(self) -> NormalizationConfig:
         if self.transform == "zscore" and self.min_radiance is not None:
-            raise ValueError("min_radiance belongs to log_zscore; under zscore zeros and negatives are valid")
+            raise refusal(
+                "belongs to transform: log_zscore; under zscore zeros and negatives are valid",
+                key="min_radiance",
+                value=self.min_radiance,
+                remedy="leave it out",
+            )
         return self

@@ -18,6 +18,7 @@ from spectralvae.config.base import (
     Share,
     Wavelengths,
     check_distinct,
+    refusal,
 )
 
 # --- simulate ---------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ class PlantConfig(Section):
     def _something_is_left(self) -> PlantConfig:
         total = sum(getattr(self, kind) for kind in PLANTED_KINDS)
         if total >= 1:
-            raise ValueError(f"{' + '.join(PLANTED_KINDS)} must stay below 1, and is {total:g}")
+            raise refusal(f"{' + '.join(PLANTED_KINDS)} is {total:g}", limit="below 1")
         return self
 
 
@@ -84,7 +85,7 @@ class SimulateConfig(CommandConfig):
     def _nights_are_granules(self) -> SimulateConfig:
         for night in self.plant.night:
             if night >= self.n_granules:
-                raise ValueError(f"plant.night: {night} is no granule; n_granules is {self.n_granules}, the first is 0")
+                raise refusal(key="plant.night", value=night, limit=f"from 0 to n_granules - 1 ({self.n_granules - 1})")
         return self
 
 
@@ -105,7 +106,7 @@ def _check_moment(value: str) -> str:
     try:
         _to_moment(value)
     except (ValueError, OverflowError) as error:
-        raise ValueError("must be a date or a time in UTC such as 2024-06-01 or 2024-06-01T15:00:00") from error
+        raise refusal(limit="a date or a time in UTC such as 2024-06-01 or 2024-06-01T15:00:00") from error
     return value
 
 
@@ -135,23 +136,22 @@ class DownloadConfig(CommandConfig):
     def _box_has_an_area(self) -> DownloadConfig:
         west, south, east, north = self.box
         if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
-            raise ValueError(
-                f"box: {self.box} must be [west, south, east, north] with -180 <= west < east <= 180 "
-                "and -90 <= south < north <= 90"
-            )
+            limit = "[west, south, east, north] with -180 <= west < east <= 180 and -90 <= south < north <= 90"
+            raise refusal(key="box", value=self.box, limit=limit)
         return self
 
     @model_validator(mode="after")
     def _ends_after_it_starts(self) -> DownloadConfig:
         first, last = self.period
         if last < first:
-            raise ValueError(f"end: {self.end} lies before start: {self.start}")
+            raise refusal(key="end", value=self.end, limit=f"at or after start ({self.start})")
         return self
 
     @model_validator(mode="after")
     def _level_1_comes_first(self) -> DownloadConfig:
         if [product in LEVEL_1 for product in self.products] != [i == 0 for i in range(len(self.products))]:
-            raise ValueError(f"products: {self.products} must begin with RAD or RADT, and hold only one of them")
+            limit = "a list that begins with RAD or RADT and holds only one of them"
+            raise refusal(key="products", value=self.products, limit=limit)
         return self
 
     @property
@@ -165,7 +165,7 @@ class DownloadConfig(CommandConfig):
 
 def _check_dims(value: dict[str, str | int]) -> dict[str, str | int]:
     if set(value) != {"y", "x", "channel"}:
-        raise ValueError(f"must have the keys y, x and channel, and has {', '.join(value) or 'none'}")
+        raise refusal(f"has the keys {', '.join(value) or '(none)'}", limit="a mapping of y, x and channel")
     return value
 
 
@@ -227,7 +227,7 @@ class ValidityConfig(Section):
     @model_validator(mode="after")
     def _range_is_ordered(self) -> ValidityConfig:
         if self.valid_range is not None and self.valid_range[0] >= self.valid_range[1]:
-            raise ValueError(f"valid_range: {self.valid_range} is not [low, high]")
+            raise refusal(key="valid_range", value=self.valid_range, limit="[low, high] with low < high")
         return self
 
 
@@ -248,7 +248,7 @@ def _check_dates(values: list[str]) -> list[str]:
     for value in values:
         first, _, last = value.partition("/")
         if date.fromisoformat(first) > date.fromisoformat(last or first):
-            raise ValueError(f"must end after it begins: {value}")
+            raise refusal(f"{value} ends before it begins")
     return values
 
 
@@ -280,11 +280,17 @@ class SplitConfig(Section):
     @model_validator(mode="after")
     def _lists_come_in_pairs(self) -> SplitConfig:
         if (self.train is None) != (self.val is None):
-            raise ValueError("train and val are given together or not at all")
+            raise refusal(
+                key="train" if self.val is None else "val",
+                problem="is given without the other list of train and val",
+                remedy="give both or neither",
+            )
         if self.by is not None and (self.val is not None or self.val_dates is not None):
-            raise ValueError("by: given together with val_dates or lists, which stand in its place; keep one of them")
+            raise refusal(
+                "is given together with val_dates or lists, which replace it", key="by", remedy="keep one of them"
+            )
         if self.val is not None and self.val_dates is not None:
-            raise ValueError("val_dates: given together with train and val; keep one of them")
+            raise refusal("is given together with train and val", key="val_dates", remedy="keep one of them")
         return self
 
 
@@ -313,9 +319,9 @@ class PrepareConfig(CommandConfig):
     @model_validator(mode="after")
     def _cluster_is_known(self) -> PrepareConfig:
         if self.cluster not in (None, "local") and "://" not in str(self.cluster):
-            raise ValueError(f"cluster: {self.cluster!r} is neither local nor an address such as tcp://host:8786")
+            raise refusal(key="cluster", value=self.cluster, limit="local or an address such as tcp://host:8786")
         if self.n_workers is not None and self.cluster != "local":
-            raise ValueError("n_workers: belongs to `cluster: local`")
+            raise refusal("belongs to `cluster: local`", key="n_workers", value=self.n_workers)
         return self
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from spectralvae.config.base import CommandConfig, ConfigPath, Device, PositiveInt, Section
+from spectralvae.config.base import CommandConfig, ConfigPath, Device, PositiveInt, Section, refusal
 from spectralvae.config.data import InputSpec
 
 Text = Annotated[str, Field(min_length=1)]
@@ -74,7 +74,7 @@ class DecodeConfig(InferenceConfig):
     @model_validator(mode="after")
     def _carried_from_somewhere(self) -> DecodeConfig:
         if self.carry_over and not self.sources:
-            raise ValueError(f"carry_over: {self.carry_over} can only be copied from `sources`: give these, too")
+            raise refusal("copies from sources, which are not given", key="carry_over", remedy="give sources, too")
         return self
 
 
@@ -88,7 +88,7 @@ class BoundConfig(Section):
 
     @model_validator(mode="after")
     def _one(self) -> BoundConfig:
-        _exactly_one(self, "bound")
+        _exactly_one(self)
         return self
 
 
@@ -103,15 +103,15 @@ class RateConfig(Section):
 
     @model_validator(mode="after")
     def _one(self) -> RateConfig:
-        _exactly_one(self, "rate")
+        _exactly_one(self)
         return self
 
 
-def _exactly_one(section: Section, name: str) -> None:
+def _exactly_one(section: Section) -> None:
     given = [key for key, value in section if value is not None]
     if len(given) != 1:
         keys = ", ".join(type(section).model_fields)
-        raise ValueError(f"{name}: give exactly one of {keys}; given: {', '.join(given) or 'none'}")
+        raise refusal(f"gives {' and '.join(given) or 'none'} of {keys}", remedy="give exactly one of them")
 
 
 class CompressConfig(ScenesConfig):
@@ -123,7 +123,8 @@ class CompressConfig(ScenesConfig):
     @model_validator(mode="after")
     def _bound_or_rate(self) -> CompressConfig:
         if (self.bound is None) == (self.rate is None):
-            raise ValueError(f"give either bound or rate; given: {'none' if self.rate is None else 'both'}")
+            given = "neither bound nor rate is" if self.rate is None else "both bound and rate are"
+            raise refusal(f"{given} given", key="rate" if self.bound else "bound", remedy="give exactly one of them")
         return self
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
         for i, (key, key_node) in enumerate(zip(keys, key_nodes, strict=True)):
             if key in keys[:i]:
                 mark = key_node.start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", mark)
         return super().construct_mapping(node, deep)
 
 
@@ -45,19 +45,19 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def parse_yaml(text: str, name: str) -> Any:
-    """Read YAML with the three mends of `_Loader`; ``name`` stands in the messages.
+def parse_yaml(text: str) -> Any:
+    """Read YAML with the three mends of `_Loader`.
 
     Raises:
-        ConfigError: where it is not YAML, with the line.
+        ConfigError: it is not YAML; the problem names the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(f"{name}: {line}{error.problem or error.context}") from error
+        raise ConfigError(f"{line}{error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"not readable as YAML: {' '.join(str(error).split())}") from error
 
 
 C = TypeVar("C", bound=CommandConfig)
@@ -73,28 +73,37 @@ def load_config(schema: type[C], path: Path, settings: Sequence[str] = (), *, de
         debug: put DEBUG_OVERRIDES between the file and ``settings``.
 
     Raises:
-        ConfigError: one line with the file and every offending key's path.
+        ConfigError: its path is the file, its key the first offending key; the line names up to five.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot read the config: {reason}") from error
-    data = parse_yaml(text, str(path))
+        raise ConfigError(f"cannot read the config: {reason}", path=path) from error
+    except ConfigError as error:
+        raise error.with_parts(path=path) from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(data).__name__}")
+        raise ConfigError(f"a config is a mapping of keys to values, not {type(data).__name__}", path=path)
     for key, value in (DEBUG_OVERRIDES if debug else {}).items():
-        _set(data, key, value, f"{path}: --debug")
+        _set(data, key, value, "--debug")
+    set_keys = []
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {setting}: give it as key.sub=value")
-        _set(data, key, parse_yaml(value, f"--set {setting}"), f"--set {setting}")
+            raise ConfigError("is not key.sub=value", key=f"--set {setting}")
+        try:
+            _set(data, key, parse_yaml(value), f"--set {setting}")
+        except ConfigError as error:
+            raise error.with_parts(key=f"--set {setting}") from error
+        set_keys.append(key)
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        source = f"{path} with {' '.join(f'--set {s}' for s in settings)}" if settings else str(path)
-        raise ConfigError(f"{source}: {describe_errors(schema, error)}") from error
+        first, *others = describe_errors(schema, error)
+        source = "given by --set" if any(f"{first.key}.".startswith(f"{key}.") for key in set_keys) else None
+        more = f"and {len(others) - 4} more errors" if len(others) > 4 else None
+        remedies = [remedy for remedy in (first.remedy, source, *map(str, others[:4]), more) if remedy]
+        raise first.with_parts(path=path, remedy="; ".join(remedies) or None) from error
 
 
 def _set(data: dict[str, Any], key: str, value: Any, name: str) -> None:
@@ -104,12 +113,12 @@ def _set(data: dict[str, Any], key: str, value: Any, name: str) -> None:
             data[parent] = {}
         data = data[parent]
         if not isinstance(data, dict):
-            raise ConfigError(f"{name}: {parent} holds no keys")
+            raise ConfigError(f"{parent} holds no keys", key=name)
     data[last] = value
 
 
-def describe_errors(schema: type[BaseModel], error: ValidationError) -> str:
-    """One line for all that is wrong: ``key.path: what, and the limit; ...``"""
+def describe_errors(schema: type[BaseModel], error: ValidationError) -> list[ConfigError]:
+    """Each error of a validation by its key and the other parts, without the path."""
     found = {}
     for details in error.errors(include_url=False):
         # a union reports under the names of its members, which are no keys of the user's
@@ -118,45 +127,71 @@ def describe_errors(schema: type[BaseModel], error: ValidationError) -> str:
             location += details["loc"][-1:]  # an unknown key may look like such a name
         found[location] = _describe(schema, location, details)
     # a union also reports that its other members do not fit: only the deepest complaint helps
-    lines = [
-        line
-        for location, line in found.items()
+    return [
+        described
+        for location, described in found.items()
         if not any(other != location and other[: len(location)] == location for other in found)
     ]
-    return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
 
 
 def _is_key(part: str) -> bool:
     return "[" not in part and part not in ("Wavelengths", "list")
 
 
-def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details: ErrorDetails) -> str:
-    key = ".".join(map(str, location))
+def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details: ErrorDetails) -> ConfigError:
+    key = ".".join(map(str, location)) or None
+    value = None if isinstance(details["input"], (dict, BaseModel)) else details["input"]
     if details["type"] == "missing":
-        return f"{key}: this key is required"
+        return ConfigError("this key is required", key=key)
     if details["type"] == "extra_forbidden":
-        known = _known_keys(schema, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
-    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    message = re.sub(r"a valid dictionary or .*", "a mapping of keys to values", message)
-    message = message.replace(" after validation", "").replace("a valid list", "a list: [...]")
-    value = details["input"]
-    shown = "" if isinstance(value, (dict, BaseModel)) else f"{value!r} is not allowed: "
-    text = f"{shown}{message[0].lower()}{message[1:]}"
-    return f"{key}: {text}" if key else text  # a check of several keys together names them itself
+        return ConfigError("unknown key", key=key, remedy=_place_of(schema, location))
+    if details["type"] == "refused":  # by a validator of ours
+        parts = dict(details["ctx"]["parts"])
+        if parts["key"] is not None:  # a check of several keys names one of them
+            return ConfigError(**{**parts, "key": ".".join(map(str, (*location, parts["key"])))})
+        return ConfigError(**{**parts, "key": key, "value": value})
+    message = details["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    if message.startswith("Input should be "):
+        limit = message.removeprefix("Input should be ").replace("a valid list", "a list: [...]")
+        limit = re.sub(r"a valid dictionary or .*", "a mapping of keys to values", limit)
+        return ConfigError(key=key, value=value, limit=limit)
+    return ConfigError(f"{message[0].lower()}{message[1:]}", key=key, value=value)
+
+
+def _place_of(schema: type[BaseModel], location: tuple[str | int, ...]) -> str:
+    """Where an unknown key belongs: its section, a similar key beside it, or the keys there are."""
+    name = str(location[-1])
+    if sections := list(_sections_with(schema, name)):
+        return f"{name} belongs inside {' or '.join(sections)}"
+    known = _known_keys(schema, location[:-1])
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+
+
+def _sections_with(schema: type[BaseModel], name: str, place: str = "") -> Iterator[str]:
+    """The places of all sections that have a key: "data", "an entry of inputs"."""
+    for key, field in schema.model_fields.items():
+        for section in _sections(field.annotation):
+            here = f"{place}{key}"
+            if name in section.model_fields:
+                yield f"an entry of {here}" if get_origin(field.annotation) in (list, dict) else here
+            yield from _sections_with(section, name, f"{here}.")
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a type holds, in lists and unions, too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for member in get_args(annotation):
+        yield from _sections(member)
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """The keys of the section at ``location``."""
-    section: Any = schema
+    section = schema
     for part in location:
-        if isinstance(part, str):
-            if part not in getattr(section, "model_fields", {}):
-                continue  # a key of a mapping whose values are all of one section
-            section = section.model_fields[part].annotation
-            members = [section, *get_args(section)]
-            section = next(m for m in members if isinstance(m, type) and issubclass(m, BaseModel))
+        if part in section.model_fields:  # else it is the number or name of an entry
+            section = next(_sections(section.model_fields[str(part)].annotation))
     return list(section.model_fields)
 
 

@@ -16,6 +16,7 @@ from spectralvae.config.base import (
     Section,
     Seed,
     Wavelengths,
+    refusal,
 )
 
 # --- train ------------------------------------------------------------------------------------
@@ -192,22 +193,26 @@ class TrainConfig(CommandConfig):
         if decay is None:
             return self
         if decay < self.training.n_steps:
-            raise ValueError(
-                f"training.n_steps: {self.training.n_steps} goes beyond optimizer.decay_steps ({decay}), where the "
-                "learning rate is 0; raise that, in a new output_dir if the run has begun"
+            raise refusal(
+                f"goes beyond optimizer.decay_steps ({decay}), where the learning rate is 0",
+                key="training.n_steps",
+                value=self.training.n_steps,
+                remedy="raise optimizer.decay_steps, in a new output_dir if the run has begun",
             )
         if decay <= warmup:
-            raise ValueError(f"optimizer.decay_steps: {decay} must be larger than optimizer.warmup_steps ({warmup})")
+            limit = f"larger than optimizer.warmup_steps ({warmup})"
+            raise refusal(key="optimizer.decay_steps", value=decay, limit=limit)
         return self
 
     @model_validator(mode="after")
     def _tiles_can_be_halved(self) -> TrainConfig:
         factor = 2 ** (len(self.model.chs) - 1)
         if self.data.tile_size % factor:
-            raise ValueError(
-                f"data.tile_size: {self.data.tile_size} is not a multiple of {factor}, which the "
-                f"{len(self.model.chs)} levels of model.chs need; nearest: "
-                f"{max(1, round(self.data.tile_size / factor)) * factor}"
+            raise refusal(
+                key="data.tile_size",
+                value=self.data.tile_size,
+                limit=f"a multiple of {factor} ({len(self.model.chs)} levels in model.chs)",
+                remedy=f"the nearest is {max(1, round(self.data.tile_size / factor)) * factor}",
             )
         return self
 
