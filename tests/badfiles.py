@@ -7,6 +7,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ FILL = np.float32(-1e30)
 # How HDF5 files are laid out: "oldest" as h5py does by itself, without any checksums but those of deflated chunks;
 # "netCDF-C" as real granules are, with checksums in headers but not in chunk indices; "newest" with both.
 LAYOUTS = {"oldest": ("earliest", "v108"), "netCDF-C": ("v108", "v108"), "newest": ("v200", "v200")}
-
-Maker = Callable[[Path], Path]
 
 
 def write_granule(path: Path, *, layout: str = "netCDF-C", fletcher32: bool = False) -> Path:
@@ -68,444 +67,247 @@ def write_granule(path: Path, *, layout: str = "netCDF-C", fletcher32: bool = Fa
     return path
 
 
-def recreate(file: h5py.File, values: Any = None, **arguments: Any) -> h5py.Dataset:
+def replace(file: h5py.File, make: Callable[[], h5py.Dataset]) -> h5py.Dataset:
     """Put another radiance in the place of a granule's, with the dimensions of the old one."""
-    old = file[RADIANCE]
-    scales = [axis[0] for axis in old.dims]
+    scales = [axis[0] for axis in file[RADIANCE].dims]
     del file[RADIANCE]
-    new = file.create_dataset(RADIANCE, data=values, **arguments)
+    new = make()
     for axis, scale in zip(new.dims, scales, strict=False):
         axis.attach_scale(scale)
     return new
 
 
-KINDS: dict[str, Maker] = {}
+def recreate(file: h5py.File, values: Any = None, **arguments: Any) -> h5py.Dataset:
+    return replace(file, lambda: file.create_dataset(RADIANCE, data=values, **arguments))
 
 
-def kind(name: str) -> Callable[[Maker], Maker]:
-    def add(maker: Maker) -> Maker:
-        KINDS[name] = maker
-        return maker
-
-    return add
+def recreate_raw(file: h5py.File, stored: Any, layout: Any = None) -> h5py.Dataset:
+    """The same through HDF5's own interface."""
+    space = h5py.h5s.create_simple(SHAPE)
+    return replace(file, lambda: h5py.Dataset(h5py.h5d.create(file[BAND].id, b"radiance", stored, space, layout)))
 
 
-def edited(name: str, **layout: Any) -> Callable[[Callable[[h5py.File], Any]], Callable[[h5py.File], Any]]:
-    """A kind that is a granule with something done to it through h5py."""
-
-    def add(edit: Callable[[h5py.File], Any]) -> Callable[[h5py.File], Any]:
-        @kind(name)
-        def make(folder: Path) -> Path:
-            path = write_granule(folder / NAME, **layout)
-            with h5py.File(path, "r+") as file:
-                edit(file)
-            return path
-
-        return edit
-
-    return add
+def relink(file: h5py.File, place: str, to: Any) -> None:
+    del file[place]
+    file[place] = to
 
 
-def patched(name: str, **layout: Any) -> Callable[[Callable[[bytearray, Path], Any]], Callable[[bytearray, Path], Any]]:
-    """A kind that is a granule with bytes changed."""
-
-    def add(patch: Callable[[bytearray, Path], Any]) -> Callable[[bytearray, Path], Any]:
-        @kind(name)
-        def make(folder: Path) -> Path:
-            path = write_granule(folder / NAME, **layout)
-            content = bytearray(path.read_bytes())
-            patch(content, path)
-            path.write_bytes(content)
-            return path
-
-        return patch
-
-    return add
+def write_chunk(radiance: h5py.Dataset, content: bytes, filter_mask: int = 0) -> None:
+    radiance.id.write_direct_chunk((2, 0, 0), content, filter_mask)
 
 
-def chunks_of(path: Path, name: str) -> list[Any]:
-    found: list[Any] = []
-    with h5py.File(path) as file:
-        file[name].id.chunk_iter(found.append)
-    return found
+def flip(content: bytes, at: int, bits: int) -> bytes:
+    return overwrite(content, at, bytes([content[at] ^ bits]))
 
 
-# Files that are none
-
-
-@kind("no such file")
-def _missing(folder: Path) -> Path:
-    return folder / NAME
-
-
-@kind("empty file")
-def _empty(folder: Path) -> Path:
-    (folder / NAME).touch()
-    return folder / NAME
-
-
-@kind("text named .nc")
-def _text(folder: Path) -> Path:
-    (folder / NAME).write_text("<html>please log in</html>\n" * 100)
-    return folder / NAME
-
-
-@kind("text named .mat")
-def _text_mat(folder: Path) -> Path:
-    (folder / "a.mat").write_text("<html>please log in</html>\n" * 100)
-    return folder / "a.mat"
-
-
-@kind("empty folder")
-def _folder(folder: Path) -> Path:
-    (folder / "a.nc").mkdir()
-    return folder / "a.nc"
-
-
-@kind("pipe that nobody writes to")
-def _pipe(folder: Path) -> Path:
-    os.mkfifo(folder / NAME)
-    return folder / NAME
-
-
-@kind("device without end")
-def _device(folder: Path) -> Path:
-    return Path("/dev/zero")
-
-
-@kind("symbolic link to a device")
-def _link_to_device(folder: Path) -> Path:
-    (folder / NAME).symlink_to("/dev/zero")
-    return folder / NAME
-
-
-@kind("symbolic link to nothing")
-def _dangling(folder: Path) -> Path:
-    (folder / NAME).symlink_to(folder / "gone.nc")
-    return folder / NAME
-
-
-@kind("symbolic link to itself")
-def _self_link(folder: Path) -> Path:
-    (folder / NAME).symlink_to(folder / NAME)
-    return folder / NAME
-
-
-@kind("name with a line break")
-def _line_break(folder: Path) -> Path:
-    return write_granule(folder / "a.nc").rename(folder / "a\nb.nc")
-
-
-# Cut and overwritten
-
-
-@patched("cut within the superblock")
-def _cut_head(content: bytearray, path: Path) -> None:
-    del content[20:]
-
-
-@patched("cut in the middle")
-def _cut_half(content: bytearray, path: Path) -> None:
-    del content[len(content) // 2 :]
-
-
-@patched("cut by one byte")
-def _cut_end(content: bytearray, path: Path) -> None:
-    del content[-1:]
-
-
-@patched("superblock: version flipped")
-def _superblock_version(content: bytearray, path: Path) -> None:
-    content[8] ^= 0x10
-
-
-@patched("superblock: root address flipped", layout="oldest")
-def _superblock_root(content: bytearray, path: Path) -> None:
-    content[64] ^= 0x20
-
-
-@patched("zeros over the first object header")
-def _zeroed_header(content: bytearray, path: Path) -> None:
-    start = content.index(b"OHDR")
-    content[start : start + 64] = bytes(64)
-
-
-@patched("chunk index: an address beyond the end")
-def _chunk_beyond(content: bytearray, path: Path) -> None:
-    _replace_address(content, path, lambda chunks: (chunks[1].byte_offset, len(content) - 4))
-
-
-@patched("chunk index: two chunks at one address")
-def _chunk_twice(content: bytearray, path: Path) -> None:
-    _replace_address(content, path, lambda chunks: (chunks[1].byte_offset, chunks[2].byte_offset))
-
-
-def _replace_address(content: bytearray, path: Path, choose: Callable[[list[Any]], tuple[int, int]]) -> None:
-    old, new = choose(chunks_of(path, RADIANCE))
-    place = content.index(struct.pack("<Q", old))
-    content[place : place + 8] = struct.pack("<Q", new)
-
-
-@kind("chunk index: leads into itself")
-def _index_circle(folder: Path) -> Path:
-    path = write_granule(folder / NAME)
-    with h5py.File(path, "r+") as file:
-        recreate(file, file[RADIANCE][...], chunks=(1, 1, 16), compression="gzip")
-    content = bytearray(path.read_bytes())
-    root = content.index(b"TREE\x01\x01")
-    # Signature, type, level, count, siblings, then the first key: size, mask, three offsets and that of the item.
-    place = root + 4 + 2 + 2 + 16 + 8 + 4 * 8
-    content[place : place + 8] = struct.pack("<Q", root)
-    path.write_bytes(content)
-    return path
-
-
-@kind("chunk index: a node is its own brother")
-def _index_brother(folder: Path) -> Path:
-    path = write_granule(folder / NAME)
-    with h5py.File(path, "r+") as file:
-        recreate(file, file[RADIANCE][...], chunks=(1, 1, 16), compression="gzip")
-    path.write_bytes(own_brothers(path.read_bytes()))
-    return path
+def overwrite(content: bytes, at: int, new: bytes) -> bytes:
+    return content[:at] + new + content[at + len(new) :]
 
 
 def own_brothers(content: bytes) -> bytes:
     """An HDF5 file whose chunk indices never end: each leaf names itself as the one to its right."""
-    changed = bytearray(content)
     for leaf in re.finditer(rb"TREE\x01\x00", content):
-        changed[leaf.start() + 16 : leaf.start() + 24] = struct.pack("<Q", leaf.start())
-    return bytes(changed)
+        content = overwrite(content, leaf.start() + 16, struct.pack("<Q", leaf.start()))
+    return content
 
 
-@patched("chunk content overwritten")
-def _chunk_content(content: bytearray, path: Path) -> None:
-    chunk = chunks_of(path, RADIANCE)[3]
-    content[chunk.byte_offset : chunk.byte_offset + chunk.size] = os.urandom(chunk.size)
+def move_chunk(content: bytes, chunk: Any, to: int) -> bytes:
+    """A file whose chunk index has another address for a chunk."""
+    return content.replace(struct.pack("<Q", chunk.byte_offset), struct.pack("<Q", to), 1)
 
 
-@patched("one bit of a chunk flipped")
-def _chunk_bit(content: bytearray, path: Path) -> None:
-    chunk = chunks_of(path, RADIANCE)[3]
-    content[chunk.byte_offset + chunk.size // 2] ^= 1
+# Makers of a file at a path; they return another path where it isn't there.
+
+HTML = "<html>please log in</html>\n" * 100
+MAKERS: dict[str, Callable[[Path], Any]] = {
+    "no such file": lambda path: None,
+    "empty file": Path.touch,
+    "text named .nc": lambda path: path.write_text(HTML),
+    "text named .mat": lambda path: path.write_text(HTML),
+    "empty folder": Path.mkdir,
+    "pipe that nobody writes to": os.mkfifo,
+    "symbolic link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "symbolic link to nothing": lambda path: path.symlink_to("gone.nc"),
+    "symbolic link to itself": lambda path: path.symlink_to(path),
+    "name with a line break": lambda path: write_granule(path).rename(path.with_name("a\nb.nc")),
+}
+
+# Granules with bytes changed: of the content, and of the radiance's chunks.
+
+Patch = Callable[[bytes, list[Any]], bytes]
+PATCHES: dict[str, Patch] = {
+    "cut within the superblock": lambda c, _: c[:20],
+    "cut in the middle": lambda c, _: c[: len(c) // 2],
+    "cut by one byte": lambda c, _: c[:-1],
+    "superblock: version flipped": lambda c, _: flip(c, 8, 0x10),
+    "zeros over the first object header": lambda c, _: overwrite(c, c.index(b"OHDR"), bytes(64)),
+    "chunk index: an address beyond the end": lambda c, chunks: move_chunk(c, chunks[1], len(c) - 4),
+    "chunk index: two chunks at one address": lambda c, chunks: move_chunk(c, chunks[1], chunks[2].byte_offset),
+    "chunk content overwritten": lambda c, chunks: overwrite(c, chunks[3].byte_offset, os.urandom(chunks[3].size)),
+    "one bit of a chunk flipped": lambda c, chunks: flip(c, chunks[3].byte_offset + chunks[3].size // 2, 1),
+}
+PATCHES_OF_OLDEST: dict[str, Patch] = {
+    "superblock: root address flipped": lambda c, _: flip(c, 64, 0x20),
+    "shuffle: parameter flipped": lambda c, _: re.sub(rb"(?s)(?<=shuffle\0).", lambda m: bytes([m[0][0] ^ 2]), c),
+}
+
+# Granules changed through h5py.
+
+SHAPE = NY, NX, NC
+CHUNK_BYTES = NX // 2 * NC * 4
+EDITS: dict[str, Callable[[h5py.File], Any]] = {
+    # leading elsewhere
+    "external link as radiance": lambda f: relink(f, RADIANCE, h5py.ExternalLink(_other(f), RADIANCE)),
+    "external link in a corner": lambda f: f.update({"notes/more": h5py.ExternalLink("/etc/passwd", "/")}),
+    "soft link in a circle": lambda f: relink(f, f"{BAND}/latitude", h5py.SoftLink(f"/{BAND}/latitude")),
+    "soft link to nothing": lambda f: relink(f, f"{BAND}/latitude", h5py.SoftLink("/geometry/latitude")),
+    # declaring too much, or what isn't there
+    "radiance of 4 EB, never written": lambda f: recreate(f, shape=(2**20, 2**20, 2**20), dtype="<f4"),
+    "deflated bomb in a chunk": lambda f: write_chunk(
+        recreate(f, f[RADIANCE][...], chunks=(1, NX, NC), compression="gzip"), zlib.compress(bytes(2**22), 9)
+    ),
+    "chunk that inflates to too little": lambda f: write_chunk(f[RADIANCE], zlib.compress(bytes(NX * NC))),
+    "chunk stored in 100 times its size": lambda f: write_chunk(
+        f[RADIANCE], zlib.compress(bytes(CHUNK_BYTES)) + os.urandom(100 * CHUNK_BYTES)
+    ),
+    "chunk that skips its filters": lambda f: write_chunk(f[RADIANCE], bytes(CHUNK_BYTES), filter_mask=3),
+    "attribute of 8 MiB": lambda f: f[RADIANCE].attrs.create("comment", np.zeros(2**20)),
+    # of another kind than numbers
+    "texts as radiance": lambda f: recreate(f, np.full(SHAPE, b"12.5")),
+    "texts of any length as radiance": lambda f: recreate(
+        f, np.full(SHAPE, "12.5", dtype=object), dtype=h5py.string_dtype()
+    ),
+    "references as radiance": lambda f: recreate(f, shape=SHAPE, dtype=h5py.ref_dtype),
+    "records as radiance": lambda f: recreate(f, np.zeros(SHAPE, dtype=[("real", "<f4"), ("imag", "<f4")])),
+    "a group as radiance": lambda f: relink(f, RADIANCE, f.create_group("other")),
+    "text as a fill value": lambda f: f[RADIANCE].attrs.update(_FillValue="none"),
+    "variable of other sizes": lambda f: recreate(f, np.ones((NY, NX + 1, NC), dtype="<f4")),
+}
 
 
-@patched("shuffle: parameter flipped", layout="oldest")
-def _shuffle(content: bytearray, path: Path) -> None:
-    place = 0
-    while (place := content.find(b"shuffle\x00", place)) >= 0:
-        content[place + 8] ^= 2
-        place += 8
+def _other(file: h5py.File) -> Path:
+    return write_granule(Path(file.filename).with_name("other.nc"))
 
 
-@kind("byte order of a type flipped")
-def _byte_order(folder: Path) -> Path:
-    path = write_granule(folder / NAME, layout="oldest")
+def maker(kind: str) -> Callable[[Callable[[Path], None]], Any]:
+    return lambda function: MAKERS.setdefault(kind, function)
+
+
+def edit(kind: str) -> Callable[[Callable[[h5py.File], None]], Any]:
+    return lambda function: EDITS.setdefault(kind, function)
+
+
+@maker("chunk index: leads into itself")
+def _index_circle(path: Path) -> None:
+    _many_chunks(path)
     content = path.read_bytes()
+    root = content.index(b"TREE\x01\x01")
+    # Signature, type, level, count, siblings, then the first key: size, mask, three offsets and that of the item.
+    path.write_bytes(overwrite(content, root + 4 + 2 + 2 + 16 + 8 + 4 * 8, struct.pack("<Q", root)))
+
+
+@maker("chunk index: a node is its own brother")
+def _index_brother(path: Path) -> None:
+    _many_chunks(path)
+    path.write_bytes(own_brothers(path.read_bytes()))
+
+
+def _many_chunks(path: Path) -> None:
+    with h5py.File(write_granule(path), "r+") as file:
+        recreate(file, file[RADIANCE][...], chunks=(1, 1, 16), compression="gzip")
+
+
+@maker("byte order of a type flipped")
+def _byte_order(path: Path) -> None:
+    content = write_granule(path, layout="oldest").read_bytes()
     # Version 1, class 1 (float), little-endian, 32 bits, wherever it stands: one of them is the radiance's
     for match in re.finditer(rb"\x11\x20\x1f\x00\x04\x00\x00\x00\x00\x00\x20\x00\x17\x08\x00\x17\x7f", content):
-        path.write_bytes(content[: match.start() + 1] + b"\x21" + content[match.start() + 2 :])
+        path.write_bytes(overwrite(content, match.start() + 1, b"\x21"))
         with h5py.File(path) as file:
             if file[RADIANCE].dtype == ">f4":
-                return path
+                return
     raise AssertionError("the type was not found")
 
 
-# Leading elsewhere
-
-
-@edited("external link as radiance")
-def _external_link(file: h5py.File) -> None:
-    other = write_granule(Path(file.filename).with_name("other.nc"))
-    del file[RADIANCE]
-    file[RADIANCE] = h5py.ExternalLink(other, RADIANCE)
-
-
-@edited("external link in a corner")
-def _external_link_unused(file: h5py.File) -> None:
-    file["notes/more"] = h5py.ExternalLink("/etc/passwd", "/")
-
-
-@edited("external storage")
-def _external_storage(file: h5py.File) -> None:
-    secret = Path(file.filename).with_name("secret")
-    secret.write_bytes((SECRET * (NY * NX * NC * 4 // len(SECRET) + 1))[: NY * NX * NC * 4])
-    recreate(file, shape=(NY, NX, NC), dtype="<f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
-
-
-@edited("virtual dataset")
-def _virtual(file: h5py.File) -> None:
-    other = write_granule(Path(file.filename).with_name("other.nc"))
-    layout = h5py.VirtualLayout((NY, NX, NC), "<f4")
-    layout[...] = h5py.VirtualSource(other, RADIANCE, (NY, NX, NC))
-    scales = [axis[0] for axis in file[RADIANCE].dims]
-    del file[RADIANCE]
-    virtual = file.create_virtual_dataset(RADIANCE, layout)
-    for axis, scale in zip(virtual.dims, scales, strict=True):
-        axis.attach_scale(scale)
-
-
-@edited("soft link in a circle")
-def _soft_circle(file: h5py.File) -> None:
-    del file[f"{BAND}/latitude"]
-    file[f"{BAND}/latitude"] = h5py.SoftLink(f"/{BAND}/latitude")
-
-
-@edited("soft link to nothing")
-def _soft_dangling(file: h5py.File) -> None:
-    del file[f"{BAND}/latitude"]
-    file[f"{BAND}/latitude"] = h5py.SoftLink("/geometry/latitude")
-
-
-@kind("groups in a circle")
-def _group_circle(folder: Path) -> Path:
-    with h5py.File(folder / NAME, "w") as file:
+@maker("groups in a circle")
+def _group_circle(path: Path) -> None:
+    with h5py.File(path, "w") as file:
         file["a/b/c"] = file["/"]
         file["a/b/d"] = file.require_group("a")
-    return folder / NAME
 
 
-@kind("groups 5,000 deep")
-def _deep(folder: Path) -> Path:
-    with h5py.File(folder / NAME, "w", libver="v110") as file:
+@maker("groups 5,000 deep")
+def _deep(path: Path) -> None:
+    with h5py.File(path, "w", libver="v110") as file:
         group = file
         for _ in range(5000):
             group = group.create_group("g")
-    return folder / NAME
 
 
-# Declaring too much, or what isn't there
+def _secret(path: Path, size: int) -> list[tuple[str, int, int]]:
+    """External storage: another file, of which size bytes would be shown."""
+    secret = path.with_name("secret")
+    secret.write_bytes((SECRET * (size // len(SECRET) + 1))[:size])
+    return [(str(secret), 0, h5py.h5f.UNLIMITED)]
 
 
-@edited("radiance of 4 EB, never written")
-def _declared(file: h5py.File) -> None:
-    recreate(file, shape=(2**20, 2**20, 2**20), dtype="<f4")
+@edit("external storage")
+def _external_storage(file: h5py.File) -> None:
+    recreate(file, shape=SHAPE, dtype="<f4", external=_secret(Path(file.filename), NY * NX * NC * 4))
 
 
-@edited("all dimensions of 64 GB, never written")
+@edit("virtual dataset")
+def _virtual(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout(SHAPE, "<f4")
+    layout[...] = h5py.VirtualSource(_other(file), RADIANCE, SHAPE)
+    replace(file, lambda: file.create_virtual_dataset(RADIANCE, layout))
+
+
+@edit("all dimensions of 64 GB, never written")
 def _declared_all(file: h5py.File) -> None:
-    for key in list(file):
-        del file[key]
-    for dim, size in (("mirror_step", 2**11), ("xtrack", 2**11), ("spectral_channel", 2**12)):
+    file.clear()
+    dims = ("mirror_step", "xtrack", "spectral_channel")
+    for dim, size in zip(dims, (2**11, 2**11, 2**12), strict=True):
         file.create_dataset(f"{BAND}/{dim}", (size,), "<f4").make_scale(dim)
-    for variable, dims in (("radiance", 3), ("nominal_wavelength", 2)):
-        scales = [file[f"{BAND}/{d}"] for d in ("mirror_step", "xtrack", "spectral_channel")[-dims:]]
+    for variable, n in (("radiance", 3), ("nominal_wavelength", 2)):
+        scales = [file[f"{BAND}/{d}"] for d in dims[-n:]]
         made = file.create_dataset(f"{BAND}/{variable}", [s.size for s in scales], "<f4")
         for axis, scale in zip(made.dims, scales, strict=True):
             axis.attach_scale(scale)
 
 
-@edited("chunk of 1 GiB")
+@edit("chunk of 1 GiB")
 def _large_chunk(file: h5py.File) -> None:
-    shape = (NY, NX, NC)
-    radiance = recreate(file, shape=shape, maxshape=(None, None, None), chunks=(64, 2**16, 64), dtype="<f4",
-                        compression="gzip")  # fmt: skip
-    radiance.id.write_direct_chunk((0, 0, 0), zlib.compress(bytes(2**20)))
+    layout = {"shape": SHAPE, "maxshape": (None, None, None), "chunks": (64, 2**16, 64), "compression": "gzip"}
+    recreate(file, dtype="<f4", **layout).id.write_direct_chunk((0, 0, 0), zlib.compress(bytes(2**20)))
 
 
-@edited("deflated bomb in a chunk")
-def _bomb(file: h5py.File) -> None:
-    bomb = zlib.compress(bytes(2**22), 9)
-    radiance = recreate(file, file[RADIANCE][...], chunks=(1, NX, NC), compression="gzip")
-    radiance.id.write_direct_chunk((2, 0, 0), bomb)
-
-
-@edited("chunk that inflates to too little")
-def _short_chunk(file: h5py.File) -> None:
-    file[RADIANCE].id.write_direct_chunk((2, 0, 0), zlib.compress(bytes(NX * NC)))
-
-
-@edited("chunk stored in 100 times its size")
-def _stuffed_chunk(file: h5py.File) -> None:
-    chunk = zlib.compress(bytes(NX // 2 * NC * 4))
-    file[RADIANCE].id.write_direct_chunk((2, 0, 0), chunk + os.urandom(100 * NX // 2 * NC * 4))
-
-
-@edited("chunk that skips its filters")
-def _filter_mask(file: h5py.File) -> None:
-    file[RADIANCE].id.write_direct_chunk((2, 0, 0), bytes(NX // 2 * NC * 4), filter_mask=3)
-
-
-@edited("missing chunk")
+@edit("missing chunk")
 def _missing_chunk(file: h5py.File) -> None:
     values = file[RADIANCE][...]
-    radiance = recreate(file, shape=values.shape, dtype="<f4", chunks=(1, NX, NC), compression="gzip")
-    radiance[:-1] = values[:-1]
+    recreate(file, shape=SHAPE, dtype="<f4", chunks=(1, NX, NC), compression="gzip")[:-1] = values[:-1]
 
 
-@edited("unknown filter")
+@edit("unknown filter")
 def _unknown_filter(file: h5py.File) -> None:
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    layout.set_chunk((NY, NX, NC))
+    layout.set_chunk(SHAPE)
     layout.set_filter(32099, h5py.h5z.FLAG_OPTIONAL, (1,))
-    _replace_raw(file, h5py.h5t.IEEE_F32LE, layout).id.write_direct_chunk((0, 0, 0), bytes(NY * NX * NC * 4))
+    recreate_raw(file, h5py.h5t.IEEE_F32LE, layout).id.write_direct_chunk((0, 0, 0), bytes(NY * NX * NC * 4))
 
 
-def _replace_raw(file: h5py.File, stored: Any, layout: Any = None) -> h5py.Dataset:
-    scales = [axis[0] for axis in file[RADIANCE].dims]
-    del file[RADIANCE]
-    space = h5py.h5s.create_simple((NY, NX, NC))
-    made = h5py.Dataset(h5py.h5d.create(file[BAND].id, b"radiance", stored, space, layout))
-    for axis, scale in zip(made.dims, scales, strict=True):
-        axis.attach_scale(scale)
-    return made
+@edit("floats of an odd layout")
+def _odd_floats(file: h5py.File) -> None:
+    odd = h5py.h5t.IEEE_F32LE.copy()
+    odd.set_ebias(100)
+    recreate_raw(file, odd).id.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ones(SHAPE, dtype="<f4"))
 
 
-@edited("attribute of 8 MiB")
-def _large_attribute(file: h5py.File) -> None:
-    file[RADIANCE].attrs.create("comment", np.zeros(2**20))
-
-
-@edited("units that hold a terminal's control characters")
+@edit("units that hold a terminal's control characters")
 def _control_characters(file: h5py.File) -> None:
     del file[BAND]
     file.create_group("product")
     file.attrs["collection_shortname"] = "TEMPO\x1b[2J\nwelcome" + "!" * 10000
-
-
-# Of another kind than numbers
-
-
-@edited("texts as radiance")
-def _texts(file: h5py.File) -> None:
-    recreate(file, np.full((NY, NX, NC), b"12.5"))
-
-
-@edited("texts of any length as radiance")
-def _long_texts(file: h5py.File) -> None:
-    recreate(file, np.full((NY, NX, NC), "12.5", dtype=object), dtype=h5py.string_dtype())
-
-
-@edited("references as radiance")
-def _references(file: h5py.File) -> None:
-    recreate(file, shape=(NY, NX, NC), dtype=h5py.ref_dtype)
-
-
-@edited("records as radiance")
-def _records(file: h5py.File) -> None:
-    recreate(file, np.zeros((NY, NX, NC), dtype=[("real", "<f4"), ("imag", "<f4")]))
-
-
-@edited("floats of an odd layout")
-def _odd_floats(file: h5py.File) -> None:
-    odd = h5py.h5t.IEEE_F32LE.copy()
-    odd.set_ebias(100)
-    _replace_raw(file, odd).id.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ones((NY, NX, NC), dtype="<f4"))
-
-
-@edited("a group as radiance")
-def _group(file: h5py.File) -> None:
-    del file[RADIANCE]
-    file.create_group(RADIANCE)
-
-
-@edited("text as a fill value")
-def _text_fill(file: h5py.File) -> None:
-    file[RADIANCE].attrs["_FillValue"] = "none"
-
-
-@edited("variable of other sizes")
-def _other_size(file: h5py.File) -> None:
-    recreate(file, np.ones((NY, NX + 1, NC), dtype="<f4"))
 
 
 # MATLAB
@@ -523,64 +325,69 @@ def _matrix_head(shape: tuple[int, ...]) -> bytes:
     )
 
 
-def _mat_5(path: Path, element: bytes) -> Path:
+def _huge_matrix() -> tuple[bytes, int]:
+    """The beginning of a matrix, and how many bytes of numbers it declares: 3 GiB."""
+    head, size = _matrix_head((100, 4000, 1000)), 3_200_000_000
+    return struct.pack("<2I", 14, len(head) + 8 + size) + head + struct.pack("<2I", 9, size), size
+
+
+def _mat_5(path: Path, element: bytes) -> None:
     path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM" + element)
-    return path
 
 
-@kind("MATLAB 5: declares 3 GiB")
-def _mat_declared(folder: Path) -> Path:
-    head = _matrix_head((100, 4000, 1000))
-    size = 3_200_000_000
-    return _mat_5(
-        folder / "a.mat",
-        struct.pack("<2I", 14, len(head) + 8 + size) + head + struct.pack("<2I", 9, size) + bytes(1000),
-    )
-
-
-@kind("MATLAB 5: deflated bomb of 3 GiB")
-def _mat_bomb(folder: Path) -> Path:
-    head = _matrix_head((100, 4000, 1000))
-    size = 3_200_000_000
+@maker("MATLAB 5: deflated bomb of 3 GiB")
+def _mat_bomb(path: Path) -> None:
+    start, size = _huge_matrix()
     deflater = zlib.compressobj(9)
-    start = struct.pack("<2I", 14, len(head) + 8 + size) + head + struct.pack("<2I", 9, size)
     deflated = deflater.compress(start) + deflater.flush(zlib.Z_FULL_FLUSH)
     piece = deflater.compress(bytes(size // 200)) + deflater.flush(zlib.Z_FULL_FLUSH)
-    return _mat_5(folder / "a.mat", _element(15, deflated + 200 * piece))
+    _mat_5(path, _element(15, deflated + 200 * piece))
 
 
-@kind("MATLAB 5: cut")
-def _mat_cut(folder: Path) -> Path:
-    head = _matrix_head((3, 4, 5))
-    content = head + _element(9, np.arange(60.0).tobytes())
-    path = _mat_5(folder / "a.mat", _element(14, content))
-    path.write_bytes(path.read_bytes()[:-200])
-    return path
+def _mat_73(path: Path, *shape: int, **arguments: Any) -> None:
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file.create_dataset("Y", shape, "<f8", **arguments)
 
 
-@kind("MATLAB 7.3: external storage")
-def _mat_external(folder: Path) -> Path:
-    secret = folder / "secret"
-    secret.write_bytes((SECRET * 100)[: 3 * 4 * 5 * 8])
-    with h5py.File(folder / "a.mat", "w", userblock_size=512) as file:
-        file.create_dataset("Y", (5, 4, 3), "<f8", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
-    return folder / "a.mat"
-
-
-@kind("MATLAB 7.3: declares more than is stored")
-def _mat_73_more(folder: Path) -> Path:
-    path = folder / "a.mat"
-    with h5py.File(path, "w") as file:
-        file["Y"] = np.ones((5, 4, 3))
+def _patch_size(path: Path) -> None:
+    _mat_73(path, 5, 4, 3, data=np.ones((5, 4, 3)))
     path.write_bytes(path.read_bytes().replace(struct.pack("<Q", 5), struct.pack("<Q", 5000)))
+
+
+MAKERS |= {
+    "MATLAB 5: declares 3 GiB": lambda path: _mat_5(path, _huge_matrix()[0] + bytes(1000)),
+    "MATLAB 5: cut": lambda path: _mat_5(
+        path, _element(14, _matrix_head((3, 4, 5)) + _element(9, np.arange(60.0).tobytes()))[:-200]
+    ),
+    "MATLAB 7.3: external storage": lambda path: _mat_73(path, 5, 4, 3, external=_secret(path, 5 * 4 * 3 * 8)),
+    "MATLAB 7.3: declares more than is stored": _patch_size,
+    "MATLAB 7.3: declares 8 EB": lambda path: _mat_73(path, 2**20, 2**20, 2**20),
+}
+
+
+def _make(kind: str, folder: Path) -> Path:
+    path = folder / ("a.mat" if "MATLAB" in kind or ".mat" in kind else NAME)
+    if kind in MAKERS:
+        made = MAKERS[kind](path)
+        return made if isinstance(made, Path) else path
+    write_granule(path, layout="oldest" if kind in PATCHES_OF_OLDEST else "netCDF-C")
+    if kind in EDITS:
+        with h5py.File(path, "r+") as file:
+            EDITS[kind](file)
+    else:
+        chunks: list[Any] = []
+        with h5py.File(path) as file:
+            file[RADIANCE].id.chunk_iter(chunks.append)
+        path.write_bytes((PATCHES | PATCHES_OF_OLDEST)[kind](path.read_bytes(), chunks))
     return path
 
 
-@kind("MATLAB 7.3: declares 8 EB")
-def _mat_73_declared(folder: Path) -> Path:
-    with h5py.File(folder / "a.mat", "w", userblock_size=512) as file:
-        file.create_dataset("Y", (2**20, 2**20, 2**20), "<f8")
-    return folder / "a.mat"
+KINDS = {kind: partial(_make, kind) for kind in (*MAKERS, *PATCHES, *PATCHES_OF_OLDEST, *EDITS)}
+
+
+def execute(path: Path, body: str) -> None:
+    """What the guard's child process may be asked to do in place of opening a file."""
+    exec(body, {"path": path})
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {".mat": {"wavelength": {"first": 400, "last": 700}}}

@@ -13,17 +13,10 @@ import numpy as np
 import pytest
 import yaml
 from browsing import BROWSER, Browser
+from stores import finish, write_scene
 
-from spectralvae.data import store
-from spectralvae.data.store import SceneRecord, Store
-from spectralvae.data.store_writer import (
-    NamedArray,
-    ZWriter,
-    finish_store,
-    write_field,
-    write_n_invalid,
-    write_scene_group,
-)
+from spectralvae.data.store import Store
+from spectralvae.data.store_writer import NamedArray
 from spectralvae.data.targets import fit_transform
 from spectralvae.readers.products import PRODUCTS
 from spectralvae.weights.normalization import Normalization
@@ -121,37 +114,13 @@ def _make_store(
     level2 = level2 or {}
     records = []
     for name, z in scenes.items():
-        folder = store.scene_folder(path, name)
-        with ZWriter(folder, z.shape, dtype, {}) as writer:
-            writer.write(0, 0, z)
-        n_invalid = np.isnan(z).sum(axis=-1, dtype=np.int32)
-        record = SceneRecord(
-            id=name,
-            source=f"{name}.nc",
-            region=None,
-            shape=list(z.shape),
-            source_bytes=1,
-            sha256="0" * 64,
-            time=None,
-            split="val" if name in val else "train",
-            invalid={},
-            absent=[],
-            z_sha256=writer.sha256,
-            n_invalid=int(np.isnan(z).sum()),
-            products={product: {} for product, fields in level2.items() if name in fields},
-        )
-        for product in record.products:
-            write_field(folder, product, level2[product][name], {})
-        write_n_invalid(folder, n_invalid, z.shape[2])
-        records.append(write_scene_group(folder, record, arrays or {}))
-    nc = records[0].shape[2]
-    normalization = Normalization(
-        "zscore", 1.0 + np.arange(nc), 2.0 + np.arange(nc), 10.0, None, None, 400.0 + np.arange(nc)
-    )
-    extra = {key: np.zeros(nc) for key in store.REQUIRED_ARRAYS if key not in normalization.arrays()}
+        fields = {product: of[name] for product, of in level2.items() if name in of}
+        split = "val" if name in val else "train"
+        records.append(write_scene(path, name, z, arrays or {}, dtype=dtype, level2=fields, split=split))
+    channels = np.arange(records[0].shape[2])
+    normalization = Normalization("zscore", 1.0 + channels, 2.0 + channels, 10.0, None, None, 400.0 + channels)
     targets = {product: _fit(product, fields.values()) for product, fields in level2.items()}
-    finish_store(path, records, normalization, extra, dtype, targets=targets)
-    return Store(path)
+    return finish(path, records, normalization, dtype=dtype, targets=targets)
 
 
 def _fit(product: str, fields: Iterable[np.ndarray]) -> dict[str, Any]:
@@ -178,6 +147,31 @@ def starter() -> Iterator[Any]:
     starter = Runs()
     yield starter
     starter.close()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the network of `tiny`; not to be changed."""
+    from tiny import write_tiny
+
+    folder: Path = write_tiny(tmp_path_factory.mktemp("model") / "export", step=12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def network(model: Path) -> Any:
+    """That model, loaded."""
+    from spectralvae import load_model
+
+    return load_model(model)
+
+
+@pytest.fixture
+def make(write_granule: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a granule for that model into tmp_path."""
+    from inferring import granule
+
+    return lambda name, *size, **changes: granule(write_granule, tmp_path / name, *size, **changes)
 
 
 @pytest.fixture

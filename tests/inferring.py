@@ -6,18 +6,22 @@ import os
 import signal
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import running
+import xarray as xr
 import yaml
-import zarr
 from running import Child, Starter
 from tiny import N_CHANNELS, tiny_normalization
+
+from spectralvae import cli
 
 WAVELENGTH = tiny_normalization().wavelength
 FILL = -1e30
@@ -49,6 +53,12 @@ def granule(write_granule: Callable[..., Path], path: Path, ny: int, nx: int, se
     return write_granule(path, np.where(np.isnan(values), FILL, values), **options)
 
 
+def open_latents(path: Path) -> xr.Dataset:
+    """A file of latents, in memory."""
+    with xr.open_dataset(path) as dataset:
+        return dataset.load()
+
+
 # --- runs in this process -------------------------------------------------------------------------
 
 
@@ -73,34 +83,94 @@ class Result:
         return running.record(self.folder)
 
 
+def call(command: str, inputs: Sequence[Any], folder: Path, capfd: Any, name: str, **more: Any) -> Result:
+    """Run a command; ``name`` is that of its config and its results in ``folder``."""
+    options = more.pop("options", ())
+    config = write_config(folder / f"{name}.yaml", folder / name, inputs=inputs, **more)
+    capfd.readouterr()
+    code = cli.run([command, str(config), *options])
+    return Result(code, *capfd.readouterr(), folder / name)
+
+
+def check_refused(done: Result, *words: Any, left: Sequence[str] | None = None) -> None:
+    """One line with some words, exit code 2, and of files none but those that are ``left``: without any, no folder."""
+    assert done.code == 2, done
+    assert all(str(word) in done.message for word in words), done.message
+    if left is None:
+        assert not done.folder.exists()
+    else:
+        assert names(done.folder) == {*left, "run.json", "config.yaml"}
+
+
 def write_config(path: Path, output_dir: Path, model: Path, inputs: Sequence[Any], **more: Any) -> Path:
     """A config of either command."""
-    values = {"output_dir": str(output_dir), "model": str(model), "inputs": [_plain(i) for i in inputs], **more}
+    inputs = [given if isinstance(given, dict) else str(given) for given in inputs]
+    values = {"output_dir": str(output_dir), "model": str(model), "inputs": inputs, **more}
     path.write_text(yaml.safe_dump({"device": "cpu", "batch_size": 1, **values}))
     return path
 
 
-def _plain(given: Any) -> Any:
-    return str(given) if isinstance(given, Path) else given
-
-
 def contents(path: Path) -> dict[str, Any]:
     """All arrays of a netCDF-4 file or Zarr folder by their places, as they are stored."""
+    options = {"engine": "zarr", "consolidated": False} if path.is_dir() else {"engine": "h5netcdf"}
+    found: dict[str, Any] = {}
+    for group, dataset in xr.open_groups(path, decode_cf=False, **options).items():
+        with dataset:
+            for name, array in dataset.variables.items():
+                values = array.values
+                content = values.tolist() if values.dtype.kind == "O" else values.tobytes()  # NaN is not itself
+                found[f"{group}/{name}".lstrip("/")] = (values.shape, values.dtype.str, content)
+    return found
+
+
+_BOOKKEEPING = {
+    *("DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME", "_Netcdf4Dimid", "_Netcdf4Coordinates", "_NCProperties"),
+}
+
+
+def stored(path: Path, parts: Mapping[str, slice] | None = None) -> dict[str, Any]:
+    """All that h5py sees of a netCDF-4 file: of each group its attributes, of each dataset everything.
+
+    Of dimensions named in `parts`, as in "/x", only that part.
+    """
     found: dict[str, Any] = {}
 
-    def note(place: str, array: Any) -> None:
-        values = np.asarray(array[...])
-        content = values.tolist() if values.dtype.kind == "O" else values.tobytes()  # NaN is not itself, its bytes are
-        found[place] = (values.shape, values.dtype.str, content)
+    def visit(name: str, item: Any) -> None:
+        attributes = {
+            key: None if isinstance(value, h5py.Empty) else (type(value), np.asarray(value).tolist())
+            for key, value in item.attrs.items()
+            if key not in _BOOKKEEPING
+        }
+        if isinstance(item, h5py.Group):
+            found[name] = attributes
+        elif not bytes(item.attrs.get("NAME", b"")).startswith(b"This is a netCDF dimension but not"):
+            dims = [item.name] if item.is_scale else [axis[0].name for axis in item.dims]
+            values = np.asarray(item[tuple((parts or {}).get(dim, slice(None)) for dim in dims)])
+            raw = values.tolist() if values.dtype.kind == "O" else values.tobytes()
+            found[name] = (dims, values.shape, item.dtype.str, attributes, raw)
 
-    if path.is_dir():
-        for place, item in zarr.open_group(path, mode="r").members(max_depth=None):
-            if isinstance(item, zarr.Array):
-                note(place, item)
-        return found
     with h5py.File(path) as file:
-        file.visititems(lambda place, item: note(place, item) if isinstance(item, h5py.Dataset) else None)
+        visit("/", file)
+        file.visititems(visit)
     return found
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """Bytes of Python and numpy that a call needs at most."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def same_results(folder: Path, whole: Result) -> bool:
+    """Whether a folder holds the files of an uninterrupted run, with the same values."""
+    files = [name for name in names(whole.folder) if name.endswith((".nc", ".zarr"))]
+    return names(folder) == names(whole.folder) and all(
+        contents(folder / name) == contents(whole.folder / name) for name in files
+    )
 
 
 def names(folder: Path) -> set[str]:
@@ -159,40 +229,19 @@ def small_figures() -> None:
     Comparison.draw = lambda *_: Figure(figsize=(1, 1))  # type: ignore[method-assign]
 
 
-def at_file(name: str, number: int, tile: int, rank: int = 0) -> None:
-    """One process sends itself a signal before it puts a tile of a file through the network, 0 being the first."""
-    from spectralvae.files import jobs
+def at_tile(n: int, number: int, rank: int = 0) -> None:
+    """One process sends itself a signal before it puts its n-th tile through the network, 0 being the first."""
     from spectralvae.inference.coder import Coder
 
-    at = {"file": "", "tile": 0}
+    tiles = count()
 
-    def do_all(original: Any, left: Any, *arguments: Any) -> None:
-        original([_Watched(job, at) for job in left], *arguments)
-
-    def run_network(original: Any, self: Any, *arguments: Any) -> Any:
-        here = at["file"] == name and at["tile"] == tile and int(os.environ.get("RANK", "0")) == rank
-        at["tile"] += 1  # type: ignore[operator]
-        if here:
+    def run_network(original: Any, *arguments: Any) -> Any:
+        if next(tiles) == n and int(os.environ.get("RANK", "0")) == rank:
             os.kill(os.getpid(), number)
             time.sleep(0.2)  # the interpreter's turn to notice
-        return original(self, *arguments)
+        return original(*arguments)
 
-    running._around(jobs, "_do_all", do_all)
     running._around(Coder, "run_network", run_network)
-
-
-class _Watched:
-    """A job that tells when it begins."""
-
-    def __init__(self, job: Any, at: dict[str, Any]) -> None:
-        self._job, self._at = job, at
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._job, name)
-
-    def do(self, advance: Any) -> Any:
-        self._at.update(file=self._job.result.name, tile=0)
-        return self._job.do(advance)
 
 
 def at_rename(name: str) -> None:
@@ -214,5 +263,5 @@ def _prepare() -> None:
 if __name__ == "__main__":
     prepare = running._prepare
     running._prepare = lambda: (_prepare(), prepare())[1]  # type: ignore[func-returns-value]
-    vars(running).update({f.__name__: f for f in (unguarded, small_figures, at_file, at_rename)})
+    vars(running).update({f.__name__: f for f in (unguarded, small_figures, at_tile, at_rename)})
     sys.exit(running._serve())

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from inferring import Result
-from tiny import N_CHANNELS, tiny_normalization, tiny_provenance, write_tiny
+from stores import finish, write_scene
+from tiny import tiny_normalization, tiny_provenance, write_tiny
 
 from spectralvae import cli
-from spectralvae.data import store
-from spectralvae.data.store import SceneRecord, Store
-from spectralvae.data.store_writer import ZWriter, finish_store, write_n_invalid, write_scene_group
+from spectralvae.data.store import Store
 from spectralvae.data.targets import TargetTransform
 from spectralvae.weights.normalization import Normalization
 from spectralvae.weights.provenance import Scenes
@@ -75,26 +75,13 @@ def write_store(
     """Write a finished store."""
     records = []
     for scene in scenes:
-        folder = store.scene_folder(path, scene.id)
-        with ZWriter(folder, scene.z.shape, "float16", {}) as writer:
-            writer.write(0, 0, scene.z)
-        n_invalid = np.isnan(scene.z).sum(axis=-1, dtype=np.int32)
-        write_n_invalid(folder, n_invalid, scene.z.shape[2])
-        record = SceneRecord(
-            **{"id": scene.id, "source": f"{scene.id}.nc", "region": None, "shape": list(scene.z.shape)},
-            **{"source_bytes": 1, "sha256": scene.identity, "time": scene.time, "split": "train", "invalid": {}},
-            **{"absent": [], "z_sha256": writer.sha256, "n_invalid": int(n_invalid.sum())},
-        )
         arrays = {f"l2/{name}": (DIMS, values.astype(np.float32)) for name, values in scene.products.items()}
         arrays |= {name: (DIMS[: values.ndim], values) for name, values in scene.geometry.items()}
-        records.append(write_scene_group(folder, record, arrays))
-    normalization = normalization or tiny_normalization()
-    extra = {key: np.zeros(N_CHANNELS) for key in store.REQUIRED_ARRAYS if key not in normalization.arrays()}
+        records.append(write_scene(path, scene.id, scene.z, arrays, sha256=scene.identity, time=scene.time))
     if transforms is None:
         transforms = {name: transform(name) for name in scenes[0].products}
     targets = {name: t.to_attributes() for name, t in transforms.items()}
-    finish_store(path, records, normalization, extra, "float16", targets=targets)
-    return Store(path)
+    return finish(path, records, normalization or tiny_normalization(), targets=targets)
 
 
 def known(scenes: Sequence[MockScene]) -> Scenes:
@@ -118,19 +105,19 @@ def write_config(folder: Path, model: Path, of: Path, **config: Any) -> Path:
     return path
 
 
-def run_probe(folder: Path, model: Path, of: Path, capfd: Any, options: Sequence[str] = (), **config: Any) -> Result:
+def run_probe(folder: Path, *, capfd: Any, options: Sequence[str] = (), **config: Any) -> Result:
     """Run the command in this process."""
-    path = write_config(folder, model, of, **config)
+    path = write_config(folder, **config)
     capfd.readouterr()
     code = cli.run(["probe", str(path), *options])
     return Result(code, *capfd.readouterr(), folder)
 
 
-def scores_of(folder: Path) -> dict[str, Any]:
-    """probes.json, in which every number is one."""
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
-
-    found: dict[str, Any] = json.loads((folder / "probes.json").read_text(), parse_constant=refuse)
+def strict_json(path: Path) -> dict[str, Any]:
+    """JSON in which every number is one."""
+    found: dict[str, Any] = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     return found
+
+
+def scores_of(folder: Path) -> dict[str, Any]:
+    return strict_json(folder / "probes.json")

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count, dropwhile
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ LONG = 120.0  # seconds; longer takes nothing here, even on a busy machine
 
 
 def write_config(folder: Path, name: str, store: Path, **changes: Mapping[str, Any]) -> tuple[Path, Path]:
-    """A config of a tiny run with dropout; returns its path and the run's directory."""
+    """A config of a tiny run with dropout, some sections changed or added; returns its path and the run's directory."""
     sections: dict[str, Any] = {
         "data": {"store": str(store), "batch_size": 4, "tile_size": 8, "n_val_tiles": 5, "num_workers": 2},
         "model": {
@@ -46,10 +46,20 @@ def write_config(folder: Path, name: str, store: Path, **changes: Mapping[str, A
         "training": {"n_steps": 14, "save_every": 5, "val_every": 4, "log_every": 2, "plot_every": 7, "device": "cpu"},
     }
     for section, values in changes.items():
-        sections[section].update(values)
+        sections.setdefault(section, {}).update(values)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder / name), **sections}))
     return path, folder / name
+
+
+def noise_store(make_store: Callable[..., Any], path: Path) -> Path:
+    """A store of two training scenes and one for validation, of noise with holes."""
+    random = np.random.default_rng(0)
+    scenes = {name: random.normal(size=(24, 24, 6)) for name in ("a", "b", "v")}
+    for z in scenes.values():
+        z[random.random(z.shape) < 0.1] = np.nan
+    made: Path = make_store(path, scenes, val=("v",)).path
+    return made
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -194,52 +204,6 @@ def environments(n: int) -> list[dict[str, str]]:
     return [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(n), **address} for i in range(n)]
 
 
-class Trace:
-    """What ``traced`` notes: lines of time, what, and "begins" or "ends"."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def notes(self) -> list[tuple[float, str, str]]:
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text().splitlines(keepends=True)
-        whole = [line.split() for line in lines if line.endswith("\n")]
-        return [(float(at), what, edge) for at, what, edge in whole]
-
-    def times(self, what: str, edge: str) -> list[float]:
-        return [at for at, *note in self.notes() if note == [what, edge]]
-
-    def inside(self, what: str) -> bool:
-        """Whether the process was in the middle of it when it ended."""
-        return len(self.times(what, "begins")) > len(self.times(what, "ends"))
-
-    def seconds(self, what: str) -> float:
-        """The median of what it took."""
-        begun, ended = self.times(what, "begins"), self.times(what, "ends")
-        return float(np.median([end - begin for begin, end in zip(begun, ended, strict=True)]))
-
-    def await_note(self, what: str, edge: str, n: int, child: Child) -> float | None:
-        """The time of the n-th such note, from 0; None if the child ended before."""
-        deadline = time.monotonic() + LONG
-        ended = False
-        for i in count():
-            found = self.times(what, edge)
-            if len(found) > n:
-                return found[n]
-            if ended:
-                return None
-            assert time.monotonic() < deadline, f"{self.path}: {what} never {edge}"
-            time.sleep(0.002)
-            ended = i % 20 == 19 and child.wait(0) is not None
-        raise AssertionError
-
-
-def sleep_until(moment: float) -> None:
-    """``moment`` is of time.monotonic(), which all processes of a machine share."""
-    time.sleep(max(0.0, moment - time.monotonic()))
-
-
 # --- put into a run -------------------------------------------------------------------------------
 
 
@@ -276,104 +240,70 @@ def _around(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, name, lambda *arguments, **options: wrapper(original, *arguments, **options))
 
 
-def traced(path: str) -> None:
-    """Note when the parts of a run begin and end."""
-    from spectralvae.training import trainer
-    from spectralvae.training.watch import Watch
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def note(what: str, edge: str) -> None:
-        os.write(file, f"{time.monotonic()} {what} {edge}\n".encode())
+def _before_updates(action: Callable[[int], None]) -> None:
+    """Call ``action`` with the number of each update, from 1, before its gradients are computed.
 
-    def noting(what: str) -> Callable[..., Any]:
-        def wrapper(original: Any, *arguments: Any, **options: Any) -> Any:
-            note(what, "begins")
-            result = original(*arguments, **options)
-            note(what, "ends")
-            return result
+    Several processes compute those of their first update twice.
+    """
+    import torch
 
-        return wrapper
+    def zero_grad(original: Any, self: Any, *arguments: Any) -> None:
+        state = next(iter(self.state.values()), None)  # a checkpoint's, after a resume
+        action(int(state["step"]) + 1 if state else 1)
+        original(self, *arguments)
 
-    note("process", "begins")
-    _around(trainer, "save_checkpoint", noting("saving"))
-    _around(trainer, "terminal", noting("loop"))  # signals are caught from here on
-    _around(trainer.Trainer, "_advance", noting("update"))
-    _around(trainer.Trainer, "_validate", noting("validating"))
-    _around(Watch, "draw", noting("drawing"))
+    _around(torch.optim.AdamW, "zero_grad", zero_grad)
 
 
 def at_update(step: int, number: int, rank: int = 0) -> None:
     """One process sends itself a signal right before an update."""
-    from spectralvae.training.trainer import Trainer
-
-    def advance(original: Any, self: Any, *arguments: Any) -> Any:
-        if self.step + 1 == step and self.ranks.rank == rank:
-            os.kill(os.getpid(), number)
-        return original(self, *arguments)
-
-    _around(Trainer, "_advance", advance)
+    _before_updates(lambda n: os.kill(os.getpid(), number) if (n, _rank()) == (step, rank) else None)
 
 
-def line_a_step(pipe: str) -> None:
-    """Print into a pipe, and at once."""
+def closed_stdout() -> None:
+    """Nobody reads what is printed, a line a step."""
     from spectralvae.training import terminal
 
-    os.dup2(os.open(pipe, os.O_WRONLY), sys.stdout.fileno())
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, sys.stdout.fileno())
     terminal.LOG_LINE_SECONDS = 0.0
 
 
-def paused(step: int, until: str) -> None:
-    """Wait before an update until there is a file."""
-    from spectralvae.training.trainer import Trainer
-
-    def advance(original: Any, self: Any, *arguments: Any) -> Any:
-        while self.step + 1 == step and not Path(until).exists():
-            time.sleep(0.005)
-        return original(self, *arguments)
-
-    _around(Trainer, "_advance", advance)
-
-
-def slow_blocks(n_samples: int) -> None:
-    """Prepare scenes in blocks of so many samples, so slowly that any moment can be met."""
+def at_block(n_samples: int, n: int, number: int) -> None:
+    """Prepare scenes in blocks of so many samples; a signal right before the n-th of them is read."""
     from spectralvae.data import scenes
-
-    def blocks(original: Any, *arguments: Any, **options: Any) -> Any:
-        for block in original(*arguments, **options):
-            time.sleep(0.04)
-            yield block
+    from spectralvae.readers import Scene
 
     scenes.BLOCK_SAMPLES = n_samples
-    _around(scenes, "blocks", blocks)
+    blocks = count(1)
+
+    def read(original: Any, *arguments: Any) -> Any:
+        if next(blocks) == n:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    _around(Scene, "read", read)
 
 
-def killed_before(name: str, step: int) -> None:
-    """SIGKILL after the checkpoint of a step: right before "thin_out", or before "draw"."""
-    from spectralvae.training import trainer
-    from spectralvae.training.watch import Watch
-    from spectralvae.weights.checkpoint import checkpoint_path
+def at_change(folder: str, n: int, number: int = signal.SIGKILL, log: str | None = None) -> None:
+    """A signal right before the n-th time that a file or folder in ``folder`` is opened, made, renamed or removed.
 
-    def wrapper(original: Any, first: Any, *arguments: Any) -> Any:
-        run = first.path if isinstance(first, Watch) else first
-        if checkpoint_path(run, step).exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(first, *arguments)
-
-    _around(Watch if name == "draw" else trainer, name, wrapper)
-
-
-def killed_at_file(folder: str, n: int) -> None:
-    """SIGKILL right before the n-th time that a file or folder in ``folder`` is opened, made, renamed or removed."""
-    seen = 0
+    Each of these times is a line of ``log``.
+    """
+    seen = count(1)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT) if log else None
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        changes = event in ("open", "os.mkdir", "os.rename", "os.remove")
-        if changes and str(arguments[0]).startswith(folder):
-            seen += 1
-            if seen == n:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if event in ("open", "os.mkdir", "os.rename", "os.remove") and str(arguments[0]).startswith(folder):
+            if file is not None:
+                os.write(file, f"{event} {arguments[0]} {arguments[1]}\n".encode())
+            if next(seen) == n:
+                os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
 
@@ -388,76 +318,67 @@ def channels_last() -> None:
 
 
 def recorded(path: str) -> None:
-    """Keep what this process learned from: scene, y, x, flip and turns of each tile, (step, tile, 5), and its noise."""
-    from spectralvae.training.trainer import Trainer
-
-    crops: list[Any] = []
-    noise: list[Any] = []
-
-    def advance(original: Any, self: Any, batch: Any, signals: Any) -> Any:
-        crops.append([(c.scene, c.y, c.x, c.flip, c.turns) for c in batch.crops])
-        noise.append(batch.noise.numpy().copy())
-        np.savez(f"{path}-{self.ranks.rank}.npz", crops=np.array(crops), noise=np.array(noise))
-        return original(self, batch, signals)
-
-    _around(Trainer, "_advance", advance)
-
-
-def poisoned(rank: int, step: int, tile: int, path: str) -> None:
-    """The tile of one process's batch is infinite; when the run fails, its weights are kept at ``path``."""
+    """Keep what this process is to learn from: scene, y, x, flip and turns of each tile, (step, tile, 5), its noise,
+    and the number of updates."""
     import torch
-    from safetensors.torch import save_file
 
     from spectralvae.data.loader import TileStream
-    from spectralvae.training.trainer import Trainer
 
-    def fill(original: Any, self: Any, batch: Any, j: int) -> Any:
-        crop = original(self, batch, j)
-        if (self.rank, batch.step + 1, j) == (rank, step, tile):
-            batch.tiles[j] = torch.inf
-        return crop
+    batches: dict[int, Any] = {}
+    updates = [0]
 
-    def fit(original: Any, self: Any, *arguments: Any) -> None:
-        try:
-            original(self, *arguments)
-        except Exception:
-            weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
-            save_file(weights, f"{path}-{self.ranks.rank}.safetensors")
-            raise
+    def keep() -> None:
+        crops, noise = zip(*batches.values(), strict=True)
+        np.savez(f"{path}-{_rank()}.npz", crops=np.array(crops), noise=np.array(noise), updates=updates)
 
-    _around(TileStream, "_fill", fill)
-    _around(Trainer, "fit", fit)
+    def iterate(original: Any, self: Any) -> Any:
+        for batch in original(self):
+            crops = [(c.scene, c.y, c.x, c.flip, c.turns) for c in batch.crops]
+            batches[batch.step] = (crops, batch.noise.numpy().copy())
+            keep()
+            yield batch
+
+    def step(original: Any, *arguments: Any) -> Any:
+        updates[0] += 1
+        keep()
+        return original(*arguments)
+
+    _around(TileStream, "__iter__", iterate)
+    _around(torch.optim.AdamW, "step", step)
+
+
+def poisoned(rank: int, step: int, tile: int) -> None:
+    """A tile of one process's batch is infinite."""
+    from spectralvae.data.loader import TileStream
+
+    def iterate(original: Any, self: Any) -> Any:
+        for batch in original(self):
+            if (_rank(), batch.step + 1) == (rank, step):
+                batch.tiles[tile] = float("inf")
+            yield batch
+
+    _around(TileStream, "__iter__", iterate)
 
 
 def unreadable(rank: int, step: int) -> None:
-    """From a step on, the disk answers one process with an error."""
-    from spectralvae.data.loader import TileStream
-    from spectralvae.data.store import Store, scene_folder
+    """Before an update, the disk begins to answer one process with an error whenever it reads a tile."""
+    if _rank() == rank:
+        _before_updates(lambda n: setattr(os, "preadv", _fail) if n == step else None)
 
-    reading = [0]
 
-    def fill(original: Any, self: Any, batch: Any, j: int) -> Any:
-        reading[0] = batch.step + 1 if self.rank == rank else 0
-        return original(self, batch, j)
-
-    def read_tile(original: Any, self: Any, scene: int, *arguments: Any) -> Any:
-        if reading[0] >= step:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(scene_folder(self.path, self.scenes[scene].id)))
-        return original(self, scene, *arguments)
-
-    _around(TileStream, "_fill", fill)
-    _around(Store, "read_tile", read_tile)
+def _fail(*_: Any) -> Any:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def small_files(n_bytes: int, rank: int) -> None:
     """One process may write no file beyond a size, which is as good as a full disk."""
-    if os.environ["RANK"] == str(rank):
+    if _rank() == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 
 
 def never_there(rank: int) -> None:
     """One process ends before it has met the others."""
-    if os.environ["RANK"] == str(rank):
+    if _rank() == rank:
         sys.exit(0)
 
 
@@ -492,34 +413,6 @@ def _become(request: Mapping[str, Any]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def srun(arguments: list[str]) -> int:
-    """Do as srun does with two tasks of a step: they are forked, so that all is imported once.
-
-    A run that STOP names gets a signal in its second process when it has a checkpoint.
-
-    Returns:
-        The larger of their exit codes.
-    """
-    program, *arguments = dropwhile(lambda argument: argument.startswith("--"), arguments)
-    assert program == "spectralvae"
-    _prepare()
-    small_pictures()
-    pids = []
-    for task in ("0", "1"):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node1"}
-            os.environ.update(step, SLURM_PROCID=task, SLURM_LOCALID=task)
-            from spectralvae.cli import run
-
-            return run(arguments)
-    if os.environ["STOP"]:
-        while not list(Path(os.environ["STOP"]).glob("checkpoints/step=*")):
-            time.sleep(0.02)
-        os.kill(pids[1], signal.SIGUSR1)
-    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
 
 
 def _wait(pid: int, timeout: float) -> int | None:

@@ -23,7 +23,7 @@ def made(shape: tuple[int, int, int], chunk: tuple[int, int] | None, region: lis
     return Sizes(Path("x"), shape, region, absent=(), chunk=chunk)
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(40))
 def test_every_pixel_once_and_no_chunk_twice(seed: int) -> None:
     random = np.random.default_rng(seed)
     ny, nx, nc = (int(n) for n in random.integers(1, 40, 3))

@@ -19,7 +19,7 @@ from spectralvae.codec.decoding import stream_scene
 from spectralvae.codec.layouts import pack_layout, unpack_layout
 from spectralvae.codec.rates import Target
 from spectralvae.codec.scratch import Scratch
-from spectralvae.codec.stages import Bound, Stages
+from spectralvae.codec.stages import MARGIN_NETWORK, Bound, Stages
 from spectralvae.files.layout import Layout
 from spectralvae.files.source import Stored
 from spectralvae.inference.coder import Coder
@@ -63,23 +63,25 @@ targets = st.one_of(
 )
 
 
-@pytest.fixture(scope="module")
-def n_examples(request: pytest.FixtureRequest) -> int:
-    return 500 if request.config.getoption("--torture") else 40
-
-
 def code(z: Any, coder: Coder, target: Target, folder: Path) -> Coded:
     with Scratch(folder, z.shape) as scratch:
         scratch.write(slice(0, z.shape[0]), slice(0, z.shape[1]), z)
         return SceneCoder(scratch, coder, target, FIXED, folder, "scene").code()
 
 
-def test_round_trips(coder: Coder, n_examples: int, tmp_path: Path) -> None:
+def decode(coded: Coded, shape: tuple[int, int, int], coder: Coder, folder: Path) -> Any:
+    """Radiance in float64."""
+    stages = Stages.model_validate_json(coded.stages.model_dump_json())
+    parts = [radiance for _, radiance in stream_scene(stages, coded.blocks, shape, coder, folder)]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def test_round_trips(coder: Coder, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     normalization = coder.normalization
     spread = normalization.std + 1e-8
 
     @settings(
-        max_examples=n_examples,
+        max_examples=500 if pytestconfig.getoption("--torture") else 40,
         deadline=None,
         derandomize=True,
         database=None,
@@ -90,9 +92,7 @@ def test_round_trips(coder: Coder, n_examples: int, tmp_path: Path) -> None:
         if not np.isfinite(z).any():
             return
         coded = code(z, coder, target, tmp_path)
-        stages = Stages.model_validate_json(coded.stages.model_dump_json())
-        parts = [radiance for _, radiance in stream_scene(stages, coded.blocks, z.shape, coder, tmp_path)]
-        radiance = np.concatenate(parts).astype(np.float64)
+        radiance = decode(coded, z.shape, coder, tmp_path)
         assert np.array_equal(np.isnan(radiance), np.isnan(z))
         found = (np.log(radiance) - normalization.mean) / spread
         error = np.nan_to_num(found - z)
@@ -109,33 +109,34 @@ def test_round_trips(coder: Coder, n_examples: int, tmp_path: Path) -> None:
 
 
 class Pooling(torch.nn.Module):
-    """Latents are block means, and a scene is its latents, each 4 x 4 times."""
+    """Latents are block means, and a scene is its latents, each 4 x 4 times, up to rounding."""
 
-    embed_dim, scale = 3, 4
+    embed_dim, scale, rounding = 3, 4, 0.0
 
     def encode(self, x: Any) -> Any:
         return SimpleNamespace(mean=functional.avg_pool2d(x, 4))
 
     def decode(self, z: Any) -> Any:
-        return functional.interpolate(z, scale_factor=4, mode="nearest")
+        blocks = functional.interpolate(z, scale_factor=4, mode="nearest")
+        return blocks + self.rounding * torch.rand_like(blocks)
 
 
-@pytest.mark.parametrize(
-    "target", [Target("step", 0.05), Target("mse", 1e-4), Target("bound", bound=Bound(kind="z", value=0.05))]
-)
 @pytest.mark.parametrize("blocks", [True, False])
-def test_the_network_is_taken_where_it_serves(blocks: bool, target: Target, tmp_path: Path) -> None:
+def test_the_network_is_taken_where_it_serves(blocks: bool, tmp_path: Path) -> None:
     """Squares of one colour are what this network is made for; smooth ramps are not."""
     normalization = Normalization("zscore", np.zeros(3), np.ones(3), 10.0, None, None, np.arange(1.0, 4))
-    artifact = Artifact(Pooling(), {"shape": [3, 16, 16]}, normalization, None, Path("model"))  # type: ignore[arg-type]
+    network: Any = Pooling()
+    artifact = Artifact(network, {"shape": [3, 16, 16]}, normalization, None, Path("model"))
     coder = Coder(artifact, torch.device("cpu"), overlap=4, batch_size=4)
     z = np.random.default_rng(1).normal(size=(20, 24, 3)).repeat(4, 0).repeat(4, 1)
     if not blocks:
         z = np.add.outer(np.linspace(-2, 2, 80), np.linspace(-1, 1, 96))[..., None] * [1.0, 0.5, -1.0]
-    coded = code(z.astype(np.float32), coder, target, tmp_path)
+    coded = code(z.astype(np.float32), coder, Target("bound", bound=Bound(kind="z", value=0.05)), tmp_path)
     assert (coded.stages.network_step is not None) == blocks
     if blocks:
         assert 2 * coded.estimated_bytes["network"] < coded.estimated_bytes["components"]
+    network.rounding = 0.9 * MARGIN_NETWORK  # as with other threads, layouts or devices
+    assert np.abs(decode(coded, z.shape, coder, tmp_path) - z).max() <= 0.05
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

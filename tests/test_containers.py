@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from refusals import refused
 from test_formats import EVERY_KIND, GROUPED, KINDS, NM, NX, NY, cube, scene_variables, write
 
 from spectralvae.errors import InputError
@@ -37,20 +38,9 @@ class TestContainers:
         }
         assert "wavelength" not in open_reader(path, wavelength=list(NM)).places
 
-    def test_no_places_without_names(self, tmp_path: Path) -> None:
-        with h5py.File(tmp_path / "a.h5", "w") as file:
-            file["cube"] = cube()
-        dims = {"y": 0, "x": 1, "channel": 2}
-        assert open_reader(tmp_path / "a.h5", dims=dims, wavelength=list(NM)).places == {}
-
     @EVERY_KIND
     def test_attributes(self, tmp_path: Path, kind: str) -> None:
-        given = {
-            "units": "W",
-            "number": np.float64(2.5),
-            "vector": np.array([1, 2], np.int32),
-            "_FillValue": np.float32(-1),
-        }
+        given = {"units": "W", "number": np.float64(2.5), "vector": np.int32([1, 2]), "_FillValue": np.float32(-1)}
         path = write(tmp_path, kind, scene_variables(cube(), **given))
         with closing(open_container(path)) as container:
             found = container.attributes("cube")
@@ -67,8 +57,7 @@ class TestContainers:
             assert container.groups() == ["a", "a/b"]
             assert container.attributes("a/b") == {}
             variables = {variable.name: variable for variable in container.variables()}
-        place = "" if kind == "netcdf4" else "a/b/"
-        assert variables["a/b/cube"].homes == (f"{place}y", f"{place}x", f"{place}channel")
+        assert variables["a/b/cube"].homes == ("a/b/y", "a/b/x", "a/b/channel")
 
     def test_attributes_of_hdf5(self, tmp_path: Path) -> None:
         given = {"text": "ü", "texts": np.array(["a", "b"], object), "bytes": np.bytes_(b"a"), "truth": np.bool_(True),
@@ -105,7 +94,7 @@ class TestContainers:
             homes = {variable.name: variable.homes for variable in container.variables()}
         assert homes["one/a/v"] == ("one/a/y", "x")
         assert homes["one/a/deep/v"] == ("one/a/deep/y", "x")
-        assert set(homes) == {"one/a/v", "one/a/deep/v", "two/a/v"}, "dimensions are no variables"
+        assert set(homes) == {"one/a/v", "one/a/deep/v", "two/a/v"}  # dimensions are no variables
 
     def test_coordinates_with_two_dimensions(self, tmp_path: Path) -> None:
         with h5netcdf.File(tmp_path / "a.nc", "w") as file:
@@ -138,5 +127,5 @@ class TestContainers:
             file.create_dataset("vector", (2,), "i4")
         with closing(open_container(tmp_path / "a.h5")) as container:
             container.check("scalar")
-            with pytest.raises(InputError, match="vector declares 8 bytes, but none is stored"):
+            with refused(InputError, "8 bytes", key="vector", path=tmp_path / "a.h5"):
                 container.check("vector")

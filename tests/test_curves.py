@@ -22,7 +22,7 @@ def curve_of(steps, values):
     return curve
 
 
-@pytest.mark.parametrize(("n", "every"), [(1, 1), (300, 1), (20_001, 10), (30_000, 1), (700, 997)])
+@pytest.mark.parametrize(("n", "every"), [(1, 1), (RESOLUTION + 2, 1), (20_001, 10), (30_000, 1), (700, 997)])
 def test_bins_against_the_whole_series(n, every):
     """Means and extremes of each bin, whose limits follow from the definition: R ln(step/R) is whole there."""
     steps, values = np.arange(n) * every, noisy(n)
@@ -39,13 +39,6 @@ def test_bins_against_the_whole_series(n, every):
     assert all(column.dtype == np.float64 and len(column) == len(points.step) for column in points)
 
 
-def test_early_rows_are_all_there():
-    values = noisy(RESOLUTION + 1)
-    points = curve_of(range(RESOLUTION + 1), values).points()
-    assert points.step.tolist() == list(range(RESOLUTION + 1))
-    assert points.mean.tolist() == points.low.tolist() == points.high.tolist() == values.tolist()
-
-
 def test_bins_are_narrow_and_few():
     """No wider than 1/R of the step they end at (give or take that steps are whole): seen on no axis."""
     steps = np.arange(1, 200_001)
@@ -56,7 +49,7 @@ def test_bins_are_narrow_and_few():
     assert bin_of(200_000) < RESOLUTION * (1 + math.log(200_000 / RESOLUTION)) + 1 < 3500
 
 
-@pytest.mark.parametrize("n", [1, 2, 100, 1000, 5000])
+@pytest.mark.parametrize("n", [1, 100, 5000])
 def test_smoothing_is_an_exponential_mean(n):
     """Pandas' own, in which a row is as much later than the one before as makes it forget as much."""
     values = noisy(n)
@@ -65,36 +58,13 @@ def test_smoothing_is_an_exponential_mean(n):
     halvings = -np.log2(1 - 1 / horizon)
     times = pd.Timestamp("2000-01-01") + pd.to_timedelta(np.cumsum(halvings), unit="D")
     expected = pd.Series(values).ewm(halflife="1D", times=times, adjust=True).mean()
-    curve = curve_of(range(n), values)
-    points = curve.points()
+    points = curve_of(range(n), values).points()
     assert points.smooth == pytest.approx(expected.to_numpy()[points.step.astype(int)], rel=1e-7, abs=1e-7)
-
-
-def test_smoothing_in_the_middle_is_over_20_rows():
-    """Far from the start, with the start forgotten: pandas' exponential mean that keeps 0.95."""
-    values = np.concatenate([np.zeros(500), noisy(480)])
-    expected = pd.Series(values).ewm(alpha=1 / 20, adjust=True).mean()
-    points = curve_of(range(980), values).points()
-    assert points.smooth[450:] == pytest.approx(expected.to_numpy()[points.step[450:].astype(int)], abs=1e-6)
-
-
-def test_start_decades_above_is_forgotten():
-    smooth = curve_of(range(0, 1001, 10), [1e6] + [1.0] * 100).points().smooth
-    assert smooth[-1] == pytest.approx(1, rel=0.01)
 
 
 def test_constant_stays_exactly_constant():
     points = curve_of(range(3000), [-7.25] * 3000).points()
     assert (points.mean == -7.25).all()
-    assert points.smooth == pytest.approx(-7.25, rel=1e-14)
-
-
-def test_points_are_copies():
-    curve = curve_of(range(5), range(5))
-    before = curve.points()
-    curve.add(5, 99.0)
-    assert before.mean.tolist() == [0, 1, 2, 3, 4]
-    assert curve.points().mean.tolist() == [0, 1, 2, 3, 4, 99]
 
 
 def test_first_and_last_are_raw():
@@ -102,7 +72,10 @@ def test_first_and_last_are_raw():
     assert (curve.first, curve.last, len(curve.points().step)) == (None, None, 0)
     for step in range(9_000, 9_010):  # one bin
         curve.add(step, step / 3)
-    assert (curve.first, curve.last, curve.newest) == (3000.0, 9009 / 3, 9009)
+    before = curve.points()
+    curve.add(9_010, 1e6)
+    assert before.high.tolist() == [9009 / 3]  # points are copies
+    assert (curve.first, curve.last, curve.newest) == (3000.0, 1e6, 9010)
 
 
 def test_not_finite_hides_nothing_else():

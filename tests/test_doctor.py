@@ -1,35 +1,27 @@
 """`doctor`: a healthy set-up passes every check and stays as it was; each thing that is wrong is found."""
 
-import hashlib
-import io
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from matplotlib.figure import Figure
 
 from spectralvae.cli import run as cli
-from spectralvae.config import TrainConfig
-from spectralvae.config.loading import load_config
-from spectralvae.errors import ConfigError, RunError
 from spectralvae.model import AutoencoderKL
-from spectralvae.runtime.signals import Stopped
-from spectralvae.training import doctor, proofs, trainer, trials
+from spectralvae.training import doctor, proofs, trials
 from spectralvae.training.engine import Engine
-from spectralvae.training.validation import Validation
-from spectralvae.training.watch import Watch
 
-NAMES = [name for name, *_ in doctor.EXAMINATIONS]
+EXAMINATIONS = list(doctor.EXAMINATIONS)
+NAMES = [name for name, *_ in EXAMINATIONS]
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +52,32 @@ def config_path(folder, make_store):
 
 
 @pytest.fixture
-def patient(config_path, tmp_path):
-    return doctor._admit(load_config(TrainConfig, config_path), tmp_path)
+def examine(config_path, monkeypatch, capsys):
+    """A function that makes some of the checks, what they look at changed; returns exit code, checks, and stderr."""
+
+    def run(names, *settings, change=lambda patient: None):
+        chosen = [
+            (name, lambda p, f=f: (change(p), f(p))[1], needs) for name, f, needs in EXAMINATIONS if name in names
+        ]
+        monkeypatch.setattr(doctor, "EXAMINATIONS", chosen)
+        code = cli(["doctor", str(config_path), "--json", *(part for s in settings for part in ("--set", s))])
+        out, err = capsys.readouterr()
+        return code, json.loads(out or '{"checks": {}}')["checks"], err
+
+    return run
 
 
 def state_of(folder):
-    """Name, time and digest of all files."""
+    """Name, time and content of all files."""
     return {
-        path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
         for path in [folder, *folder.rglob("*")]
     }
 
 
 def children(process):
     """Processes that this one's main thread started, dead or alive."""
-    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
-
-
-def is_there(group):
-    """Whether a process group has members."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
 def soon(condition):
@@ -94,43 +88,17 @@ def soon(condition):
     return condition()
 
 
-def driver(tmp_path, name, *lines):
-    """A command that patches something before it does what the module or command of that name does."""
-    path = tmp_path / "driver.py"
-    path.write_text("\n".join(lines))
-    return (sys.executable, str(path), *name)
-
-
-@pytest.fixture(scope="module")
-def healthy(config_path, folder):
-    """Exit code and JSON of one run, and what is found afterwards."""
+def test_healthy_is_all_well(examine, folder, tmp_path, monkeypatch):
+    """And nothing is changed or left behind."""
     before, others = state_of(folder), children(os.getpid())
-    scratch = folder.parent / "scratch"
-    scratch.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(scratch))
-        with redirect_stdout(io.StringIO()) as out:
-            code = cli(["doctor", str(config_path), "--json"])
-    left = list(scratch.iterdir())
-    return {
-        "done": (code, out.getvalue()),
-        "unchanged": state_of(folder) == before,
-        "left": left,
-        "children": children(os.getpid()) == others,
-    }
-
-
-def test_healthy_is_all_well(healthy):
-    code, out = healthy["done"]
-    found = json.loads(out)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, checks, _ = examine(NAMES)
     assert code == 0
-    assert found["ok"] is True
-    assert list(found["checks"]) == NAMES
-    assert {name: check["ok"] for name, check in found["checks"].items()} == dict.fromkeys(NAMES, True)
-
-
-def test_figures_are_those_of_the_data(healthy):
-    figures = {name: check["figures"] for name, check in json.loads(healthy["done"][1])["checks"].items()}
+    assert {name: check["ok"] for name, check in checks.items()} == dict.fromkeys(NAMES, True)
+    assert state_of(folder) == before
+    assert list(tmp_path.iterdir()) == []
+    assert children(os.getpid()) == others
+    figures = {name: check["figures"] for name, check in checks.items()}
     assert figures["store"]["positions"] == 2 * 13 * 17
     assert figures["store"]["invalid_share"] == pytest.approx(1 / 7, abs=0.01)
     assert figures["batch"]["processes"] == [1, 2]
@@ -139,49 +107,38 @@ def test_figures_are_those_of_the_data(healthy):
     assert figures["resume"] == {"from_step": 2, "differing": [], "moments": 0.0}
 
 
-def test_nothing_is_changed_and_nothing_left(healthy):
-    assert healthy["unchanged"]
-    assert healthy["left"] == []
-    assert healthy["children"]
+REHEARSAL = """
+import os, sys
+from spectralvae.model import AutoencoderKL
+from spectralvae.training.rehearsal import main
+
+original = AutoencoderKL.get_loss
+
+def get_loss(*arguments):
+    loss, metrics = original(*arguments)
+    return loss * (1 + (os.environ["RANK"] == "1")), metrics
+
+AutoencoderKL.get_loss = get_loss
+sys.exit(main(*sys.argv[1:]))
+"""
 
 
-def test_what_is_wrong_is_found_together(config_path, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_is_found_together(examine, monkeypatch):
     """No update, one process's loss doubled, no memory, and a run that fails."""
-    quick = [examination for examination in doctor.EXAMINATIONS if examination[0] != "hours"]
-    monkeypatch.setattr(doctor, "EXAMINATIONS", quick)
     monkeypatch.setattr(Engine, "update", lambda self, norm, step: None)
     monkeypatch.setattr(proofs, "OVERFIT_STEPS", 50)
-    monkeypatch.setattr(trials, "available_memory", lambda device: 0)
-    monkeypatch.setattr(trials, "_resident_bytes", lambda: 0)
-    rehearsal = driver(
-        tmp_path,
-        (),
-        "import os, sys",
-        "from spectralvae.model import AutoencoderKL",
-        "from spectralvae.training.rehearsal import main",
-        "original = AutoencoderKL.get_loss",
-        "def get_loss(*arguments):",
-        "    loss, metrics = original(*arguments)",
-        "    return loss * (1 + (os.environ['RANK'] == '1')), metrics",
-        "AutoencoderKL.get_loss = get_loss",
-        "sys.exit(main(*sys.argv[1:]))",
-    )
-    monkeypatch.setattr(proofs, "REHEARSAL", rehearsal)
-    monkeypatch.setattr(proofs, "TRAIN", (sys.executable, "-c", "import sys; sys.exit('no train today')"))
-    assert cli(["doctor", str(config_path)]) == 1
-    out, err = capsys.readouterr()
-    lines = {line.split()[1]: line for line in out.splitlines() if line[0] in "✓✗-"}
-    wrong = [name for name, *_ in quick if lines[name][0] == "✗"]
+    monkeypatch.setattr(trials, "available_memory", lambda device: -(10**15))
+    monkeypatch.setattr(proofs, "REHEARSAL", (sys.executable, "-c", REHEARSAL))
+    monkeypatch.setattr(proofs, "TRAIN", (sys.executable, "-c", "import sys; sys.exit('first\\nno train today')"))
+    code, checks, err = examine(set(NAMES) - {"hours"})
+    assert code == 1
+    wrong = [name for name, check in checks.items() if check["ok"] is False]
     assert wrong == ["memory", "overfit", "processes", "resume"]
-    assert "too little" in lines["memory"]
-    assert "must fall below" in lines["overfit"]
-    assert "they must agree" in lines["processes"]
-    assert lines["resume"].endswith("exit code 1: no train today")
-    assert err.strip() == "spectralvae: error: doctor: not well: memory, overfit, processes, resume"
-
-
-def test_overfit_passes(patient):
-    assert proofs.overfit(patient).ok
+    assert err.count("\n") == 1
+    assert [name for name in NAMES if name in err] == wrong
+    assert checks["memory"]["figures"]["available_bytes"] < 0
+    assert checks["processes"]["figures"]["gradient"] > 0.1
+    assert checks["resume"]["text"].endswith("1: no train today")
 
 
 def no_gradient(patch):
@@ -194,184 +151,145 @@ def no_gradient(patch):
     patch.setattr(AutoencoderKL, "get_loss", get_loss)
 
 
-def filled(value):
-    def breaks(patch):
-        original = Engine.to_device
-
-        def to_device(self, tiles, noise):
-            x, mask, noise = original(self, tiles.nan_to_num(value), noise)
-            return x, torch.ones_like(mask), noise
-
-        patch.setattr(Engine, "to_device", to_device)
-
-    return breaks
-
-
-def wrong_scale(patch):
+def changed_batch(change):
     original = Engine.to_device
-    patch.setattr(Engine, "to_device", lambda self, tiles, noise: original(self, 2 * tiles, noise))
+    return lambda patch: patch.setattr(Engine, "to_device", lambda *arguments: change(*original(*arguments)))
 
 
-def no_learning_rate(patch):
-    patch.setattr(proofs, "OVERFIT_LR", 1e-12)
+def invalid_count(x, mask, noise):
+    """Samples of the same mean square as the others are taken for valid."""
+    return x.nan_to_num(float(x[mask].square().mean() ** 0.5)), torch.ones_like(mask), noise
 
 
 @pytest.mark.parametrize(
-    ("breaks", "words"),
+    ("breaks", "first", "falls"),
     [
-        (no_gradient, "must fall below"),
-        (no_learning_rate, "must fall below"),
-        (filled(0.0), "samples count"),
-        (filled(9.0), "samples count"),
-        (wrong_scale, "untrained network must begin with"),
+        (no_gradient, 0.445, False),
+        (changed_batch(lambda x, mask, noise: (0.5 * x, mask, noise)), 0.445 / 4, True),
+        (changed_batch(invalid_count), 0.445, True),
     ],
 )
-def test_overfit_fails_where_training_is_broken(patient, monkeypatch, breaks, words):
-    monkeypatch.setattr(proofs, "OVERFIT_STEPS", 50)
+def test_overfit_fails_where_training_is_broken(examine, monkeypatch, breaks, first, falls):
+    """Even if the error falls as far as it should."""
+    monkeypatch.setattr(proofs, "OVERFIT_STEPS", 60)
     breaks(monkeypatch)
-    check = proofs.overfit(patient)
-    assert check.ok is False
-    assert words in check.text
+    code, checks, _ = examine(["overfit"])
+    figures = checks["overfit"]["figures"]
+    assert (code, checks["overfit"]["ok"]) == (1, False)
+    assert figures["first"] == pytest.approx(first, rel=0.01)
+    assert (figures["last"] < figures["limit"]) is falls
 
 
-def test_too_little_disk(patient):
-    """What n_steps / save_every checkpoints need, and four for the proofs."""
-    free = shutil.disk_usage(patient.scratch).free
-    assert doctor._check_disk(replace(patient, checkpoint_bytes=free // 3)).ok
-    check = doctor._check_disk(replace(patient, checkpoint_bytes=free))
-    assert check.ok is False
-    assert "too little" in check.text
-    with pytest.raises(ConfigError, match="set TMPDIR"):
-        proofs.check_room(replace(patient, checkpoint_bytes=free // 3))
+def test_too_little_disk(examine, monkeypatch):
+    """For the checkpoints to come, and for temporary files."""
+    figures = examine(["disk"])[1]["disk"]["figures"]
+    needed = figures["needed_bytes"]
+    assert needed == 2 * figures["checkpoint_bytes"]
+    for free, ample, code in ((needed, 10**9, 0), (needed - 1, 10**9, 1), (needed, needed, 2)):
+        usage = lambda path, sizes=(free, ample): SimpleNamespace(free=sizes["spectralvae-doctor-" in str(path)])  # noqa: E731
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        found, checks, err = examine(["disk"])
+        assert found == code
+        assert checks == {} or checks["disk"]["ok"] is (code == 0)
+    assert tempfile.gettempdir() in err
+    assert "TMPDIR" in err
 
 
-@pytest.mark.parametrize(
-    ("n_steps", "kept", "expected"),
-    [
-        (100, {}, 10),
-        (101, {}, 11),
-        (100, {"keep_last": 3}, 5),  # and the best, and the one being written
-        (100, {"keep_last": 3, "keep_every": 50}, 7),
-        (20, {"keep_last": 9}, 2),
-    ],
-)
-def test_room_for_checkpoints(patient, n_steps, kept, expected):
-    patient.config = trials.changed(patient.config, training={"n_steps": n_steps, "save_every": 10, **kept})
-    assert doctor._check_disk(patient).figures["checkpoints"] == expected
+def test_room_for_checkpoints(examine):
+    for n_steps, kept, expected in (
+        (101, (), 11),
+        (100, ("keep_last=3",), 5),  # and the best, and the one being written
+        (100, ("keep_last=3", "keep_every=50"), 7),
+        (20, ("keep_last=9",), 2),
+    ):
+        _, checks, _ = examine(["disk"], *(f"training.{key}" for key in (f"n_steps={n_steps}", *kept)))
+        assert checks["disk"]["figures"]["checkpoints"] == expected
 
 
-@pytest.mark.parametrize("lost", [None, "exp_avg", "exp_avg_sq", "step", "all"])
-def test_resume_that_loses_something_is_found(patient, tmp_path, monkeypatch, lost):
-    """The runs of the proof, without pictures; a failure takes the place of the kill, for all are in this process."""
-    monkeypatch.setattr(Watch, "draw", lambda *_: None)
-    monkeypatch.setattr(Validation, "draw", lambda *_: Figure(figsize=(1, 1)))
-    paths = [tmp_path / name for name in ("whole", "killed")]
-    configs = [proofs._write_config(path.with_suffix(".yaml"), proofs._short(patient, path)) for path in paths]
-    assert cli(["train", configs[0]]) == 0
-    advance = trainer.Trainer._advance
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_advance", lambda self, *a: advance(self, *a) if self.step < 3 else fail())
-        assert cli(["train", configs[1]]) == 1
-    restore = trainer.restore
+TRAIN = """
+import json, os, re, sys, time
+from pathlib import Path
+import numpy as np
+from safetensors.numpy import save_file
 
-    def losing(path, model, optimizer, supervision):
-        state = restore(path, model, optimizer, supervision)
-        if lost == "all":
-            optimizer.state.clear()
-        elif lost:
-            for moments in optimizer.state.values():
-                moments[lost].zero_()
-        return state
-
-    monkeypatch.setattr(trainer, "restore", losing)
-    assert cli(["train", configs[1]]) == 0
-    check = proofs._judge(patient, *paths)
-    assert check.ok is (lost is None)
-    assert check.figures["from_step"] == 2
-    assert (check.figures["moments"] > proofs.CUDA_LIMIT) == (lost is not None)
-    assert ("optimizer.safetensors" in check.text) == (lost is not None)
+lost, config = sys.argv[1:]
+assert not {"RANK", "SLURM_PROCID"} & os.environ.keys()
+run = Path(re.search("output_dir: (.*)", Path(config).read_text())[1])
+resumed, folder = run.is_dir(), run / "checkpoints/step=000004"
+folder.mkdir(parents=True, exist_ok=True)
+for name in ("model.safetensors", "trainer.json"):
+    (folder / name).write_text("the same")
+state = {f"{kind}.weight": np.full(3, 2.0, np.float32) for kind in ("exp_avg", "exp_avg_sq", "step")}
+if resumed:
+    state = {name: value * (not name.startswith(f"{lost}.")) for name, value in state.items() if lost != "all"}
+save_file(state, folder / "optimizer.safetensors")
+(run / "run.json").write_text(json.dumps({"starts": [{"from_step": 2 * (resumed and lost != "checkpoint")}]}))
+(run / "metrics.jsonl").write_text("{}\\n" * 4)
+time.sleep(60 * (run.name == "killed" and not resumed))
+"""
 
 
-def fail():
-    raise RunError("killed")
+@pytest.mark.parametrize("lost", ["nothing", "exp_avg", "exp_avg_sq", "step", "all", "checkpoint"])
+def test_resume_that_loses_something_is_found(examine, monkeypatch, lost):
+    """By runs that write the files of a real one; nor do they see the variables of a launcher."""
+    monkeypatch.setattr(proofs, "TRAIN", (sys.executable, "-c", TRAIN, lost))
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "3")
+    _, checks, _ = examine(["resume"])
+    found, figures = checks["resume"]["ok"], checks["resume"]["figures"]
+    assert found is (lost == "nothing")
+    assert figures["from_step"] == (0 if lost == "checkpoint" else 2)
+    same = lost in ("nothing", "checkpoint")
+    assert figures["differing"] == ([] if same else ["checkpoints/step=000004/optimizer.safetensors"])
+    assert figures["moments"] == {"exp_avg": 1.0, "exp_avg_sq": 1.0}.get(lost, 0.0 if same else None)  # no JSON: inf
 
 
-def test_resume_that_starts_afresh_is_no_resume(patient, tmp_path):
-    for name in ("whole", "killed"):
-        checkpoint = tmp_path / name / "checkpoints/step=000004"
-        checkpoint.mkdir(parents=True)
-        for file in (tmp_path / name / "metrics.jsonl", *(checkpoint / name for name in proofs.FILES)):
-            file.write_text("the same")
-        (tmp_path / name / "run.json").write_text('{"starts": [{"from_step": 0}]}')
-    check = proofs._judge(patient, tmp_path / "whole", tmp_path / "killed")
-    assert check.ok is False
-    assert "not from its checkpoint" in check.text
+def test_store_without_spread(examine):
+    def change(patient):
+        n = patient.store.normalization
+        patient.store.normalization = replace(n, std=np.where(np.arange(12) == 3, 0.0, n.std))
+
+    code, checks, _ = examine(["store"], change=change)
+    assert (code, checks["store"]["ok"]) == (1, False)
+    assert "1 of 12" in checks["store"]["text"]
 
 
-def test_store_without_spread(patient):
-    std = patient.store.normalization.std.copy()
-    std[3] = 0.0
-    patient.store.normalization = replace(patient.store.normalization, std=std)
-    check = doctor._check_store(patient)
-    assert check.ok is False
-    assert "1 of 12 channels have no spread" in check.text
-
-
-def test_output_dir_that_train_refuses(patient, tmp_path):
-    """A cross, and the later checks go on."""
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").write_text("mine")
-    patient.config = patient.config.model_copy(update={"output_dir": tmp_path / "taken"})
-    check = doctor._examine("output_dir", doctor._check_output_dir, patient, [])
-    assert check.ok is False
-    assert "not made by this tool" in check.text
-    assert doctor._examine("hours", trials.forecast_hours, patient, ["steps"]).text == "not tried: needs steps"
-
-
-def test_unknown_errors_are_not_swallowed(patient):
-    def broken(patient):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        doctor._examine("batch", broken, patient, [])
+def test_a_check_that_fails_does_not_end_the_others(examine, tmp_path):
+    """Those that need it are left out."""
+    (tmp_path / "file").write_text("mine")
+    names = ["output_dir", "disk", "steps", "memory", "hours"]
+    code, checks, _ = examine(names, f"output_dir={tmp_path}", "optimizer.lr=1e9")
+    assert code == 1
+    assert [checks[name]["ok"] for name in names] == [False, True, False, None, None]
+    assert str(tmp_path) in checks["output_dir"]["text"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("setting", ["data.batch_size=3", "data.tile_size=200", "data.store=/nowhere", "data.x=1"])
-def test_wrong_config_is_refused(config_path, capsys, folder, setting):
-    assert cli(["doctor", str(config_path), "--set", setting]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 1
+def test_wrong_config_is_refused(examine, folder, setting):
+    code, checks, err = examine(NAMES, setting)
+    assert (code, checks, len(err.splitlines())) == (2, {}, 1)
+    assert any(part in err for part in setting.split("="))
     assert not (folder / "run").exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped(75), RunError("x")])
-def test_no_process_outlives_its_check(patient, error):
-    """Nor one that it has started itself."""
-    sleep = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '60'])"]
-    groups = []
-
-    def examine():
-        with proofs._started(patient, [(sleep, {})] * 2) as started:
-            groups.extend(child.process.pid for child in started)
-            assert soon(lambda: all(map(children, groups)))
-            raise error
-
-    with pytest.raises(type(error)):
-        examine()
-    assert len(groups) == 2
-    assert soon(lambda: not any(map(is_there, groups)))
+def test_unknown_errors_are_not_swallowed(examine):
+    with pytest.raises(ZeroDivisionError):
+        examine(["batch"], change=lambda patient: 1 / 0)
 
 
-def test_failing_process_tells_why(patient):
-    command = [sys.executable, "-c", "import sys; sys.exit('first\\nthe reason')"]
-    with proofs._started(patient, [(command, {})]) as started, pytest.raises(RunError, match="exit code 1: the reason"):
-        proofs._wait(started)
+def test_no_process_outlives_its_check(examine, monkeypatch):
+    """Nor one that it has started itself, when Ctrl-C comes."""
+    before, groups, grandchildren = children(os.getpid()), [], []
 
+    def interrupt(seconds):
+        groups.extend(child for child in children(os.getpid()) if child not in before)
+        assert soon(lambda: all(map(children, groups)))
+        grandchildren.extend(grandchild for child in groups for grandchild in children(child))
+        raise KeyboardInterrupt
 
-def test_launcher_variables_do_not_reach_the_processes(patient, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    command = [sys.executable, "-c", "import os, sys; sys.exit('RANK' in os.environ or 'SLURM_PROCID' in os.environ)"]
-    with proofs._started(patient, [(command, {})]) as started:
-        assert started[0].process.wait(timeout=60) == 0
+    monkeypatch.setattr(proofs, "REHEARSAL", (sys.executable, "-c", "import os; os.system('sleep 60')"))
+    monkeypatch.setattr(proofs, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
+    code, checks, _ = examine(["processes"])
+    assert (code, checks, len(groups)) == (130, {}, 2)
+    assert soon(lambda: not any(Path(f"/proc/{process}").exists() for process in [*groups, *grandchildren]))

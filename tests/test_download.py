@@ -1,8 +1,8 @@
-"""Downloads: pairing, what passes under a final name, and going on; against a fake of `earthaccess`.
+"""Downloads: pairing, what passes under a final name, and resuming; against a fake of `earthaccess`.
 
 The fake has the signatures and the ways to fail of earthaccess 0.17.0: `search_data` refuses unknown keys and raises
 RuntimeError, `login` raises classes of its own, `download` writes a temporary sibling first, tries every Exception
-three times, skips what is there already, and without a login returns an empty list.
+three times, and without a login returns an empty list.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import sys
 import threading
 import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from inferring import Result
 
 from spectralvae import cli
 from spectralvae.config.loading import to_yaml
@@ -33,16 +34,8 @@ SEARCH_KEYS = {"short_name", "version", "provider", "bounding_box", "temporal"}
 ALGORITHMS = {"SHA-512": hashlib.sha512, "SHA-256": hashlib.sha256, "MD5": hashlib.md5}
 
 
-class LoginStrategyUnavailable(Exception):
-    pass
-
-
-class LoginAttemptFailure(Exception):
-    pass
-
-
-class DownloadFailure(Exception):
-    pass
+class LibraryError(Exception):
+    """The library's own classes share nothing but Exception."""
 
 
 class DataGranule(dict[str, Any]):
@@ -64,49 +57,70 @@ def file_name(product: str, key: str, version: str = "V03") -> str:
 def granule(product: str, key: str, version: str = "V03", algorithm: str | None = "SHA-512") -> DataGranule:
     name = file_name(product, key, version)
     entry: dict[str, Any] = {"Name": name, "SizeInBytes": len(content(name)), "Size": 0.1, "SizeUnit": "MB"}
-    if algorithm in ALGORITHMS:
-        entry["Checksum"] = {"Value": ALGORITHMS[algorithm](content(name)).hexdigest(), "Algorithm": algorithm}
-    elif algorithm:
-        entry["Checksum"] = {"Value": "0", "Algorithm": algorithm}
-    other = {"Name": f"{name}.dmrpp", "SizeInBytes": 7}
-    urls = [
-        ("GET DATA", f"https://data.example/{name}"),
-        ("VIEW RELATED INFORMATION", f"https://data.example/{name}.png"),
-    ]
+    if algorithm:
+        digest = ALGORITHMS[algorithm](content(name)).hexdigest() if algorithm in ALGORITHMS else "0"
+        entry["Checksum"] = {"Value": digest, "Algorithm": algorithm}
+    links = {"GET DATA": f"https://data.example/{name}", "VIEW RELATED INFORMATION": f"https://data.example/{name}.png"}
     return DataGranule(
         meta={"concept-id": f"G{zlib.crc32(name.encode())}-LARC_CLOUD", "provider-id": "LARC_CLOUD"},
         umm={
             "GranuleUR": name,
-            "RelatedUrls": [{"Type": kind, "URL": url} for kind, url in urls],
-            "DataGranule": {"ArchiveAndDistributionInformation": [other, entry]},
+            "RelatedUrls": [{"Type": kind, "URL": url} for kind, url in links.items()],
+            "DataGranule": {"ArchiveAndDistributionInformation": [{"Name": f"{name}.dmrpp", "SizeInBytes": 7}, entry]},
         },
     )
 
 
 @dataclass
 class Archive:
-    """What the fake serves, how it fails, and what was asked of it."""
+    """What the fake serves, how it fails, and what was asked of it; `run` is the command that asks."""
 
-    granules: list[DataGranule] = field(default_factory=list)
+    folder: Path
+    capture: pytest.CaptureFixture[str]
+    granules: list[DataGranule] = field(
+        default_factory=lambda: [granule(product, key) for product in PRODUCTS for key in reversed(KEYS)]
+    )
     served: dict[str, bytes] = field(default_factory=dict)  # instead of content(name)
     before: Callable[[str], None] = lambda name: None
+    installed: bool = True
     search_error: Exception | None = None
     login_error: Exception | None = None
+    accepts: bool = True
+    loses_login: bool = False
     authenticated: bool = False
     searches: list[dict[str, Any]] = field(default_factory=list)
     strategies: list[str] = field(default_factory=list)
     fetched: list[str] = field(default_factory=list)
 
-    def module(self) -> types.ModuleType:
+    def run(self, *options: str, **keys: Any) -> Result:
+        """Run `download` with keys that differ from those that ask for everything."""
+        values = {
+            "output_dir": str(self.folder / "out"),
+            "box": [-80, 35.5, -70, 45],
+            "start": "2024-06-01",
+            "end": "2024-06-02",
+            "products": PRODUCTS,
+        }
+        path = self.folder / "config.yaml"
+        path.write_text(to_yaml({key: value for key, value in {**values, **keys}.items() if value is not None}))
         module = types.ModuleType("earthaccess")
         vars(module).update(login=self.login, search_data=self.search_data, download=self.download)
-        return module
+        sys.modules["earthaccess"] = module if self.installed else None
+        self.fetched.clear()
+        self.capture.readouterr()
+        code = cli.run(["download", str(path), *options])
+        return Result(code, *self.capture.readouterr(), self.folder / "out")
+
+    def files(self) -> dict[str, bytes]:
+        """The granules that are there, with all else that is not the run's bookkeeping."""
+        out, own = self.folder / "out", {"run.json", "config.yaml", "granules.json", ".lock"}
+        return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in own}
 
     def login(self, strategy: str = "all", persist: bool = False, system: object = None) -> Archive:
         self.strategies.append(strategy)
         if self.login_error:
             raise self.login_error
-        self.authenticated = True
+        self.authenticated = self.accepts
         return self
 
     def search_data(self, count: int = -1, **kwargs: Any) -> list[DataGranule]:
@@ -127,97 +141,34 @@ class Archive:
         return found
 
     def download(
-        self,
-        granules: DataGranule | list[DataGranule],
-        local_path: Path | str | None = None,
-        provider: str | None = None,
-        threads: int = 8,
-        *,
-        show_progress: bool | None = None,
-        credentials_endpoint: str | None = None,
-        pqdm_kwargs: dict[str, Any] | None = None,
-        force: bool = False,
+        self, granules: list[DataGranule], local_path: Path, threads: int = 8, *, show_progress: bool | None = None
     ) -> list[Path]:
-        if not self.authenticated:
+        if not self.authenticated or self.loses_login:
             return []
-        assert local_path is not None
-        urls = [
-            url for one in ([granules] if isinstance(granules, DataGranule) else granules) for url in one.data_links()
-        ]
-        return [self._download_file(url.rpartition("/")[2], Path(local_path)) for url in urls]
-
-    def _download_file(self, name: str, folder: Path) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            for attempt in range(3):
-                partial = folder / f"partial_{attempt}"
-                try:
-                    data = self.served.get(name, content(name))
-                    partial.write_bytes(data[: len(data) // 2])
-                    self.before(name)
-                    partial.write_bytes(data)
-                    partial.replace(folder / name)
-                    break
-                except Exception:
-                    partial.unlink()
-                    if attempt == 2:
-                        raise
-            self.fetched.append(name)
-        return folder / name
+        (url,) = granules[0].data_links()
+        name = url.rpartition("/")[2]
+        partial, data = local_path / "partial", self.served.get(name, content(name))
+        for attempt in range(3):
+            try:
+                partial.write_bytes(data[: len(data) // 2])
+                self.before(name)
+                partial.write_bytes(data)
+                break
+            except Exception:
+                partial.unlink()
+                if attempt == 2:
+                    raise
+        self.fetched.append(name)
+        return [partial.replace(local_path / name)]
 
 
 @pytest.fixture
-def archive(monkeypatch: pytest.MonkeyPatch) -> Archive:
+def archive(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Archive:
     """Three scans with all three products, in the place of the library."""
-    archive = Archive([granule(product, key) for product in PRODUCTS for key in reversed(KEYS)])
-    monkeypatch.setitem(sys.modules, "earthaccess", archive.module())
+    monkeypatch.setitem(sys.modules, "earthaccess", None)
     for name in ("EARTHDATA_TOKEN", "EARTHDATA_USERNAME", "EARTHDATA_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
-    return archive
-
-
-@dataclass
-class Result:
-    """What one call did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def message(self) -> str:
-        """The line of the error; a bar of the progress may stand before it."""
-        line = self.err.rstrip("\n").rpartition("\n")[2]
-        assert line.startswith("spectralvae: error: "), self
-        assert self.err.count("spectralvae: error: ") == 1
-        return line.removeprefix("spectralvae: error: ")
-
-
-@pytest.fixture
-def call(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Runs `download`: options, and keys that differ from those that ask for everything."""
-
-    def caller(*options: str, **keys: Any) -> Result:
-        values = {
-            "output_dir": str(tmp_path / "out"),
-            "box": [-80, 35.5, -70, 45],
-            "start": "2024-06-01",
-            "end": "2024-06-02",
-            "products": PRODUCTS,
-        }
-        path = tmp_path / "config.yaml"
-        path.write_text(to_yaml({key: value for key, value in {**values, **keys}.items() if value is not None}))
-        capfd.readouterr()
-        code = cli.run(["download", str(path), *options])
-        return Result(code, *capfd.readouterr())
-
-    return caller
-
-
-def files_below(folder: Path) -> dict[str, bytes]:
-    """The granules below a folder, with all else that is not the run's bookkeeping."""
-    own = {"run.json", "config.yaml", "granules.json", ".lock"}
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in own}
+    return Archive(tmp_path, capfd)
 
 
 def expected(keys: list[str] = KEYS, products: list[str] = PRODUCTS) -> dict[str, bytes]:
@@ -226,36 +177,44 @@ def expected(keys: list[str] = KEYS, products: list[str] = PRODUCTS) -> dict[str
     return {name: content(name.rpartition("/")[2]) for name in names}
 
 
-def state(folder: Path) -> str:
-    return str(json.loads((folder / "run.json").read_text())["state"])
-
-
 # --- what is fetched --------------------------------------------------------------------------
 
 
-def test_every_file_in_the_folder_of_its_product(archive: Archive, call: Callable[..., Result], tmp_path: Path) -> None:
-    result = call()
+def test_first_listed_then_fetched_into_the_folder_of_its_product(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = f"{sum(map(len, expected().values())):,} bytes"
+    result = archive.run("--dry-run")
+    assert (result.code, result.err) == (0, "")
+    lines = [line.split() for line in result.out.splitlines()]
+    for path, data in expected().items():
+        assert [path.rpartition("/")[2], f"{len(data):,}", "bytes"] in lines
+    assert "9 files" in result.out and result.out.count(total) == 2, "in all, and to fetch"
+    assert [path.name for path in archive.folder.iterdir()] == ["config.yaml"]
+    assert archive.strategies == [], "a search needs no login"
+    common = {
+        "version": "V03",
+        "provider": "LARC_CLOUD",
+        "bounding_box": (-80, 35.5, -70, 45),
+        "temporal": (datetime(2024, 6, 1, tzinfo=UTC), datetime(2024, 6, 2, 23, 59, 59, tzinfo=UTC)),
+    }
+    names = ["TEMPO_RAD_L1", "TEMPO_NO2_L2", "TEMPO_HCHO_L2"]
+    assert archive.searches == [{"short_name": name, **common} for name in names]
+
+    result = archive.run()
     assert result.code == 0, result.err
-    assert files_below(tmp_path / "out") == expected()
-    assert not (tmp_path / "out" / ".partial").exists()
-    assert state(tmp_path / "out") == "finished"
-    n_bytes = sum(map(len, expected().values()))
-    assert f"3 granules, 9 files, {n_bytes:,} bytes; 9 fetched now" in result.out
-    again = call()
-    assert again.code == 0
-    assert "finished" in again.out
-    assert len(archive.fetched) == 9
+    assert "9 files" in result.out and total in result.out
+    assert archive.files() == expected()
+    assert result.record["state"] == "finished" and not (result.folder / ".partial").exists()
 
+    before = {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}
+    assert " 0 bytes" in archive.run("--dry-run").out
+    assert archive.run().code == 0 and archive.fetched == []
+    assert {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")} == before
 
-def test_what_is_asked_of_the_archive(archive: Archive, call: Callable[..., Result]) -> None:
-    assert call("--dry-run", end="2024-06-01").code == 0
-    assert [search["short_name"] for search in archive.searches] == ["TEMPO_RAD_L1", "TEMPO_NO2_L2", "TEMPO_HCHO_L2"]
-    for search in archive.searches:
-        assert search["version"] == "V03"
-        assert search["provider"] == "LARC_CLOUD"
-        assert search["bounding_box"] == (-80, 35.5, -70, 45)
-        day = datetime(2024, 6, 1, tzinfo=UTC)
-        assert search["temporal"] == (day, day + timedelta(days=1, seconds=-1))
+    monkeypatch.setenv("EARTHDATA_TOKEN", "x")
+    assert archive.run("--overwrite").code == 0
+    assert archive.strategies == ["netrc", "environment"], "the library's own default would ask for a password"
 
 
 @pytest.mark.parametrize(
@@ -268,215 +227,148 @@ def test_what_is_asked_of_the_archive(archive: Archive, call: Callable[..., Resu
         ("2024-06-01T15:06:30Z", "2024-06-02T15:00:00Z", KEYS[1:]),
     ],
 )
-def test_period(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path, start: str, end: str, keys: list[str]
-) -> None:
-    assert call(start=start, end=end).code == 0
-    assert files_below(tmp_path / "out") == expected(keys)
+def test_period(archive: Archive, start: str, end: str, keys: list[str]) -> None:
+    lines = archive.run("--dry-run", start=start, end=end).out.splitlines()
+    assert [line for line in lines if line in KEYS] == keys
 
 
-def test_version_and_level_1_of_twilight(archive: Archive, call: Callable[..., Result], tmp_path: Path) -> None:
-    archive.granules += [granule(product, KEYS[0], "V04") for product in ("RADT", "NO2")]
-    assert call(version="V04", products=["RADT", "NO2"]).code == 0
-    assert set(files_below(tmp_path / "out")) == {
-        f"{product}/{file_name(product, KEYS[0], 'V04')}" for product in ("RADT", "NO2")
-    }
+def test_version_twilight_and_suffix(archive: Archive) -> None:
+    files = {"RADT": f"{KEYS[0]}-034", "NO2": KEYS[0]}  # the suffix is not part of the key
+    archive.granules = [granule(product, key, "V04") for product, key in files.items()]
+    archive.granules.append(granule("NO2", KEYS[0], "V03"))
+    assert archive.run(version="V04", products=list(files)).code == 0
+    assert set(archive.files()) == {f"{product}/{file_name(product, key, 'V04')}" for product, key in files.items()}
 
 
-def test_suffix_of_a_name_is_not_part_of_the_key(archive: Archive, call: Callable[..., Result], tmp_path: Path) -> None:
-    archive.granules = [granule("RAD", f"{KEYS[0]}-034"), granule("NO2", KEYS[0])]
-    assert call(products=["RAD", "NO2"]).code == 0
-    assert set(files_below(tmp_path / "out")) == {
-        f"RAD/{file_name('RAD', KEYS[0] + '-034')}",
-        f"NO2/{file_name('NO2', KEYS[0])}",
-    }
-
-
-def test_granules_that_lack_a_product_are_left_out_by_name(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path
-) -> None:
-    lacking = {("NO2", KEYS[1]), ("HCHO", KEYS[1]), ("RAD", KEYS[2])}
-    archive.granules = [granule(p, k) for p in PRODUCTS for k in KEYS if (p, k) not in lacking]
+def test_granules_that_lack_a_product_are_left_out_by_name(archive: Archive) -> None:
+    """And a list tells where the files come from."""
+    lacking = {KEYS[1]: ["NO2", "HCHO"], KEYS[2]: ["RAD"]}
+    archive.granules = [granule(p, k) for p in PRODUCTS for k in KEYS if p not in lacking.get(k, [])]
     for options in (["--dry-run"], []):
-        result = call(*options)
+        result = archive.run(*options)
         assert result.code == 0
-        assert "2 granules are left out" in result.out
-        assert f"{KEYS[1]}: no NO2, HCHO\n" in result.out
-        assert f"{KEYS[2]}: no RAD\n" in result.out
-        assert "1 granules, 3 files" in result.out
-    assert files_below(tmp_path / "out") == expected(KEYS[:1])
-
-
-def test_list_tells_where_the_files_come_from(archive: Archive, call: Callable[..., Result], tmp_path: Path) -> None:
-    archive.granules = [granule("RAD", KEYS[0]), granule("NO2", KEYS[0]), granule("RAD", KEYS[1])]
-    assert call(products=["RAD", "NO2"]).code == 0
-    listed = json.loads((tmp_path / "out" / "granules.json").read_text())
-    assert listed["left_out"] == {KEYS[1]: ["NO2"]}
-    assert list(listed["granules"]) == [KEYS[0]]
-    assert list(listed["granules"][KEYS[0]]) == ["RAD", "NO2"]
-    name = file_name("NO2", KEYS[0])
-    assert listed["granules"][KEYS[0]]["NO2"] == {
+        for key, products in lacking.items():
+            assert re.search(rf"{key}.*{', '.join(products)}\n", result.out)
+        assert "3 files" in result.out
+    assert archive.files() == expected(KEYS[:1])
+    listed = json.loads((result.folder / "granules.json").read_text())
+    assert listed["left_out"] == lacking
+    assert [(key, list(files)) for key, files in listed["granules"].items()] == [(KEYS[0], PRODUCTS)]
+    name = file_name("RAD", KEYS[0])
+    assert listed["granules"][KEYS[0]]["RAD"] == {
         "name": name,
         "bytes": len(content(name)),
         "exact": True,
         "checksum": {"algorithm": "SHA-512", "value": hashlib.sha512(content(name)).hexdigest()},
-        "concept_id": archive.granules[1]["meta"]["concept-id"],
+        "concept_id": archive.granules[0]["meta"]["concept-id"],
     }
-
-
-def test_dry_run_lists_names_and_bytes_and_writes_nothing(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path
-) -> None:
-    result = call("--dry-run")
-    assert result.code == 0
-    assert result.err == ""
-    lines = [line.split() for line in result.out.splitlines()]
-    for path, data in expected().items():
-        assert [path.rpartition("/")[2], f"{len(data):,}", "bytes"] in lines
-    total = f"{sum(map(len, expected().values())):,} bytes"
-    assert f"3 granules, 9 files, {total}; {total} to fetch" in result.out
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
-    assert archive.strategies == [], "a search needs no login"
-    assert call().code == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    assert f"{total}; 0 bytes to fetch" in call("--dry-run").out
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
 # --- whole files only -------------------------------------------------------------------------
 
 
-def other_bytes(data: bytes) -> bytes:
-    return bytes(reversed(data))
-
-
 @pytest.mark.parametrize("algorithm", ["SHA-512", "SHA-256", "MD5", "CRC-64", None])
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"", other_bytes])
-def test_what_is_not_as_announced_is_refused(
-    archive: Archive,
-    call: Callable[..., Result],
-    tmp_path: Path,
-    damage: Callable[[bytes], bytes],
-    algorithm: str | None,
-) -> None:
+@pytest.mark.parametrize("damage", ["shorter", "longer", "empty", "reversed"])
+def test_what_is_not_as_announced_is_refused(archive: Archive, algorithm: str | None, damage: str) -> None:
     archive.granules = [granule(product, key, algorithm=algorithm) for product in PRODUCTS for key in KEYS]
     name = file_name("NO2", KEYS[1])
-    archive.served[name] = damage(content(name))
-    result = call()
-    if damage is other_bytes and algorithm not in ALGORITHMS:
+    data = content(name)
+    archive.served[name] = {"shorter": data[:-1], "longer": data + b"x", "empty": b"", "reversed": data[::-1]}[damage]
+    result = archive.run()
+    if damage == "reversed" and algorithm not in ALGORITHMS:
         assert result.code == 0, "nothing tells that it is not right"
         return
     assert result.code == 1
-    assert name in result.message
-    if damage is other_bytes:
-        assert f"checksum is not the one announced, {algorithm}" in result.message
-    else:
-        assert f"{len(archive.served[name])} bytes came, {len(content(name))} bytes were announced" in result.message
-    kept = {**expected(KEYS[:1]), f"RAD/{file_name('RAD', KEYS[1])}": content(file_name("RAD", KEYS[1]))}
-    assert files_below(tmp_path / "out") == kept
-    assert state(tmp_path / "out") == "failed"
+    sizes = [len(archive.served[name]), len(data)]
+    told = [algorithm] if damage == "reversed" else [f"{n} bytes" for n in sizes]
+    assert all(word in result.message for word in (name, *told)), result
+    kept = {**expected(KEYS[:1]), **expected(KEYS[1:2], ["RAD"])}
+    assert archive.files() == kept
+    assert result.record["state"] == "failed"
     del archive.served[name]
-    result = call()
-    assert result.code == 0
-    assert "5 fetched now" in result.out
-    assert files_below(tmp_path / "out") == expected()
-    assert sorted(archive.fetched) == sorted([name, *(path.rpartition("/")[2] for path in expected())])
+    assert archive.run().code == 0
+    assert archive.files() == expected()
+    assert len(archive.fetched) == 5
 
 
 @pytest.mark.parametrize(("share", "code"), [(1.0, 0), (1.06, 0), (0.95, 0), (0.85, 1), (1.15, 1)])
-def test_size_in_megabytes_is_checked_within_its_rounding(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path, share: float, code: int
-) -> None:
+def test_size_in_megabytes_is_checked_within_its_rounding(archive: Archive, share: float, code: int) -> None:
     """As in records that were translated from an older model: one entry, without a name."""
     entry = {"Name": "Not provided", "Size": 0.01, "SizeUnit": "MB"}
     archive.granules = [granule("RAD", KEYS[0])]
     archive.granules[0]["umm"]["DataGranule"]["ArchiveAndDistributionInformation"] = [entry]
     name = file_name("RAD", KEYS[0])
     archive.served[name] = b"x" * round(share * 0.01 * 2**20)
-    assert f"{name}  about 10,485 bytes" in call("--dry-run", products=["RAD"]).out
-    result = call(products=["RAD"])
+    assert "about 10,485 bytes" in archive.run("--dry-run", products=["RAD"]).out
+    result = archive.run(products=["RAD"])
     assert result.code == code
-    assert (tmp_path / "out" / "RAD" / name).is_file() == (code == 0)
-    if code:
-        assert "about 10,485 bytes were announced" in result.message
+    assert (result.folder / "RAD" / name).is_file() == (code == 0)
+    assert code == 0 or "about 10,485 bytes" in result.message
 
 
-@pytest.mark.parametrize("entries", [[], [{"Name": "x"}], [{"Name": "x", "Size": 1, "SizeUnit": "NA"}], None])
-def test_file_of_unknown_size_is_refused(archive: Archive, call: Callable[..., Result], entries: Any) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            ("DataGranule", {"ArchiveAndDistributionInformation": entries})
+            for entries in ([], [{"Name": "x"}], [{"Name": "x", "Size": 1, "SizeUnit": "NA"}])
+        ),
+        ("DataGranule", {}),
+        *(
+            ("RelatedUrls", [{"Type": "GET DATA", "URL": f"https://x/{link}"} for link in links])
+            for links in ([], ["../../x.nc"], [file_name("NO2", KEYS[0])], [f"x{file_name('RAD', KEYS[0])}"])
+        ),
+    ],
+)
+def test_record_without_size_or_with_other_links_is_refused(archive: Archive, key: str, value: Any) -> None:
     archive.granules = [granule("RAD", KEYS[0])]
-    archive.granules[0]["umm"]["DataGranule"] = {"ArchiveAndDistributionInformation": entries} if entries else {}
-    result = call("--dry-run", products=["RAD"])
-    assert result.code == 1
-    assert file_name("RAD", KEYS[0]) in result.message
-    assert "no size" in result.message
-
-
-@pytest.mark.parametrize("links", [[], ["../../x.nc"], [file_name("NO2", KEYS[0])], [f"x{file_name('RAD', KEYS[0])}"]])
-def test_link_to_another_file_is_refused(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path, links: list[str]
-) -> None:
-    archive.granules = [granule("RAD", KEYS[0])]
-    archive.granules[0]["umm"]["RelatedUrls"] = [{"Type": "GET DATA", "URL": f"https://x/{link}"} for link in links]
-    result = call(products=["RAD"])
+    archive.granules[0]["umm"][key] = value
+    result = archive.run(products=["RAD"])
     assert result.code == 1
     assert archive.granules[0]["meta"]["concept-id"] in result.message
-    assert not (tmp_path / "out").exists()
+    assert not result.folder.exists()
 
 
-# --- going on ---------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------
 
 
-def test_goes_on_with_what_lacks(archive: Archive, call: Callable[..., Result], tmp_path: Path) -> None:
-    """Also with what has become damaged, and with what is new in the archive."""
+def test_resumes_with_what_lacks(archive: Archive) -> None:
+    """Also with what has become corrupt, and with what is new in the archive."""
     name = file_name("HCHO", KEYS[1])
 
     def lost(fetching: str) -> None:
         if fetching == name:
-            raise DownloadFailure(f"Download failed for https://data.example/{name}. Status code: 503")
+            raise LibraryError(f"Download failed for https://data.example/{name}. Status code: 503")
 
     archive.before = lost
-    shorter, changed = (tmp_path / "out" / "RAD" / file_name("RAD", key) for key in KEYS[:2])
-    archive.granules = [one for one in archive.granules if one["umm"]["GranuleUR"] != shorter.name]
+    cut, changed = (archive.folder / "out" / "RAD" / file_name("RAD", key) for key in KEYS[:2])
+    archive.granules = [one for one in archive.granules if one["umm"]["GranuleUR"] != cut.name]
     archive.granules.append(granule("RAD", KEYS[0], algorithm=None))  # of which only the size tells
-    result = call()
+    result = archive.run()
     assert result.code == 1
-    assert name in result.message
-    assert "Status code: 503" in result.message
+    assert name in result.message and "503" in result.message
     there = {**expected(KEYS[:1]), **expected(KEYS[1:2], ["RAD", "NO2"])}
-    assert files_below(tmp_path / "out") == there
+    assert archive.files() == there
     archive.before = lambda name: None
-    archive.fetched.clear()
-    shorter.write_bytes(shorter.read_bytes()[:-1])
-    changed.write_bytes(other_bytes(changed.read_bytes()))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    changed.write_bytes(changed.read_bytes()[::-1])
     new = "20240602T160000Z_S008G01"
     archive.granules += [granule(product, new) for product in PRODUCTS]
-    result = call()
-    assert result.code == 0
-    assert files_below(tmp_path / "out") == expected([*KEYS, new])
-    lacked = set(expected([*KEYS, new])) - set(there) | {f"RAD/{shorter.name}", f"RAD/{changed.name}"}
+    assert archive.run().code == 0
+    assert archive.files() == expected([*KEYS, new])
+    lacked = set(expected([*KEYS, new])) - set(there) | {f"RAD/{cut.name}", f"RAD/{changed.name}"}
     assert sorted(archive.fetched) == sorted(path.rpartition("/")[2] for path in lacked)
 
 
-@pytest.fixture
-def release() -> Iterator[threading.Event]:
-    """Lets a download that hangs go on, at the latest when the test ends."""
-    event = threading.Event()
-    yield event
-    event.set()
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_stopped_by_a_signal_it_goes_on(
-    archive: Archive,
-    call: Callable[..., Result],
-    tmp_path: Path,
-    release: threading.Event,
-    number: signal.Signals,
-    code: int,
+def test_stopped_by_a_signal_it_resumes(
+    archive: Archive, request: pytest.FixtureRequest, number: signal.Signals, code: int
 ) -> None:
     """At once, in the middle of a file, though the library takes every exception for a reason to try again."""
     name = file_name("NO2", KEYS[0])
     calls = []
+    release = threading.Event()
+    request.addfinalizer(release.set)
     handler = signal.getsignal(number)
     others = set(threading.enumerate())  # of other tests: some never end
 
@@ -487,193 +379,70 @@ def test_stopped_by_a_signal_it_goes_on(
             assert release.wait(60), "the command did not stop"
 
     archive.before = hang
-    assert call().code == code
+    stopped = archive.run()
+    assert (stopped.code, stopped.record["state"]) == (code, "stopped")
     assert not release.is_set()
     assert calls == [name]
     assert signal.getsignal(number) == handler
-    assert state(tmp_path / "out") == "stopped"
-    below = files_below(tmp_path / "out")
-    assert {path: data for path, data in below.items() if not path.startswith(".partial")} == expected(
-        KEYS[:1], ["RAD"]
-    )
+    whole = {path: data for path, data in archive.files().items() if not path.startswith(".partial")}
+    assert whole == expected(KEYS[:1], ["RAD"])
     hung = [thread for thread in threading.enumerate() if thread not in others]
     release.set()
     for thread in hung:
         thread.join(60)
     archive.before = lambda name: None
-    archive.fetched.clear()
-    assert call().code == 0
-    assert files_below(tmp_path / "out") == expected()
+    assert archive.run().code == 0
+    assert archive.files() == expected()
     assert len(archive.fetched) == 8
 
 
 # --- what goes wrong --------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    ("keys", "parts"),
-    [
-        ({"box": None}, ["box: this key is required"]),
-        ({"box": [-80, 35, -70]}, ["box", "4"]),
-        ({"box": [-70, 35, -80, 45]}, ["box: [-70.0, 35.0, -80.0, 45.0]", "west < east"]),
-        ({"box": [-80, 45, -70, 35]}, ["box", "south < north"]),
-        ({"box": [-181, 35, -70, 45]}, ["box", "-180"]),
-        ({"box": [-80, 35, 181, 45]}, ["box", "180"]),
-        ({"box": [-80, -91, -70, 45]}, ["box", "-90"]),
-        ({"box": [-80, 35, -70, 91]}, ["box", "90"]),
-        ({"box": [-80, 35, -80, 45]}, ["box", "west < east"]),
-        ({"box": [-80, 35, float("nan"), 45]}, ["box.2", "finite"]),
-        ({"start": "June"}, ["start: 'June'", "2024-06-01"]),
-        ({"start": "2024-06-31"}, ["start: '2024-06-31'"]),
-        ({"start": "0001-01-01T00:00+01:00"}, ["start: '0001-01-01T00:00+01:00'"]),
-        ({"start": 20240601}, ["start: 20240601", "string"]),
-        ({"end": ""}, ["end: ''"]),
-        ({"end": "2024-05-31"}, ["end: 2024-05-31 lies before start: 2024-06-01"]),
-        ({"start": "2024-06-01T12:00", "end": "2024-06-01T11:59:59Z"}, ["end", "lies before start"]),
-        ({"version": "V3"}, ["version: 'V3'", "V03"]),
-        ({"products": []}, ["products: []"]),
-        ({"products": ["NO2", "RAD"]}, ["products", "must begin with RAD or RADT"]),
-        ({"products": ["NO2"]}, ["products", "must begin with RAD or RADT"]),
-        ({"products": ["RAD", "RADT"]}, ["products", "only one"]),
-        ({"products": ["RAD", "NO2", "NO2"]}, ["products", "twice"]),
-        ({"products": ["RAD", "O3"]}, ["products.1: 'O3'", "O3TOT"]),
-        ({"complete": True}, ["complete: unknown key"]),
-    ],
-)
-def test_bad_config_is_one_line(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path, keys: dict[str, Any], parts: list[str]
-) -> None:
-    result = call(**keys)
-    assert result.code == 2
-    assert result.err.count("\n") == 1
-    assert "config.yaml: " in result.message
-    assert all(part in result.message for part in parts), result.message
-    assert archive.searches == []
-    assert not (tmp_path / "out").exists()
-
-
-def test_legal_corners_of_the_config(archive: Archive, call: Callable[..., Result]) -> None:
-    assert call("--print-config", box=[-180, -90, 180, 90], start="2024-06-01", end="2024-06-01").code == 0
-    assert call("--print-config", end="9999-12-31").code == 0
-    assert call("--print-config", start="2024-06-01T12:00", end="2024-06-01").code == 0
-    printed = call("--print-config", products=None).out
-    assert "products: [RAD, NO2, HCHO, O3TOT, CLDO4]" in printed
-    assert "version: V03" in printed
-
-
-@pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_missing_library(
-    call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "earthaccess", None)
-    result = call(*options)
-    assert result.code == 2
-    assert result.err.count("\n") == 1
-    assert 'pip install "spectralvae[earthdata]"' in result.message
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_nothing_found(archive: Archive, call: Callable[..., Result], tmp_path: Path, options: list[str]) -> None:
-    result = call(*options, products=["RAD", "NO2", "CLDO4"])
-    assert result.code == 2
-    assert result.err.count("\n") == 1
-    assert "found: 3 RAD, 3 NO2, 0 CLDO4" in result.message
-    assert "2024-06-01 to 2024-06-02" in result.message
-    assert not (tmp_path / "out").exists()
-
-
-def test_granule_that_is_there_twice(archive: Archive, call: Callable[..., Result], tmp_path: Path) -> None:
-    archive.granules.append(granule("NO2", f"{KEYS[1]}-035"))
-    result = call()
-    assert result.code == 2
-    assert file_name("NO2", KEYS[1]) in result.message
-    assert file_name("NO2", f"{KEYS[1]}-035") in result.message
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("error", [RuntimeError('{"errors":["no\nsuch"]}'), OSError("no route to host")])
-def test_failing_search(archive: Archive, call: Callable[..., Result], tmp_path: Path, error: Exception) -> None:
-    archive.search_error = error
-    result = call()
-    assert result.code == 1
-    assert result.err.count("\n") == 1
-    assert "TEMPO_RAD_L1 V03" in result.message
-    assert "such" in result.message or "no route to host" in result.message
-    assert not (tmp_path / "out").exists()
+TWICE = f"{KEYS[1]}-035"
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "parts"),
+    ("failing", "keys", "code", "words"),
     [
-        (LoginStrategyUnavailable("No .netrc found at /home/x/.netrc"), 2, ["No .netrc found", "~/.netrc"]),
-        (LoginAttemptFailure("failed with:\n" + 5000 * "<html> "), 2, ["failed with", "EARTHDATA_TOKEN"]),
-        (OSError("no route to host"), 1, ["no route to host", "start again"]),
+        ({"installed": False}, {}, 2, ['pip install "spectralvae[earthdata]"']),
+        ({}, {"products": ["RAD", "NO2", "CLDO4"]}, 2, ["3 RAD, 3 NO2, 0 CLDO4", "2024-06-01 to 2024-06-02"]),
+        (
+            {"granules": [granule("RAD", KEYS[1]), granule("RAD", TWICE)]},
+            {},
+            2,
+            [file_name("RAD", KEYS[1]), file_name("RAD", TWICE)],
+        ),
+        ({"search_error": RuntimeError('{"errors":["no\nsuch"]}')}, {}, 1, ["TEMPO_RAD_L1 V03", "no such"]),
+        ({"search_error": OSError("no route")}, {}, 1, ["TEMPO_RAD_L1 V03", "no route"]),
+        ({"login_error": LibraryError("No .netrc at /home/x/.netrc")}, {}, 2, ["/home/x/.netrc", "~/.netrc"]),
+        ({"login_error": LibraryError("failed with:\n" + 5000 * "<html> ")}, {}, 2, ["EARTHDATA_TOKEN"]),
+        ({"login_error": OSError("no route")}, {}, 1, ["no route"]),
+        ({"accepts": False}, {}, 2, ["~/.netrc"]),
     ],
 )
-def test_failing_login(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path, error: Exception, code: int, parts: list[str]
+def test_refused_before_anything_is_written(
+    archive: Archive, failing: dict[str, Any], keys: dict[str, Any], code: int, words: list[str]
 ) -> None:
-    archive.login_error = error
-    result = call()
-    assert result.code == code
-    assert result.err.count("\n") == 1
-    assert len(result.message) < 600
-    assert all(part in result.message for part in parts), result.message
-    assert not (tmp_path / "out").exists()
+    vars(archive).update(failing)
+    needs_login = {"login_error", "accepts"} & failing.keys()
+    for options in ([], *([] if needs_login else [["--dry-run"]])):
+        result = archive.run(*options, **keys)
+        assert result.code == code
+        assert all(word in result.message for word in words), result.message
+        assert len(result.message) < 600
+        assert not result.folder.exists()
 
 
-def test_login_that_says_no_more_than_no(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unauthenticated = types.SimpleNamespace(authenticated=False)
-    monkeypatch.setattr(sys.modules["earthaccess"], "login", lambda strategy: unauthenticated)
-    result = call()
-    assert result.code == 2
-    assert "~/.netrc" in result.message
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("variable", "strategy"), [(None, "netrc"), ("EARTHDATA_TOKEN", "environment")])
-def test_nobody_is_asked_for_a_password(
-    archive: Archive, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, variable: str | None, strategy: str
-) -> None:
-    """The library's own default would, after the environment and ~/.netrc."""
-    if variable:
-        monkeypatch.setenv(variable, "x")
-    assert call().code == 0
-    assert archive.strategies == [strategy]
-
-
-@pytest.mark.parametrize(
-    ("error", "part"),
-    [
-        (DownloadFailure("Status code: 404"), "Status code: 404"),
-        (OSError(28, "No space left on device"), "No space left on device"),
-        (ConnectionResetError(), "ConnectionResetError"),
-    ],
-)
-def test_failing_download_names_the_file(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path, error: Exception, part: str
-) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), ConnectionResetError(), None])
+def test_failing_download_names_the_file(archive: Archive, error: Exception | None) -> None:
     def fail(name: str) -> None:
         raise error
 
     archive.before = fail
-    result = call()
+    archive.loses_login = error is None  # then the library returns no file and tells nothing
+    result = archive.run()
     assert result.code == 1
-    assert file_name("RAD", KEYS[0]) in result.message
-    assert part in result.message
-    assert files_below(tmp_path / "out") == {}
-    assert state(tmp_path / "out") == "failed"
-
-
-def test_download_that_brings_nothing(
-    archive: Archive, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So the library tells that it lost its login."""
-    monkeypatch.setattr(sys.modules["earthaccess"], "download", lambda *_, **__: [])
-    result = call()
-    assert result.code == 1
-    assert f"{file_name('RAD', KEYS[0])}: the download brought no such file" in result.message
-    assert files_below(tmp_path / "out") == {}
+    assert file_name("RAD", KEYS[0]) in result.message and "resume" in result.message
+    assert error is None or (str(error) or type(error).__name__) in result.message
+    assert archive.files() == {}
+    assert result.record["state"] == "failed"

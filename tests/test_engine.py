@@ -1,8 +1,11 @@
 """Forward, backward and update against a plain loop, autograd in float64, and what the docstrings promise."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from tiny import N_CHANNELS, SETTINGS
 from tiny import tiny_model as small_model
 from torch import nn
@@ -151,8 +154,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
 
 def test_shares_must_be_even():
     assert check_shares(make_config(12, gradient_accumulation=3), Ranks(1, 2)) == 2
-    words = r"data.batch_size: 12 must be a multiple of 8: number of processes \(2\) times .*accumulation \(4\)"
-    with pytest.raises(ConfigError, match=words):
+    with refused(ConfigError, "multiple of 8", "(2)", "(4)", key="data.batch_size", value=12):
         check_shares(make_config(12, gradient_accumulation=4), Ranks(1, 2))
 
 
@@ -202,22 +204,20 @@ def test_bf16_keeps_posterior_and_loss_in_float32(monkeypatch):
     model, batch = tiny_model(), make_batch()
     exact = double_gradients(SETTINGS, batch)
     engine = Engine(model, make_config(precision="bf16-mixed"), CPU, Ranks())
-    seen = {}
-    model.encoder.conv_in.register_forward_hook(lambda module, given, out: seen.update(convolution=out.dtype))
+    convolutions, seen = [], []
+    model.encoder.conv_in.register_forward_hook(lambda module, given, out: convolutions.append(out.dtype))
     loss_of = model.loss_of
 
     def watched(x, x_hat, posterior, mask):
         loss, metrics = loss_of(x, x_hat, posterior, mask)
-        seen.update(x=x.dtype, x_hat=x_hat.dtype, loss=loss.dtype)
-        seen.update({key: getattr(posterior, key).dtype for key in ("mean", "logvar", "std", "var")})
-        seen.update({key: value.dtype for key, value in metrics.items() if key != "n_valid"})
+        floats = [value for key, value in metrics.items() if key != "n_valid"]
+        of_posterior = (posterior.mean, posterior.logvar, posterior.std, posterior.var)
+        seen.extend(value.dtype for value in (x, x_hat, loss, *of_posterior, *floats))
         return loss, metrics
 
     monkeypatch.setattr(model, "loss_of", watched)
     metrics = metrics_of(engine.gradients(batch))
-    assert seen.pop("convolution") == torch.bfloat16
-    assert len(seen) == 10
-    assert {key for key, dtype in seen.items() if dtype != torch.float32} == set()
+    assert (convolutions, seen) == ([torch.bfloat16], [torch.float32] * 11)
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in engine.parameters} == {torch.float32}
     _, whole = plain_loss(tiny_model().double(), batch)
     assert metrics["loss"] == pytest.approx(float(whole["loss"]), rel=0.01)
@@ -225,6 +225,26 @@ def test_bf16_keeps_posterior_and_loss_in_float32(monkeypatch):
     ours = torch.cat([p.grad.flatten() for p in engine.parameters]).double()
     theirs = torch.cat([exact[names[id(p)]].flatten() for p in engine.parameters])
     assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler, about torch's own code
+def test_compiled_gradients_are_those_of_the_network(amount, monkeypatch):
+    """Compiling to machine code takes a minute, so without --torture only the graph is compiled."""
+    backend = amount("aot_eager", "inductor")
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    model, batch = tiny_model(), make_batch()
+    expected = double_gradients(SETTINGS, batch)
+    compiled = []
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(compile(self, backend=backend)))
+    engine = Engine(model, make_config(compile=True), CPU, Ranks())
+    engine.gradients(batch)
+    assert len(compiled) == 1
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            want = expected[name]
+            torch.testing.assert_close(p.grad.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -61,11 +61,8 @@ def test_levels_change_exactly_at_half_powers_of_two(weight: int) -> None:
     assert [int(levels_of(np.array([total]), weight)[0]) for total in ordered] == expected
 
 
-def test_the_largest_totals_get_the_last_level() -> None:
+def test_levels_of_the_largest_totals_of_nothing_and_of_any_shape() -> None:
     assert levels_of(np.array([2**62, 2**50, 0]), 3).tolist() == [N_LEVELS - 1, N_LEVELS - 1, 0]
-
-
-def test_levels_of_nothing_and_of_any_shape() -> None:
     assert levels_of(np.array([], np.int64), 5).shape == (0,)
     assert levels_of(np.ones((2, 3, 4), np.int64), 5).shape == (2, 3, 4)
 
@@ -83,10 +80,13 @@ def test_every_scale_comes_back_at_its_entropy(magnitude: float) -> None:
 
 
 def test_any_level_codes_any_value() -> None:
+    """Of any type, even the smallest one, whose magnitude its own type cannot hold."""
     edges = [0, *(sign * (2**i + j) for i in range(62) for sign in (-1, 1) for j in (-1, 0, 1))]
-    values = np.array([edge for edge in edges if abs(edge) < 2**62])
+    arrays = [np.array([edge for edge in edges if abs(edge) < 2**62])]
+    for dtype in (np.int8, np.int16, np.int32, np.uint8):
+        arrays.append(np.array([np.iinfo(dtype).min, np.iinfo(dtype).max, 0, 1], dtype))
     for level in range(N_LEVELS):
-        assert_comes_back([(values, np.full(len(values), level, np.uint8))])
+        assert_comes_back([(values, np.full(len(values), level, np.uint8)) for values in arrays])
 
 
 def test_chunks_of_any_length_and_mixed_levels() -> None:
@@ -96,21 +96,8 @@ def test_chunks_of_any_length_and_mixed_levels() -> None:
         totals = (10 ** rng.uniform(-2, 9, n)).astype(np.int64)
         chunks.append(((totals * rng.normal(size=n)).astype(np.int64), levels_of(totals, 1)))
     assert_comes_back(chunks)
-
-
-def test_nothing_is_no_bytes() -> None:
-    empty = np.array([], np.int64), np.array([], np.uint8)
     assert assert_comes_back([]) == b""
-    assert assert_comes_back([empty, empty]) == b""
-
-
-@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.uint8])
-def test_narrow_integers_are_not_cut(dtype: type[np.integer]) -> None:
-    """Also the smallest one, whose magnitude its own type cannot hold."""
-    info = np.iinfo(dtype)
-    values = np.array([info.min, info.max, 0, 1], dtype)
-    for level in (0, 14, 40):
-        assert_comes_back([(values, np.full(4, level, np.uint8))])
+    assert assert_comes_back(2 * [(np.array([], np.int64), np.array([], np.uint8))]) == b""
 
 
 def test_tables_learn_what_is_not_geometric() -> None:
@@ -135,31 +122,18 @@ def test_levels_are_worth_it() -> None:
 # --- damage -----------------------------------------------------------------------------------
 
 
-def sample() -> tuple[np.ndarray, np.ndarray, bytes]:
+def test_damage_is_refused_or_gives_other_integers_of_the_same_number() -> None:
     rng = np.random.default_rng(4)
     totals = (10 ** rng.uniform(-1, 6, 3000)).astype(np.int64)
     values = (totals * rng.standard_cauchy(3000)).astype(np.int64)  # with escapes
     levels = levels_of(totals, 1)
-    return values, levels, encoded([(values, levels)])
-
-
-def test_half_a_word_is_refused() -> None:
-    _, _, data = sample()
-    with pytest.raises(ValueError, match="not a multiple of 4"):
+    data = encoded([(values, levels)])
+    with pytest.raises(ValueError, match="multiple of 4"):
         IntegerDecoder(data[:-1])
-
-
-def test_what_is_left_over_is_refused() -> None:
-    _, levels, data = sample()
     decoder = IntegerDecoder(data)
     decoder.decode(levels[:1000])
     with pytest.raises(ValueError, match="left over"):
         decoder.finish()
-
-
-def test_damage_is_refused_or_gives_other_integers_of_the_same_number() -> None:
-    values, levels, data = sample()
-    rng = np.random.default_rng(5)
     damaged = [data[: 4 * int(end)] for end in rng.integers(1, len(data) // 4, 50)]
     for position in rng.integers(0, len(data), 150):
         flipped = bytearray(data)

@@ -1,12 +1,11 @@
-"""A preparation that is cut off, anywhere and in any way, leaves no store, goes on, and ends as if nothing had been."""
+"""A preparation that is cut off, anywhere and in any way, leaves no store, resumes, and ends as if nothing had been."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
+import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,22 @@ from preparing import (
     name,
     nothing_opens,
     radiance,
-    refused,
     run_prepare,
     same_content,
     write_level2,
 )
+from refusals import refused
 
-from spectralvae.config import PrepareConfig
-from spectralvae.data import prepare as prepare_module
 from spectralvae.data import scenes as scenes_module
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError, RunError
 from spectralvae.readers import Scene
 from spectralvae.runtime.rundir import RunDir
-from spectralvae.runtime.signals import Stopped
 
 
 @pytest.fixture
 def granules(tmp_path: Path, write_granule: WriteGranule) -> list[Path]:
-    """Clean scans of three days, with NO2."""
+    """Clean scans of three days, with NO2; the last one is for validation, so only the others are measured."""
     paths = [write_granule(tmp_path / name(f"2024060{i}T180000"), radiance(i)) for i in (1, 2, 3)]
     for i, path in enumerate(paths):
         write_level2(tmp_path / "NO2", path, "NO2", np.random.default_rng(i).normal(3e15, 1e15, (NY, NX)))
@@ -55,6 +51,16 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def config(tmp_path: Path, granules: list[Path], settings: dict[str, Any]) -> Path:
+    """A config file whose output goes to `store`."""
+    file = tmp_path / "prepare.yaml"
+    file.write_text(
+        yaml.safe_dump({"output_dir": str(tmp_path / "store"), "inputs": [str(p) for p in granules], **settings})
+    )
+    return file
+
+
+@pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows at a time."""
     monkeypatch.setattr(scenes_module, "BLOCK_SAMPLES", 3 * NX * NC)
@@ -64,125 +70,102 @@ class Interrupted(Exception):
     pass
 
 
-Where = Callable[[pytest.MonkeyPatch, list[Path]], None]
+def interrupt() -> None:
+    raise Interrupted
 
 
-def at_scene_2(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    """Before the second scene is written."""
-    write = prepare_module.write
+def prepare_with(
+    action: Callable[[], object], granule: Path, number: int, out: Path, inputs: list[Any], **settings: Any
+) -> Store:
+    """Prepare; ``action`` is called when reading of a granule begins: for the statistics (0), or to be written (1)."""
+    read, calls = Scene.read, []
 
-    def interrupted_write(bench: Any, normalization: Any, targets: Any, p: Any, advance: Any) -> None:
-        if p.scene.path == granules[1]:
-            raise Interrupted
-        write(bench, normalization, targets, p, advance)
-
-    monkeypatch.setattr(prepare_module, "write", interrupted_write)
-
-
-def in_pass(monkeypatch: pytest.MonkeyPatch, granules: list[Path], number: int) -> None:
-    """While rows of the second scene are read: in the pass of the statistics (0), or in that which writes (1)."""
-    read = Scene.read
-    calls = iter(range(1000))
-
-    def interrupted_read(self: Scene, rows: slice, columns: slice = slice(None)) -> Any:
-        if self.path == granules[1] and rows.start == 6 and next(calls) == number:
-            raise Interrupted
+    def watched(self: Scene, rows: slice, columns: slice = slice(None)) -> Any:
+        if self.path == granule and rows.start == 0:
+            calls.append(0)
+            if len(calls) == number + 1:
+                action()
         return read(self, rows, columns)
 
-    monkeypatch.setattr(Scene, "read", interrupted_read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scene, "read", watched)
+        return run_prepare(out, inputs, **settings)
 
 
-def in_the_statistics(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    in_pass(monkeypatch, granules, 0)
+def interrupted(granule: Path, number: int, out: Path, inputs: list[Any], **settings: Any) -> None:
+    with pytest.raises(Interrupted):
+        prepare_with(interrupt, granule, number, out, inputs, **settings)
+    assert nothing_opens(out)
 
 
-def in_the_middle_of_scene_2(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    in_pass(monkeypatch, granules, 1)
+# --- killed -------------------------------------------------------------------------------------------
 
 
-def at_call(monkeypatch: pytest.MonkeyPatch, module: Any, function: str, number: int, *, after: bool = False) -> None:
-    """Before the call of a function of this number, from 0, or after it."""
-    original = getattr(module, function)
-    calls = iter(range(1000))
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        last = next(calls) == number
-        if last and not after:
-            raise Interrupted
-        result = original(*arguments, **options)
-        if last:
-            raise Interrupted
-        return result
-
-    monkeypatch.setattr(module, function, interrupted)
-
-
-def in_level_2(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    at_call(monkeypatch, scenes_module, "_write_product", 1)
-
-
-def before_the_group_of_scene_2(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    at_call(monkeypatch, scenes_module, "write_scene_group", 1)
-
-
-def before_scene_2_has_its_name(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    """Its result is kept: two of the statistics, two of level 2, two of the writing."""
-    at_call(monkeypatch, scenes_module, "_save", 5, after=True)
-
-
-def before_the_marker(monkeypatch: pytest.MonkeyPatch, granules: list[Path]) -> None:
-    """All scenes are written, the store is not."""
-    at_call(monkeypatch, prepare_module, "finish_store", 0)
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        in_the_statistics,
-        at_scene_2,
-        in_the_middle_of_scene_2,
-        in_level_2,
-        before_the_group_of_scene_2,
-        before_scene_2_has_its_name,
-        before_the_marker,
-    ],
-)
-def test_interrupted_and_started_again(
+def test_killed_before_any_change_of_a_file(
+    amount: Callable[[int, int], int],
     tmp_path: Path,
     granules: list[Path],
     settings: dict[str, Any],
-    small_blocks: None,
-    monkeypatch: pytest.MonkeyPatch,
-    where: Where,
+    config: Path,
+    starter: Runs,
 ) -> None:
+    """What a kill leaves is no store, or all of it; what was done is not done again."""
     whole = run_prepare(tmp_path / "whole", granules, **settings)
-    out = tmp_path / "interrupted"
-    with monkeypatch.context() as patch:
-        where(patch, granules)
-        with pytest.raises(Interrupted):
-            run_prepare(out, granules, **settings)
-    with pytest.raises(InputError, match="not finished"):
-        Store(out)
-    assert nothing_opens(out)
+    out, log = tmp_path / "store", tmp_path / "changes"
+    assert starter.start("prepare", config, ("at_change", f"{out}/", 0, 0, str(log))).wait() == 0
+    n_changes = len(log.read_text().splitlines())
+    assert n_changes > 60
+    kept = opened = 0
     first_scene = out / "scenes" / granules[0].stem / "z" / "c" / "0" / "0" / "0"
-    written = first_scene.stat().st_mtime_ns if where is not in_the_statistics else None
-    begun = [p.name for p in (out / ".partial").glob("*/*") if p.is_dir()]
-    assert bool(begun) == (where not in (in_the_statistics, at_scene_2, before_the_marker))
+    for n in np.linspace(10, n_changes, amount(6, n_changes - 9)).astype(int).tolist():
+        shutil.rmtree(out)
+        assert starter.start("prepare", config, ("at_change", f"{out}/", n)).wait() == -signal.SIGKILL
+        if (out / "zarr.json").exists():
+            assert Store(out).hash == whole.hash
+            opened += 1
+        else:
+            assert nothing_opens(out)
+        written = first_scene.stat().st_mtime_ns if first_scene.exists() else None
+        run_prepare(out, granules, **settings)
+        assert same_content(out, whole.path)
+        assert not (out / ".partial").exists()
+        if written is not None:
+            assert first_scene.stat().st_mtime_ns == written
+            kept += 1
+    assert kept > 1 and opened > 0
 
-    run_prepare(out, granules, **settings)
+
+def test_cut_off_in_the_middle_of_a_scene(
+    tmp_path: Path, granules: list[Path], settings: dict[str, Any], config: Path, small_blocks: None, starter: Runs
+) -> None:
+    """Killed, or stopped by a signal, again and again: each start resumes from there."""
+    whole = run_prepare(tmp_path / "whole", granules, **settings)
+    out = tmp_path / "store"
+    for n, number in ((2, signal.SIGKILL), (6, signal.SIGTERM), (7, signal.SIGUSR1), (5, signal.SIGKILL)):
+        child = starter.start("prepare", config, ("at_block", 3 * NX * NC, n, number))
+        assert child.wait() == (-number if number == signal.SIGKILL else 75)
+        assert nothing_opens(out)
+        state = "running" if number == signal.SIGKILL else "stopped"
+        assert json.loads((out / "run.json").read_text())["state"] == state
+    last = starter.start("prepare", config, ("at_block", 3 * NX * NC, 0, 0))
+    assert last.wait() == 0, last.errors
+    assert json.loads((out / "run.json").read_text())["state"] == "finished"
     assert same_content(out, whole.path)
-    assert not (out / ".partial").exists()
-    assert written in (None, first_scene.stat().st_mtime_ns)  # what was done was not done again
 
 
-def test_statistics_are_not_read_twice(
+# --- what is kept -------------------------------------------------------------------------------------
+
+
+def test_what_was_done_is_kept(
     tmp_path: Path, granules: list[Path], small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "store"
-    with monkeypatch.context() as patch:
-        at_scene_2(patch, granules)
-        with pytest.raises(Interrupted):
-            run_prepare(out, granules, split=SPLIT_OF_THREE)
+    """Statistics are not read twice; a file that failed before anything was kept of it may be mended."""
+    whole, mended, out = (tmp_path / name for name in ("whole", "mended", "store"))
+    interrupted(granules[1], 0, mended, granules, split=SPLIT_OF_THREE)
+    os.utime(granules[1], ns=(1, 1))
+    expected = run_prepare(whole, granules, split=SPLIT_OF_THREE)
+    assert run_prepare(mended, granules, split=SPLIT_OF_THREE).hash == expected.hash
+    interrupted(granules[1], 1, out, granules, split=SPLIT_OF_THREE)
     read, passes = Scene.read, []
 
     def counted(self: Scene, rows: slice, columns: slice = slice(None)) -> Any:
@@ -195,28 +178,35 @@ def test_statistics_are_not_read_twice(
     assert passes == [granules[1].name, granules[2].name]
 
 
-@pytest.mark.parametrize("change", ["new", "gone", "changed"])
+@pytest.mark.parametrize("change", ["new", "gone", "changed", "statistics"])
 def test_other_files_after_an_interruption_are_refused(
-    tmp_path: Path, granules: list[Path], write_granule: WriteGranule, monkeypatch: pytest.MonkeyPatch, change: str
+    tmp_path: Path, granules: list[Path], write_granule: WriteGranule, change: str
 ) -> None:
     """Statistics and scenes that were made already belong to the old files."""
     out = tmp_path / "store"
-    pattern = str(tmp_path / "*.nc")
-    with monkeypatch.context() as patch:
-        at_scene_2(patch, granules)
-        with pytest.raises(Interrupted):
-            run_prepare(out, [pattern])
+    inputs: list[Any] = [str(tmp_path / "TEMPO*.nc")]
+    settings: dict[str, Any] = {"split": SPLIT_OF_THREE}
+    fourth, other, foreign = tmp_path / name("20240602T190000"), tmp_path / "other.nc", tmp_path / "foreign"
+    if change == "gone":
+        write_granule(fourth, radiance(5))
+    elif change == "statistics":
+        run_prepare(foreign, [write_granule(other, radiance(7))], split={"val_fraction": 0})
+        settings["normalization"] = {"statistics": str(foreign)}
+    interrupted(granules[1], 0 if change == "statistics" else 1, out, inputs, **settings)
+    word = {"changed": granules[0].stem, "statistics": "normalization.statistics"}.get(change, fourth.stem)
     if change == "new":
-        write_granule(tmp_path / name("20240605T180000"), radiance(5))
+        write_granule(fourth, radiance(5))
     elif change == "gone":
-        granules[2].unlink()
+        fourth.unlink()
+    elif change == "changed":
+        os.utime(write_granule(granules[0], radiance(8)), ns=(1, 1))
     else:
-        write_granule(granules[0], radiance(8))
-        os.utime(granules[0], ns=(1, 1))
-    refused(ConfigError, out, [pattern], change, "--overwrite", made=True)
-    store = run_prepare(out, [pattern], overwrite=True)
-    fresh = run_prepare(tmp_path / "fresh", [pattern])
-    assert store.hash == fresh.hash
+        run_prepare(foreign, [write_granule(other, radiance(8))], split={"val_fraction": 0}, overwrite=True)
+    with refused(ConfigError, word, "--overwrite"):
+        run_prepare(out, inputs, **settings)
+    assert nothing_opens(out)
+    store = run_prepare(out, inputs, overwrite=True, **settings)
+    assert store.hash == run_prepare(tmp_path / "fresh", inputs, **settings).hash
 
 
 def test_interrupted_after_the_marker(
@@ -224,215 +214,66 @@ def test_interrupted_after_the_marker(
 ) -> None:
     """The store is whole but not known as finished: the same inputs finish it, others are not mixed in."""
     out = tmp_path / "store"
-    pattern = str(tmp_path / "*.nc")
-    note = RunDir.note
-
-    def interrupted_note(self: RunDir, **facts: Any) -> None:
-        if "store_hash" in facts:
-            raise Interrupted
-        note(self, **facts)
-
+    inputs = [str(tmp_path / "TEMPO*.nc")]
     with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "note", interrupted_note)
+        patch.setattr(RunDir, "note", lambda *_, **facts: interrupt() if "store_hash" in facts else None)
         with pytest.raises(Interrupted):
-            run_prepare(out, [pattern])
-    added = tmp_path / name("20240605T180000")
-    write_granule(added, radiance(5))
-    with pytest.raises(ConfigError, match="is new since the preparation"):
-        run_prepare(out, [pattern])
+            run_prepare(out, inputs)
+    added = write_granule(tmp_path / name("20240605T180000"), radiance(5))
+    with refused(ConfigError, added.stem):
+        run_prepare(out, inputs)
     added.unlink()
     written = (out / "scenes").stat().st_ino
-    assert run_prepare(out, [pattern]).hash == run_prepare(tmp_path / "fresh", [pattern]).hash
+    assert run_prepare(out, inputs).hash == run_prepare(tmp_path / "fresh", inputs).hash
     assert (out / "scenes").stat().st_ino == written
-    assert not (out / ".partial").exists()
 
 
-def test_scratch_without_its_plan_is_not_trusted(tmp_path: Path, granules: list[Path]) -> None:
-    """A kill while it was deleted leaves statistics that may be of other files."""
-    truth = run_prepare(tmp_path / "fresh", granules)
-    out = tmp_path / "store"
-    config = PrepareConfig.model_validate({"output_dir": str(out), "inputs": [str(g) for g in granules]})
-    with RunDir("prepare", config, overwrite=False, resumable=True) as run:
-        (out / ".partial" / "old").mkdir(parents=True)
-        for scene in truth.scenes:
-            (out / ".partial" / "old" / f"{scene.id}.measured.npz").write_bytes(b"stale")
-    run.note(state="failed")
-    assert run_prepare(out, granules).hash == truth.hash
-
-
-def test_other_statistics_after_an_interruption_are_refused(
-    tmp_path: Path, granules: list[Path], write_granule: WriteGranule, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Scenes that are written already were normalised by the old ones."""
-    other = write_granule(tmp_path / "other.nc", radiance(7))
-    foreign = run_prepare(tmp_path / "foreign", [other], split={"val_fraction": 0})
-    settings: dict[str, Any] = {"split": SPLIT_OF_THREE, "normalization": {"statistics": str(foreign.path)}}
-    out = tmp_path / "store"
-    with monkeypatch.context() as patch:
-        at_scene_2(patch, granules)
-        with pytest.raises(Interrupted):
-            run_prepare(out, granules, **settings)
-    write_granule(other, radiance(8))
-    run_prepare(foreign.path, [other], split={"val_fraction": 0}, overwrite=True)
-    words = ("normalization.statistics", "has changed since the preparation", "--overwrite")
-    refused(ConfigError, out, granules, *words, made=True, **settings)
-    store = run_prepare(out, granules, overwrite=True, **settings)
-    assert store.hash == run_prepare(tmp_path / "fresh", granules, **settings).hash
-
-
-# --- signals --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_stopped_by_a_signal_it_goes_on(
-    tmp_path: Path, granules: list[Path], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    out = tmp_path / "store"
-    read = Scene.read
-    handler = signal.getsignal(number)
-
-    def signalled_read(self: Scene, rows: slice, columns: slice = slice(None)) -> Any:
-        if self.path == granules[1]:
-            os.kill(os.getpid(), number)
-        return read(self, rows, columns)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Scene, "read", signalled_read)
-        with pytest.raises(Stopped) as stopped:
-            run_prepare(out, granules, **settings)
-    assert stopped.value.exit_code == 75
-    assert json.loads((out / "run.json").read_text())["state"] == "stopped"
-    assert signal.getsignal(number) == handler
-    assert nothing_opens(out)
-    run_prepare(out, granules, **settings)
-    assert same_content(out, run_prepare(tmp_path / "fresh", granules, **settings).path)
-
-
-def test_killed_at_any_time(
-    tmp_path: Path, granules: list[Path], settings: dict[str, Any], small_blocks: None, starter: Runs
-) -> None:
-    """Whatever a kill leaves is no store, or is all of it; the next start goes on from there."""
-    whole = run_prepare(tmp_path / "whole", granules, **settings)
-    out, file = tmp_path / "store", tmp_path / "prepare.yaml"
-    config = {"output_dir": str(out), "inputs": [str(p) for p in granules], **settings}
-    file.write_text(yaml.safe_dump(config))
-    rng = random.Random(4)
-    slow = ("slow_blocks", scenes_module.BLOCK_SAMPLES)
-    codes = []
-
-    def starts() -> int:
-        record = out / "run.json"
-        return len(json.loads(record.read_text())["starts"]) if record.exists() else 0
-
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL):
-        before = starts()
-        child = starter.start("prepare", file, slow)
-        while starts() == before and child.wait(0) is None:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0.1, 0.6))
-        child.send(number)
-        codes.append(child.wait())
-        if not (out / "zarr.json").exists():
-            assert nothing_opens(out)
-        else:
-            assert Store(out).hash == whole.hash
-    assert codes[:2] == [-signal.SIGKILL, 75]  # the others may come too late
-    last = starter.start("prepare", file, slow)
-    assert last.wait() == 0, last.errors
-    assert json.loads((out / "run.json").read_text())["state"] == "finished"
-    assert same_content(out, whole.path)
-
-
-def test_a_damaged_file_may_be_mended(tmp_path: Path, granules: list[Path]) -> None:
-    """What was done of the other scenes is kept; of this one nothing had been."""
-    whole = run_prepare(tmp_path / "whole", granules, split=SPLIT_OF_THREE)
-    good = granules[1].read_bytes()
-    damaged = bytearray(good)
-    damaged[good.index(b"\x00" * 8, len(good) // 2) :] = b""
-    granules[1].write_bytes(bytes(damaged))
-    out = tmp_path / "mended"
-    with pytest.raises(InputError):
-        run_prepare(out, granules, split=SPLIT_OF_THREE)
-    granules[1].write_bytes(good)
-    assert run_prepare(out, granules, split=SPLIT_OF_THREE).hash == whole.hash
-
-
-def test_a_file_that_fails_in_the_middle_may_be_mended(
-    tmp_path: Path, granules: list[Path], small_blocks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run_prepare(tmp_path / "whole", granules, split=SPLIT_OF_THREE)
-    out = tmp_path / "mended"
-    with monkeypatch.context() as patch:
-        in_the_statistics(patch, granules)
-        with pytest.raises(Interrupted):
-            run_prepare(out, granules, split=SPLIT_OF_THREE)
-    os.utime(granules[1], ns=(1, 1))
-    assert run_prepare(out, granules, split=SPLIT_OF_THREE).hash == whole.hash
-
-
-def test_results_of_another_run_are_not_taken(
-    tmp_path: Path, granules: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker that was lost may finish its scene while the next run, of another config, is at work."""
-    out = tmp_path / "store"
-    with monkeypatch.context() as patch:
-        before_the_marker(patch, granules)
-        with pytest.raises(Interrupted):
-            run_prepare(out, granules, split=SPLIT_OF_THREE)
-    (old,) = (path for path in (out / ".partial").iterdir() if path.is_dir())
-    kept = {path.name: path.read_bytes() for path in old.glob("*.npz")}
-    assert kept
-    work = prepare_module.measure
-
-    def late(bench: Any, p: Any, advance: Any) -> None:
-        old.mkdir(exist_ok=True)
-        for name_, content_ in kept.items():
-            (old / name_).write_bytes(content_)
-        work(bench, p, advance)
-
-    settings: dict[str, Any] = {"split": SPLIT_OF_THREE, "normalization": {"transform": "zscore"}}
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "measure", late)
-        store = run_prepare(out, granules, overwrite=True, **settings)
-    assert store.hash == run_prepare(tmp_path / "fresh", granules, **settings).hash
-
-
-def test_a_file_that_changes_in_the_middle(
-    tmp_path: Path, granules: list[Path], write_granule: WriteGranule, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the statistics and the writing: what is written would not be what was measured."""
-    write = prepare_module.write
-
-    def changed(bench: Any, normalization: Any, targets: Any, p: Any, advance: Any) -> None:
-        if p.scene.path == granules[0]:
-            values = radiance(1)
-            values[2, 3, 4] = np.nan
-            write_granule(granules[0], values)
-        write(bench, normalization, targets, p, advance)
-
-    monkeypatch.setattr(prepare_module, "write", changed)
-    with pytest.raises(RunError, match="changed between the statistics and the writing"):
-        run_prepare(tmp_path / "store", granules, split=SPLIT_OF_THREE)
-    with pytest.raises(InputError):
-        Store(tmp_path / "store")
+# --- what is not trusted ------------------------------------------------------------------------------
 
 
 def test_nothing_of_an_older_store_stays(tmp_path: Path, granules: list[Path]) -> None:
-    """A folder whose plan was lost begins anew: neither an old root nor old scenes may pass for new ones."""
-    out = tmp_path / "store"
-    old = run_prepare(out, granules, split={"val_fraction": 0})
+    """A folder whose plan was lost begins anew: neither root nor scenes nor statistics of before pass for new ones."""
+    out, split = tmp_path / "store", {"val_fraction": 0}
+    old = run_prepare(out, granules, split=split)
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**record, "state": "failed"}))
     stray = out / "scenes" / "stray"
     stray.mkdir()
+    (out / ".partial" / "old").mkdir(parents=True)
+    for scene in old.scenes:
+        (out / ".partial" / "old" / f"{scene.id}.measured.npz").write_bytes(b"stale")
+    interrupted(granules[0], 0, out, granules, split=split)
+    assert not (out / "zarr.json").exists() and not stray.exists()
+    assert run_prepare(out, granules, split=split).hash == old.hash
 
-    def gone(*_: Any) -> Any:
-        assert not (out / "zarr.json").exists()
-        assert not stray.exists()
-        raise Interrupted
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "measure", gone)
-        with pytest.raises(Interrupted):
-            run_prepare(out, granules, split={"val_fraction": 0})
-    assert run_prepare(out, granules, split={"val_fraction": 0}).hash == old.hash
+def test_results_of_another_run_are_not_taken(tmp_path: Path, granules: list[Path]) -> None:
+    """A worker that was lost may finish its scene while the next run, of another config, is at work."""
+    out = tmp_path / "store"
+    interrupted(granules[2], 0, out, granules, split=SPLIT_OF_THREE)  # a scene for validation is only written
+    (old,) = (path for path in (out / ".partial").iterdir() if path.is_dir())
+    kept = {path: path.read_bytes() for path in old.glob("*.npz")}
+    assert len(kept) == 4  # two are measured and written
+
+    def late() -> None:
+        old.mkdir(exist_ok=True)
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+    changed: dict[str, Any] = {"split": SPLIT_OF_THREE, "normalization": {"transform": "zscore"}}
+    store = prepare_with(late, granules[0], 0, out, granules, overwrite=True, **changed)
+    assert store.hash == run_prepare(tmp_path / "fresh", granules, **changed).hash
+
+
+def test_a_file_that_changes_in_the_middle(tmp_path: Path, granules: list[Path], write_granule: WriteGranule) -> None:
+    """Between the statistics and the writing: what is written would not be what was measured."""
+
+    def change() -> None:
+        values = radiance(1)
+        values[2, 3, 4] = np.nan
+        write_granule(granules[0], values)
+
+    with pytest.raises(RunError):
+        prepare_with(change, granules[1], 0, tmp_path / "store", granules, split=SPLIT_OF_THREE)
+    with pytest.raises(InputError):
+        Store(tmp_path / "store")

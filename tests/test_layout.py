@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import tracemalloc
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,15 @@ import h5netcdf
 import h5py
 import numpy as np
 import pytest
-import scipy.io
 import xarray as xr
-import yaml
 import zarr
-from test_formats import KINDS, scene_variables, write, write_envi
+from inferring import peak, stored
+from refusals import refused
+from test_formats import KINDS, scene_variables, write
 
 from spectralvae import open_scene
-from spectralvae.cli import run
 from spectralvae.codec.layouts import pack_layout, unpack_layout
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.files import layout as layouts
 from spectralvae.files import source as sources
 from spectralvae.files.layout import Layout, layout_of, new_scene, read_layout, write_layout
 from spectralvae.files.source import Stored
@@ -31,63 +30,10 @@ from spectralvae.files.writers import new_file
 from spectralvae.readers import open_reader
 from spectralvae.readers.containers import open_container
 
-BOOKKEEPING = {
-    *("DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME", "_Netcdf4Dimid", "_Netcdf4Coordinates", "_NCProperties"),
-}
 BAND, OTHER = "band_290_490_nm", "band_540_740_nm"
-Content = dict[str, Any]
 
 
-def content(path: Path) -> Content:
-    """All that h5py sees of a netCDF-4 file: of each group its attributes, of each dataset everything."""
-    found: Content = {}
-
-    def visit(name: str, item: Any) -> None:
-        attributes = {
-            key: None if isinstance(value, h5py.Empty) else (type(value), np.asarray(value).tolist())
-            for key, value in item.attrs.items()
-            if key not in BOOKKEEPING
-        }
-        if isinstance(item, h5py.Group):
-            found[name] = attributes
-        elif not bytes(item.attrs.get("NAME", b"")).startswith(b"This is a netCDF dimension but not"):
-            dims = ["itself"] if item.is_scale else [axis[0].name for axis in item.dims]
-            values = np.asarray(item[()])
-            raw = values.tolist() if values.dtype.kind == "O" else values.tobytes()
-            found[name] = (dims, item.shape, item.dtype.str, attributes, raw)
-
-    with h5py.File(path) as file:
-        visit("/", file)
-        file.visititems(visit)
-    return found
-
-
-def cropped(path: Path, target: Path, parts: Mapping[str, slice]) -> Path:
-    """A copy of a netCDF-4 file whose dimensions of some names are cut, by h5netcdf."""
-
-    def copy(old: Any, new: Any) -> None:
-        new.attrs.update(old.attrs)
-        for name, dim in old.dimensions.items():
-            new.dimensions[name] = len(range(dim.size)[parts.get(name, slice(None))])
-        for name, variable in old.variables.items():
-            key = tuple(parts.get(dim, slice(None)) for dim in variable.dimensions)
-            attributes = dict(variable.attrs)
-            fill = attributes.pop("_FillValue", None)
-            made = new.create_variable(
-                name, variable.dimensions, variable.dtype, data=variable[key], fillvalue=fill, chunks=None
-            )
-            made.attrs.update(attributes)
-        for name, group in old.groups.items():
-            copy(group, new.create_group(name))
-
-    with h5netcdf.File(path) as old, h5netcdf.File(target, "w") as new:
-        copy(old, new)
-    return target
-
-
-def remade(
-    scene: Any, folder: Path, carry_over: Sequence[str] = (), kind: Any = "netcdf", attributes: Mapping[str, Any] = {}
-) -> Path:
+def remade(scene: Any, folder: Path, carry_over: Sequence[str] = (), kind: Any = "netcdf") -> Path:
     """Write the scene's layout to a file of latents and read it back; write its own radiance in that layout."""
     latents = folder / ("latents.nc" if kind == "netcdf" else "latents.zarr")
     with new_file(latents, kind) as writer:
@@ -103,7 +49,7 @@ def remade(
     assert_same(layout, layout_of(scene))
     assert_same(unpack_layout(pack_layout(layout)), layout)
     path = folder / "decoded.nc"
-    with new_scene(path, layout, attributes, scene, carry_over) as put, scene:
+    with new_scene(path, layout, {}, scene, carry_over) as put, scene:
         middle = scene.shape[1] // 2
         for columns in (slice(0, middle), slice(middle, scene.shape[1])):
             for row in range(0, scene.shape[0], 2):
@@ -115,29 +61,18 @@ def remade(
 
 
 def assert_same(one: Layout, other: Layout) -> None:
-    def plain(value: Any) -> Any:
-        if isinstance(value, Stored | Layout):
-            return {key: plain(item) for key, item in vars(value).items()}
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, h5py.Empty):
-            return "empty", value.dtype
-        if isinstance(value, float):  # numpy's float64 is one
-            return float(value).hex()
-        if isinstance(value, np.ndarray | np.generic) and not isinstance(value, np.bytes_):
-            return value.dtype, value.shape, repr(value.tolist())
-        return repr(value)
-
-    assert plain(one) == plain(other)
+    """To the last digit, with types; numpy's float64 is a float."""
+    with np.printoptions(threshold=10**9, floatmode="unique"):
+        first, second = (re.sub(r"np\.float64\((.*?)\)", r"\1", repr(layout)) for layout in (one, other))
+    assert first == second
 
 
 def as_before(path: Path, decoded: Path, **arguments: Any) -> None:
-    """The two files open as the same scene."""
+    """The two files open as the same scene; other formats than TEMPO have become plain netCDF."""
     with open_scene(path, **arguments) as before, open_scene(decoded, band=arguments.get("band")) as after:
         xr.testing.assert_identical(after.drop_attrs(deep=False), before.drop_attrs(deep=False))
-        assert (after.attrs["format"], after.attrs.get("band")) == (before.attrs["format"], before.attrs.get("band"))
+        assert after.attrs["format"] == ("tempo" if before.attrs["format"] == "tempo" else "netcdf")
+        assert after.attrs.get("band") == before.attrs.get("band")
 
 
 # --- TEMPO ----------------------------------------------------------------------------------------
@@ -164,18 +99,19 @@ def write_rich(path: Path, fill: float | None = -1e30) -> Path:
         file.create_variable("letters", ("n", "named"), "S1", data=np.array([list("abc"), list("xyz")], "S1"))
         file.create_variable("named", ("xtrack",), data=np.arange(6.0))  # named as a dimension, and not along it
         file.create_variable("of_none", ("none", "xtrack"), np.float32)
-        for name, nc in ((BAND, 8), (OTHER, 6)):
+        for name, nc, order in ((BAND, 8, (0, 1, 2)), (OTHER, 6, (2, 0, 1))):
             band = file.create_group(name)
             band.attrs["note"] = name
             band.dimensions["spectral_channel"] = nc
             values = rng.normal(1e12, 1e11, (5, 6, nc)).astype(np.float32)
             values[1, 2] = values[3, :, 4] = np.float32(-1e30)
             dims = ("mirror_step", "xtrack", "spectral_channel")
+            turned = tuple(dims[axis] for axis in order)
             fillvalue = None if fill is None else np.float32(fill)
             radiance = band.create_variable(
-                "radiance", dims, np.float32, fillvalue=fillvalue, chunks=(1, 4, nc), compression="gzip"
+                "radiance", turned, np.float32, fillvalue=fillvalue, chunks=(1, 4, 3), compression="gzip"
             )
-            radiance[...] = values
+            radiance[...] = values.transpose(order)
             radiance.attrs.update(
                 units="photons/s/cm^2/nm/sr", coordinates="longitude latitude", valid_min=[np.float32(0)]
             )
@@ -210,86 +146,27 @@ def granule(tmp_path: Path) -> Path:
 
 class TestTempo:
     @pytest.mark.parametrize("fill", [-1e30, None, -7.5])
-    @pytest.mark.parametrize("kind", ["netcdf", "zarr"])
-    def test_what_is_kept(self, tmp_path: Path, kind: str, fill: float | None) -> None:
+    def test_what_is_kept(self, tmp_path: Path, fill: float | None) -> None:
         path = write_rich(tmp_path / "TEMPO_RAD_L1_V03_20240601T210934Z_S012G01.nc", fill)
         if fill == -7.5:
             with h5py.File(path, "r+") as file:
                 file[BAND]["radiance"][...] = np.where(file[BAND]["radiance"][...] < 0, fill, file[BAND]["radiance"])
-        decoded = remade(open_reader(path), tmp_path, kind=kind)
-        before, after = content(path), content(decoded)
-        assert after.keys() == KEPT
-        for place in KEPT:
-            assert after[place] == before[place], place
+        decoded = remade(open_reader(path), tmp_path)
+        before = stored(path)
+        assert stored(decoded) == {place: before[place] for place in KEPT}
         as_before(path, decoded)
 
     @pytest.mark.parametrize("band", [BAND, OTHER])
     @pytest.mark.parametrize("kind", ["netcdf", "zarr"])
     def test_everything(self, granule: Path, tmp_path: Path, kind: str, band: str) -> None:
         decoded = remade(open_reader(granule, band=band), tmp_path, ["*"], kind)
-        before, after = content(granule), content(decoded)
-        assert after.keys() == before.keys()
-        for place in before:
-            assert after[place] == before[place], place
+        assert stored(decoded) == stored(granule)
         as_before(granule, decoded, band=band)
 
     def test_region(self, granule: Path, tmp_path: Path) -> None:
         decoded = remade(open_reader(granule, region=[1, 4, 2, 5]), tmp_path, ["*"])
-        expected = cropped(granule, tmp_path / "expected.nc", {"mirror_step": slice(1, 4), "xtrack": slice(2, 5)})
-        before, after = content(expected), content(decoded)
-        assert after.keys() == before.keys()
-        before["/"] = content(granule)["/"]
-        for place in before:
-            assert after[place] == before[place], place
+        assert stored(decoded) == stored(granule, {"/mirror_step": slice(1, 4), "/xtrack": slice(2, 5)})
         as_before(granule, decoded, region=[1, 4, 2, 5])
-
-    def test_what_the_name_tells(self, granule: Path, tmp_path: Path) -> None:
-        decoded = remade(open_reader(granule), tmp_path)
-        (tmp_path / "decoded").mkdir()
-        before, after = open_reader(granule), open_reader(decoded.rename(tmp_path / "decoded" / granule.name))
-        for key in ("band", "units", "shape", "time", "version"):
-            assert getattr(after, key) == getattr(before, key)
-        assert {*after.absent} == {*before.absent, "pixel_quality_flag"}
-
-    def test_patterns(self, granule: Path, tmp_path: Path) -> None:
-        decoded = remade(open_reader(granule), tmp_path, [f"{BAND}/pixel*", "earth_sun_distance"])
-        assert content(decoded).keys() == KEPT | {f"{BAND}/pixel_quality_flag", "earth_sun_distance"}
-
-    def test_dimensions_in_another_order(self, tmp_path: Path) -> None:
-        path, values = tmp_path / "a.nc", np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
-        with h5netcdf.File(path, "w") as file:
-            file.dimensions = {"xtrack": 6, "mirror_step": 5}
-            band = file.create_group(BAND)
-            band.dimensions["spectral_channel"] = 4
-            dims = ("spectral_channel", "mirror_step", "xtrack")
-            band.create_variable("radiance", dims, data=values)
-            band.create_variable("nominal_wavelength", dims[::2], data=300 + np.arange(24.0).reshape(6, 4).T)
-        decoded = remade(open_reader(path, region=[1, 5, 2, 4]), tmp_path)
-        with h5py.File(decoded) as file:
-            np.testing.assert_array_equal(file[BAND]["radiance"], values[:, 1:5, 2:4])
-            assert [axis[0].name for axis in file[BAND]["radiance"].dims] == [
-                f"/{BAND}/spectral_channel", "/mirror_step", "/xtrack",
-            ]  # fmt: skip
-        as_before(path, decoded, region=[1, 5, 2, 4])
-
-    def test_simulated(self, tmp_path: Path) -> None:
-        config = {"output_dir": str(tmp_path / "granules"), "n_granules": 1, "shape": [7, 40], "n_channels": 33}
-        (tmp_path / "simulate.yaml").write_text(yaml.safe_dump(config))
-        assert run(["simulate", str(tmp_path / "simulate.yaml")]) == 0
-        (path,) = (tmp_path / "granules").glob("TEMPO_RAD*.nc")
-        decoded = remade(open_reader(path), tmp_path, ["*"])
-        assert content(decoded) == content(path)
-        with xr.open_dataset(path, group=BAND) as before, xr.open_dataset(decoded, group=BAND) as after:
-            xr.testing.assert_identical(after, before)
-            assert np.isnan(after["radiance"]).any()
-
-    def test_test_granule(self, tmp_path: Path, write_granule: Callable[..., Path]) -> None:
-        values = np.random.default_rng(0).normal(1e12, 1e11, (4, 5, 6))
-        path = write_granule(
-            tmp_path / "a.nc", values, flag=np.zeros(values.shape), fill=-1e30, seconds=np.arange(4),
-            geometry={"latitude": np.zeros((4, 5)), "longitude": np.ones((4, 5))},
-        )  # fmt: skip
-        assert content(remade(open_reader(path), tmp_path, ["*"])) == content(path)
 
 
 # --- other formats --------------------------------------------------------------------------------
@@ -320,8 +197,7 @@ class TestArrays:
     ) -> None:
         path = write(tmp_path, kind, variables_of(dims, packed))
         decoded = remade(open_reader(path, region=region), tmp_path, ["*"], "zarr" if packed else "netcdf")
-        with open_scene(path, region=region) as before, open_scene(decoded) as after:
-            xr.testing.assert_identical(after.drop_attrs(deep=False), before.drop_attrs(deep=False))
+        as_before(path, decoded, region=region)
         engine = {"classic": "scipy", "offset64": "scipy", "netcdf4": "h5netcdf"}.get(kind, "zarr")
         more = {"consolidated": False} if engine == "zarr" else {}
         crop = {} if region is None else {"y": slice(1, 4), "x": slice(2, 6)}
@@ -338,79 +214,57 @@ class TestArrays:
             assert before["cube"].attrs.keys() - after["cube"].attrs.keys() == ({"valid_max"} if packed else set())
             assert after["cube"].dtype == np.float32
             assert np.isnan(after["cube"].encoding["_FillValue"]) == packed
-
-    def test_identical(self, tmp_path: Path) -> None:
-        path = write(tmp_path, "netcdf4", variables_of(("channel", "y", "x"), False))
-        assert content(remade(open_reader(path), tmp_path, ["*"])) == content(path)
+        if kind == "netcdf4" and not packed:
+            assert stored(decoded) == stored(path)
 
     @pytest.mark.filterwarnings("ignore:variable 'cube' has multiple fill values")  # xarray's, over the source, too
     @pytest.mark.parametrize(
-        ("attributes", "stored"),
+        ("dtype", "attributes", "kept", "fill"),
         [
-            ({}, np.nan),
-            ({"missing_value": np.float32(-9)}, -9),
-            ({"missing_value": np.array([-9, -8], np.float32)}, -9),
-            ({"missing_value": np.float32(-9), "_FillValue": np.float32(-5)}, -5),
-            ({"_FillValue": np.float32(np.nan)}, np.nan),
+            ("f4", {}, "f4", np.nan),
+            ("f4", {"missing_value": np.float32(9)}, "f4", 9),
+            ("f4", {"missing_value": np.array([9, 8], np.float32)}, "f4", 9),
+            ("f4", {"missing_value": np.float32(8), "_FillValue": np.float32(9)}, "f4", 9),
+            ("f4", {"_FillValue": np.float32(np.nan)}, "f4", np.nan),
+            ("f8", {"missing_value": np.float64(9)}, "f8", 9),
+            (">f4", {"missing_value": np.array(9, ">f4")}, "f4", 9),
+            ("i4", {"missing_value": np.int32(9)}, "f4", np.nan),
+            ("u2", {"missing_value": np.uint16(9)}, "f4", np.nan),
+            ("f8", {"missing_value": np.float64(9), "scale_factor": 0.5}, "f8", np.nan),
         ],
     )
-    def test_fill(self, tmp_path: Path, attributes: dict[str, Any], stored: float) -> None:
-        values = np.ones((5, 7, 4), np.float32)
-        values[2] = np.nan
+    def test_types_and_fills(
+        self, tmp_path: Path, dtype: str, attributes: dict[str, Any], kept: str, fill: Any
+    ) -> None:
+        values = (np.arange(140).reshape(5, 7, 4) + 20).astype(dtype)
+        values[2] = 9 if attributes.keys() - {"_FillValue"} else np.nan
         path = write(tmp_path, "netcdf4", scene_variables(values, **attributes))
         with xr.open_dataset(remade(open_reader(path), tmp_path), mask_and_scale=False) as raw:
-            np.testing.assert_array_equal(raw["cube"][2], stored)
-            assert raw["cube"].attrs.keys() == attributes.keys()
-
-    @pytest.mark.parametrize(("dtype", "kept"), [("f8", "f8"), (">f4", "f4"), ("i4", "f4"), ("u2", "f4")])
-    def test_types(self, tmp_path: Path, dtype: str, kept: str) -> None:
-        values = np.arange(140).reshape(5, 7, 4).astype(dtype)
-        path = write(tmp_path, "netcdf4", scene_variables(values, missing_value=np.array(-1 if dtype[0] != "u" else 9)))
-        with xr.open_dataset(remade(open_reader(path), tmp_path), mask_and_scale=False) as raw:
             assert raw["cube"].dtype == kept
-            valid = values != 9 if dtype == "u2" else values != -1
-            np.testing.assert_array_equal(raw["cube"], np.where(valid, values, np.nan))
-
-    def test_packed_floats(self, tmp_path: Path) -> None:
-        values = np.arange(140).reshape(5, 7, 4).astype(np.float64)
-        path = write(tmp_path, "netcdf4", scene_variables(values, scale_factor=0.5, missing_value=np.float64(3)))
-        with xr.open_dataset(remade(open_reader(path), tmp_path), mask_and_scale=False) as raw:
-            assert raw["cube"].dtype == np.float64
-            np.testing.assert_array_equal(raw["cube"], np.where(values == 3, np.nan, values / 2))
-            assert raw["cube"].attrs.keys() == {"_FillValue"}
+            np.testing.assert_array_equal(raw["cube"][2], fill)
+            np.testing.assert_array_equal(raw["cube"][3:], values[3:] * attributes.get("scale_factor", 1.0))
+            changed = dtype[0] in "iu" or "scale_factor" in attributes
+            assert raw["cube"].attrs.keys() == ({"_FillValue"} if changed else attributes.keys())
 
     def test_given_wavelengths_and_units(self, tmp_path: Path) -> None:
-        values = np.ones((5, 7, 4), np.float32)
-        path = write(tmp_path, "netcdf4", {"g/cube": (("y", "x", "channel"), values, {})})
+        path = write(tmp_path, "netcdf4", {"g/cube": (("y", "x", "channel"), np.ones((5, 7, 4), np.float32), {})})
         given = {"wavelength": [401.0, 402.0, 404.0, 408.0], "units": "W"}
         decoded = remade(open_reader(path, **given), tmp_path)
-        with open_scene(path, **given) as before, open_scene(decoded) as after:
-            xr.testing.assert_identical(after.drop_attrs(deep=False), before.drop_attrs(deep=False))
+        as_before(path, decoded, **given)
         with xr.open_dataset(decoded, group="g") as dataset:
-            assert dataset["cube"].attrs["units"] == "W"
-            assert dataset["wavelength"].attrs["units"] == "nm"
+            assert (dataset["cube"].attrs["units"], dataset["wavelength"].attrs["units"]) == ("W", "nm")
 
     def test_groups_with_dimensions_of_one_name(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.zarr"
-        root = zarr.create_group(path)
+        path, groups = tmp_path / "a.zarr", {}
         for group, ny in (("one", 5), ("two", 3)):
-            for name, dims, values in (
-                ("cube", ("y", "x", "channel"), np.random.default_rng(ny).random((ny, 7, 4), np.float32)),
-                ("wavelength", ("channel",), 400.0 + np.arange(4)),
-                ("y", ("y",), np.arange(ny)),
-            ):
-                array = root.create_array(
-                    f"{group}/{name}", shape=values.shape, dtype=values.dtype, dimension_names=dims,
-                    attributes={"units": "nm"} if name == "wavelength" else {}, config={"write_empty_chunks": True},
-                )  # fmt: skip
-                array[...] = values
-        scene = open_reader(path, variable="two/cube", region=[1, 3, 0, 5])
-        decoded = remade(scene, tmp_path, ["*"])
+            cube = ("y", "x", "channel"), np.random.default_rng(ny).random((ny, 7, 4), np.float32)
+            wavelength = "channel", 400.0 + np.arange(4), {"units": "nm"}
+            groups[group] = xr.Dataset({"cube": cube}, {"wavelength": wavelength, "y": np.arange(ny)})
+        xr.DataTree.from_dict(groups).to_zarr(path, consolidated=False)
+        decoded = remade(open_reader(path, variable="two/cube", region=[1, 3, 0, 5]), tmp_path, ["*"])
         for group, crop in (("one", slice(None)), ("two", slice(1, 3))):
-            with xr.open_dataset(decoded, group=group) as after:
-                np.testing.assert_array_equal(after["y"], root[f"{group}/y"][crop])
-                x = slice(0, 5)  # of one size everywhere, so the same dimension
-                np.testing.assert_array_equal(after["cube"], root[f"{group}/cube"][crop, x])
+            with xr.open_dataset(decoded, group=group) as after:  # x is of one size everywhere, so the same dimension
+                xr.testing.assert_equal(after, groups[group].isel(y=crop, x=slice(0, 5)))
         with h5py.File(decoded) as file:
             assert [axis[0].name for axis in file["two/cube"].dims] == ["/two/y", "/x", "/channel"]
 
@@ -440,7 +294,7 @@ class TestArrays:
             "odd", shape=(3,), dtype="f4", dimension_names=("y",), config={"write_empty_chunks": True}
         )[...] = 0
         remade(open_reader(path), tmp_path)
-        with pytest.raises(InputError, match=r"a\.zarr: odd has 3 along y, other variables 5, which netCDF-4 cannot"):
+        with refused(InputError, "odd", "3", "5", path=path):
             remade(open_reader(path), tmp_path, ["*"])
 
     def test_dimension_behind_another_of_its_name(self, granule: Path, tmp_path: Path) -> None:
@@ -448,77 +302,44 @@ class TestArrays:
             band = file[BAND]
             band["deep/w"] = np.zeros(8)
             band["deep/w"].dims[0].attach_scale(band["spectral_channel"])
-        with pytest.raises(
-            InputError, match=r"deep/w has the dimension band_290_490_nm/spectral_channel, and a nearer"
-        ):
+        with refused(InputError, "deep/w", f"{BAND}/spectral_channel", path=granule):
             remade(open_reader(granule), tmp_path, ["*"])
 
 
-class TestPlain:
-    def check(self, tmp_path: Path, path: Path, **given: Any) -> xr.Dataset:
-        scene = open_reader(path, **given)
-        decoded = remade(scene, tmp_path, kind="zarr")
-        with open_scene(path, **given) as before, open_scene(decoded) as after:
-            xr.testing.assert_identical(after.drop_attrs(deep=False), before.drop_attrs(deep=False))
-            assert after.attrs["format"] == "netcdf"
-        with pytest.raises(ConfigError, match=f"{scene.path.name}: carry_over: of a {scene.format} file nothing is"):
-            remade(scene, tmp_path, ["*"])
-        with xr.open_dataset(decoded) as dataset:
-            return dataset.load()
-
-    @pytest.mark.parametrize("region", [None, [1, 4, 2, 6]])
-    def test_matlab(self, tmp_path: Path, region: list[int] | None) -> None:
-        values = np.random.default_rng(0).random((5, 7, 4))
-        values[1, 2] = np.nan
-        scipy.io.savemat(tmp_path / "a.mat", {"cube": values, "wavelength": [401.0, 402, 403, 404]})
-        dataset = self.check(tmp_path, tmp_path / "a.mat", region=region, units="W")
-        assert dataset["radiance"].dims == ("y", "x", "channel")
-        assert dataset["radiance"].attrs["units"] == "W"
-        assert dataset["wavelength"].values.tolist() == [401, 402, 403, 404]
-
-    def test_envi(self, tmp_path: Path) -> None:
-        values = np.random.default_rng(0).random((5, 7, 4)).astype(np.float32)
-        path = write_envi(tmp_path / "a.hdr", values, wavelength=[401, 402, 403, 404], wavelength_units="nm")
-        np.testing.assert_array_equal(self.check(tmp_path, path)["radiance"], values)
-
-    def test_without_names(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.h5"
-        with h5py.File(path, "w") as file:
-            file["cube"] = np.random.default_rng(0).random((4, 5, 7), np.float32)
-            file["wavelength"] = 400.0 + np.arange(4)
-            file["latitude"] = np.arange(35.0).reshape(5, 7)
-            file["time"] = np.array([0.0, 1, np.nan, 3, 4])
-            for name, units in (("wavelength", "nm"), ("latitude", "degrees"), ("time", "days since 2000-01-01")):
-                file[name].attrs["units"] = units
-        dims = {"channel": 0, "y": 1, "x": 2}
-        dataset = self.check(tmp_path, path, dims=dims, region=[0, 4, 2, 5])
+def test_a_format_that_lays_nothing_out(tmp_path: Path) -> None:
+    """HDF5 without names: (y, x, channel) with wavelengths, and nothing is carried over."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["cube"] = np.random.default_rng(0).random((4, 5, 7), np.float32)
+        file["wavelength"] = 400.0 + np.arange(4)
+        file["latitude"] = np.arange(35.0).reshape(5, 7)
+        file["time"] = np.array([0.0, 1, np.nan, 3, 4])
+        for name, units in (("wavelength", "nm"), ("latitude", "degrees"), ("time", "days since 2000-01-01")):
+            file[name].attrs["units"] = units
+    given: dict[str, Any] = {"dims": {"channel": 0, "y": 1, "x": 2}, "region": [0, 4, 2, 5], "units": "W"}
+    decoded = remade(open_reader(path, **given), tmp_path, kind="zarr")
+    as_before(path, decoded, **given)
+    with xr.open_dataset(decoded) as dataset:
+        assert dataset["radiance"].dims == ("y", "x", "channel") and dataset["radiance"].attrs["units"] == "W"
         assert dataset["latitude"].dims == ("y", "x")
         assert dataset["time"].dtype.kind == "M"
+    with refused(ConfigError, "netcdf", key="carry_over", path=path):
+        remade(open_reader(path, **given), tmp_path, ["*"])
 
 
 # --- carrying over --------------------------------------------------------------------------------
 
 
 class TestCarryOver:
-    def test_nothing_of_that_name(self, granule: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"S012G01\.nc: carry_over: 'geometry/\*' matches nothing; it has: .*crs"):
-            remade(open_reader(granule), tmp_path, ["*/latitude", "geometry/*"])
-        assert not (tmp_path / "decoded.nc").exists()
-
-    def test_what_netcdf_cannot_hold(self, granule: Path, tmp_path: Path) -> None:
+    def test_what_cannot_be_copied(self, granule: Path, tmp_path: Path) -> None:
         with h5py.File(granule, "r+") as file:
             file["compound"] = np.zeros(3, [("a", "f4"), ("b", "i2")])
-        remade(open_reader(granule), tmp_path)
-        with pytest.raises(
-            InputError, match=r"S012G01\.nc: compound holds .*, for which netCDF-4 has no type; name only others"
-        ):
-            remade(open_reader(granule), tmp_path, ["*"])
-
-    def test_damage(self, granule: Path, tmp_path: Path) -> None:
-        with h5py.File(granule, "r+") as file:
             file.create_dataset("hollow", (10**6, 10**6), "f8")
-        with pytest.raises(InputError, match="hollow declares 8000000000000 bytes, but none is stored"):
-            remade(open_reader(granule), tmp_path, ["hol*"])
+        with refused(ConfigError, "crs", key="carry_over", path=granule, value="geometry/*"):
+            remade(open_reader(granule), tmp_path, ["*/latitude", "geometry/*"])
+        for pattern, word in (("comp*", "compound"), ("hol*", "8000000000000")):
+            with refused(InputError, word, str(granule)):
+                remade(open_reader(granule), tmp_path, [pattern])
         assert not (tmp_path / "decoded.nc").exists()
         remade(open_reader(granule), tmp_path, ["crs"])
 
@@ -537,14 +358,12 @@ class TestCarryOver:
         monkeypatch.setattr(sources, "_BLOCK_BYTES", 2**19)
         scene, decoded = open_reader(path, variable="cube", region=region), tmp_path / "decoded.nc"
         layout = layout_of(scene)
-        tracemalloc.start()
-        try:
+
+        def carry_over() -> None:
             with new_scene(decoded, layout, {}, scene, ["large"]):
                 pass
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        assert peak < 6e6
+
+        assert peak(carry_over) < 6e6
         y, x = (slice(None), slice(None)) if region is None else (slice(3, 38), slice(11, 290))
         with h5py.File(decoded) as file:
             np.testing.assert_array_equal(file["large"], values[y, x])
@@ -554,39 +373,12 @@ class TestCarryOver:
 
 
 class TestLayoutInFiles:
-    @pytest.mark.parametrize("kind", ["netcdf", "zarr"])
-    def test_readable_copies(self, granule: Path, tmp_path: Path, kind: str) -> None:
-        path = tmp_path / "latents"
-        with new_file(path, kind) as writer:  # type: ignore[arg-type]
-            writer.dimension("xtrack", 3)
-            writer.create("xtrack", ("xtrack",), "f4", {}, values=[1, 2, 3])
-            write_layout(writer, layout_of(open_reader(granule, region=[0, 5, 1, 3])))
-        with xr.open_datatree(path, engine="h5netcdf" if kind == "netcdf" else "zarr") as tree:
-            assert tree["source"].attrs["title"] == "a granule"
-            band = tree["source"][BAND]
-            assert band.attrs["note"] == BAND
-            assert "radiance" not in band
-            assert band["latitude"].dims == ("mirror_step", "source_xtrack")
-            with xr.open_dataset(granule, group=BAND) as before:
-                np.testing.assert_array_equal(band["latitude"], before["latitude"][:, 1:3])
-                np.testing.assert_array_equal(band["solar_zenith_angle"], before["solar_zenith_angle"][:, 1:3])
-
-    @pytest.mark.parametrize("kind", ["netcdf", "zarr"])
-    def test_none(self, granule: Path, tmp_path: Path, kind: str) -> None:
-        path = tmp_path / "latents"
-        with new_file(path, kind) as writer:  # type: ignore[arg-type]
-            writer.group("other", {"layout": "{}"})
-        with closing(open_container(path)) as container, pytest.raises(InputError, match="latents: no layout of a"):
-            read_layout(container)
-
     @pytest.mark.parametrize(
         "damage",
         [
             lambda text: text[:-20],
             lambda text: "{}",
-            lambda text: "[]",
             lambda text: text.replace('"mirror_step": 5', '"mirror_step": 6'),
-            lambda text: text.replace('"shape": [5', '"shape": [4'),
             lambda text: text.replace('"latitude"', '"altitude"').replace("/latitude", "/altitude"),
             lambda text: text.replace(
                 '"place": "time", "dims": ["mirror_step"]', '"place": "time", "dims": ["xtrack"]'
@@ -595,22 +387,19 @@ class TestLayoutInFiles:
             lambda text: text.replace("[5, 6, 8]", "[5, 6]"),
         ],
     )
-    @pytest.mark.parametrize("kind", ["netcdf", "zarr"])
-    def test_damage(
-        self, granule: Path, tmp_path: Path, kind: str, damage: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path, to_json = tmp_path / "latents", layouts.to_json
-
-        def damaged(layout: Layout) -> str:
-            text = to_json(layout)
-            assert damage(text) != text
-            return damage(text)
-
-        monkeypatch.setattr(layouts, "to_json", damaged)
-        with new_file(path, kind) as writer:  # type: ignore[arg-type]
+    def test_damage(self, granule: Path, tmp_path: Path, damage: Callable[[str], str]) -> None:
+        """Under a digest that fits: such a file comes from another program."""
+        path = tmp_path / "latents.nc"
+        with new_file(path, "netcdf") as writer:
             write_layout(writer, layout_of(open_reader(granule)))
-        with closing(open_container(path)) as container, pytest.raises(InputError, match="latents: damaged"):
+        with h5py.File(path, "r+") as file:
+            attributes = file["source"].attrs
+            damaged = damage(attributes["layout"])
+            assert damaged != attributes["layout"]
+            attributes.update(layout=damaged, layout_sha256=hashlib.sha256(damaged.encode()).hexdigest())
+        with closing(open_container(path)) as container, pytest.raises(InputError) as error:
             read_layout(container)
+        assert str(path) in str(error.value)
 
 
 class TestNewScene:
@@ -619,37 +408,8 @@ class TestNewScene:
         with h5py.File(granule, "r+") as file:
             file[BAND].move(link, "elsewhere")
             file[BAND][link] = h5py.SoftLink(f"/{BAND}/elsewhere")
-        with pytest.raises(InputError, match=rf"S012G01\.nc: {BAND}/{link} is a second name \(link\)"):
+        with refused(InputError, f"{BAND}/{link}", path=granule):
             layout_of(open_reader(granule))
-
-    def test_attributes(self, granule: Path, tmp_path: Path) -> None:
-        added = {"title": "decoded", "model_sha256": "ab", "history": "decoded today"}
-        decoded = remade(open_reader(granule), tmp_path, attributes=added)
-        with xr.open_dataset(decoded) as dataset:
-            assert dataset.attrs.items() >= {"title": "decoded", "model_sha256": "ab", "number": 3}.items()
-            assert dataset.attrs["history"] == "made\ndecoded today"
-
-    def test_failure_leaves_nothing(self, granule: Path, tmp_path: Path) -> None:
-        layout = layout_of(open_reader(granule))
-        target = tmp_path / "out"
-        target.mkdir()
-
-        def fail() -> None:
-            with new_scene(target / "decoded.nc", layout, {}) as put:
-                put(slice(0, 1), slice(0, 6), np.ones((1, 6, 8), np.float32))
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            fail()
-        assert list(target.iterdir()) == []
-
-    def test_what_is_given_stays(self, granule: Path, tmp_path: Path) -> None:
-        layout, values = layout_of(open_reader(granule)), np.full((5, 6, 8), np.nan, np.float32)
-        with new_scene(tmp_path / "decoded.nc", layout, {}) as put:
-            put(slice(0, 5), slice(0, 6), values)
-        assert np.isnan(values).all()
-        with open_scene(tmp_path / "decoded.nc") as scene:
-            assert np.isnan(scene["radiance"]).all()
 
 
 # --- as bytes -------------------------------------------------------------------------------------
@@ -657,16 +417,12 @@ class TestNewScene:
 
 class TestBytes:
     @pytest.fixture
-    def layout(self, tmp_path: Path) -> Layout:
-        config = {"output_dir": str(tmp_path / "granules"), "n_granules": 1, "shape": [9, 70], "n_channels": 40}
-        (tmp_path / "simulate.yaml").write_text(yaml.safe_dump(config))
-        assert run(["simulate", str(tmp_path / "simulate.yaml")]) == 0
-        (path,) = (tmp_path / "granules").glob("TEMPO_RAD*.nc")
-        with open_reader(path) as scene:
+    def layout(self, granule: Path) -> Layout:
+        with open_reader(granule) as scene:
             return layout_of(scene)
 
     def test_every_bit_of_the_values(self, layout: Layout, tmp_path: Path) -> None:
-        stored = layout.variables[0]
+        first = layout.variables[0]
         odd = np.array([0x7FC00001, 0x7F800001, 0xFFC00000, 0x80000000], "<u4").view("<f4")  # NaN of all kinds, -0.0
         texts = np.array(["a", "ü", "", "\n"], object)
         more = [
@@ -679,14 +435,16 @@ class TestBytes:
         layout = replace(layout, dimensions=dimensions, variables=(*layout.variables, *more))
         again = unpack_layout(pack_layout(layout))
         assert_same(again, layout)
-        assert len(again.variables) > 10 and again.variables[0].place == stored.place
+        assert len(again.variables) > 7 and again.variables[0].place == first.place
         for before, after in zip(layout.variables, again.variables, strict=True):
             assert before.values is not None and after.values is not None
             assert after.values.dtype.str == before.values.dtype.str
             if before.dtype != "str":
                 assert after.values.tobytes() == before.values.tobytes()
+        given = np.full(layout.shape, np.nan, np.float32)
         with new_scene(tmp_path / "a.nc", again, {}) as put:
-            put(slice(0, 9), slice(0, 70), np.ones(layout.shape, np.float32))
+            put(slice(0, 5), slice(0, 6), given)
+        assert np.isnan(given).all()
         with h5py.File(tmp_path / "a.nc") as file:
             assert file["odd"][:].tobytes() == more[0].values.tobytes()  # type: ignore[union-attr]
 
@@ -696,7 +454,7 @@ class TestBytes:
             with pytest.raises(ValueError, match=r"."):
                 unpack_layout(data[:length])
         for more in (b"\0", bytes(8), data):
-            with pytest.raises(ValueError, match="damaged"):
+            with pytest.raises(ValueError, match=r"damaged|corrupt"):
                 unpack_layout(data + more)
         random = np.random.default_rng(0)
         for position in random.integers(0, len(data), 100):
@@ -710,5 +468,5 @@ class TestBytes:
         i = [stored.dtype for stored in layout.variables].index("f4")
         variables = list(layout.variables)
         variables[i] = replace(variables[i], **change)
-        with pytest.raises(ValueError, match=r"packed layout is damaged|, not "):
+        with pytest.raises(ValueError, match=r"damaged|corrupt|, not "):
             unpack_layout(pack_layout(replace(layout, variables=tuple(variables))))

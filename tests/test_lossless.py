@@ -65,38 +65,18 @@ def test_walks_and_noise_of_any_step(dtype: str, seed: int, shape: tuple[int, ..
     steps = random.integers(-(2 ** random.integers(1, 62)), 2 ** random.integers(1, 62), shape)
     integers = np.cumsum(steps, axis=random.integers(len(shape)))
     integers[random.random(shape) < 0.1 * random.integers(2)] = 2**63 - 1
-    check(
-        integers.astype(f"=i{np.dtype(dtype).itemsize}")
-        .view(f"=u{np.dtype(dtype).itemsize}")
-        .astype(f"{dtype[0].replace('|', '=')}u{np.dtype(dtype).itemsize}")
-        .view(dtype)
-        if dtype != "|b1"
-        else integers > 0
-    )
+    width = np.dtype(dtype).itemsize
+    bits = integers.astype(f"{dtype[0].replace('|', '=')}u{width}")  # the lowest, in the type's byte order
+    check(integers > 0 if dtype == "|b1" else bits.view(dtype))
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8"])
 def test_all_kinds_of_floats(dtype: str) -> None:
-    width = np.dtype(dtype).itemsize
-    info = np.finfo(np.dtype(dtype).newbyteorder("="))
-    special = np.array(
-        [
-            0.0,
-            -0.0,
-            np.inf,
-            -np.inf,
-            np.nan,
-            -np.nan,
-            info.tiny,
-            -info.tiny,
-            info.smallest_subnormal,
-            info.max,
-            info.min,
-        ],
-        dtype,
-    )
-    payloads = (special[4:5].view(f"{dtype[0]}u{width}") + np.arange(1, 9)).astype(f"{dtype[0]}u{width}").view(dtype)
-    signalling = (special[2:3].view(f"{dtype[0]}u{width}") + np.arange(1, 9)).astype(f"{dtype[0]}u{width}").view(dtype)
+    info, bits = np.finfo(np.dtype(dtype).newbyteorder("=")), f"{dtype[0]}u{np.dtype(dtype).itemsize}"
+    ends = [info.tiny, -info.tiny, info.smallest_subnormal, info.max, info.min]
+    special = np.array([np.inf, np.nan, -np.inf, -np.nan, 0.0, -0.0, *ends], dtype)
+    # other NaN's, signalling ones first
+    payloads, signalling = ((special[i : i + 1].view(bits) + np.arange(1, 9)).astype(bits).view(dtype) for i in (1, 0))
     values = np.concatenate([special, payloads, signalling])
     check(values)
     field = smooth(40, 200).astype(dtype)
@@ -105,13 +85,10 @@ def test_all_kinds_of_floats(dtype: str) -> None:
     check(smooth(40, 200).astype(dtype) - np.array(40, dtype))  # from + to -
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 3), (1,), (1, 1), (1, 1000), (1000, 1), (5, 1, 7)])
-def test_shapes(shape: tuple[int, ...]) -> None:
-    check(np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape))
-    check(np.random.default_rng(0).random(shape))
-
-
-def test_layouts_in_memory() -> None:
+def test_shapes_and_layouts_in_memory() -> None:
+    for shape in ((), (0,), (3, 0), (0, 3), (1,), (1, 1), (1, 1000), (1000, 1), (5, 1, 7)):
+        check(np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape))
+        check(np.random.default_rng(0).random(shape))
     field = smooth(60, 80).astype(np.float32)
     for array in (field.T, field[::2, ::-3], np.asfortranarray(field), np.broadcast_to(field[0], (9, 80))):
         check(array)
@@ -139,28 +116,25 @@ def test_smooth_fields(dtype: str) -> None:
         assert n_bits < 2.5
 
 
-def test_noise_takes_its_bits_and_hardly_more() -> None:
+def test_noise_takes_its_bits_and_repetitions_are_left_to_zlib() -> None:
     random = np.random.default_rng(0)
     for n_bits in (3, 12, 20, 40, 60):
-        values = random.integers(0, 2**n_bits, (100, 500))
+        values = random.integers(0, 2**n_bits, (60, 400))
         assert 8 * len(check(values)) / values.size < n_bits + 1.2
-    normal = random.normal(size=(100, 500)).astype(np.float32)
+    normal = random.normal(size=(60, 400)).astype(np.float32)
     assert 8 * len(check(normal)) / normal.size < 31
+    values = np.tile(random.integers(0, 2**31, 1000), 30)
+    assert len(check(values)) < 1.1 * len(zlib.compress(values.tobytes(), 9))
 
 
-@pytest.mark.parametrize("fill", [-1e30, np.nan, 9.96921e36])
+@pytest.mark.parametrize("fill", [-1e30, np.nan])
 def test_holes_cost_little(fill: float) -> None:
-    field = smooth(60, 1000).astype(np.float32)
+    field = smooth(40, 600).astype(np.float32)
     whole = len(check(field))
-    field[10:20, :90] = field[40:, 300:310] = field[33] = fill
+    field[10:20, :60] = field[30:, 200:210] = field[23] = fill
     assert len(check(field)) < 1.15 * whole
     field[:, 5] = field[0] = field[-1] = fill
     check(field)
-
-
-def test_repetitions_are_left_to_zlib() -> None:
-    values = np.tile(np.random.default_rng(0).integers(0, 2**31, 1000), 30)
-    assert len(check(values)) < 1.1 * len(zlib.compress(values.tobytes(), 9))
 
 
 # --- texts ------------------------------------------------------------------------------------
@@ -186,25 +160,17 @@ def test_texts_of_libraries() -> None:
 
 # --- damage -----------------------------------------------------------------------------------
 
+WAYS = {"zlib", "bytes", "item", "texts"}
 PACKED = {
-    "weights": smooth(30, 500).astype(np.float32),
-    "holes": np.where(np.random.default_rng(0).random(400) < 0.1, np.nan, smooth(1, 400)[0]),
-    "walk": np.cumsum(np.random.default_rng(0).integers(-9, 9, 500)),
-    "large": np.random.default_rng(0).normal(size=(20, 40)) * 1e300,
+    "weights": smooth(20, 400).astype(np.float32),
+    "hole": np.where(np.random.default_rng(0).random(400) < 0.1, np.nan, smooth(1, 400)[0]),
+    "start": np.cumsum(np.random.default_rng(0).integers(-9, 9, 500)),
+    "low": np.random.default_rng(0).normal(size=(20, 40)) * 1e300,
     "zlib": np.tile(np.random.default_rng(0).integers(0, 2**31, 60), 30),
-    "noise": np.random.default_rng(0).integers(0, 256, 50, np.uint8),
-    "constant": np.full((7, 9), 3.25),
+    "bytes": np.random.default_rng(0).integers(0, 256, 50, np.uint8),
+    "item": np.full((7, 9), 3.25),
     "texts": np.array(["abc", "def", b"g"], object),
 }
-
-
-def test_ways_are_those_that_are_meant() -> None:
-    headers = {name: json.loads(pack_array(array).split(b"\n")[0]) for name, array in PACKED.items()}
-    assert {name: header["by"] for name, header in headers.items()} == {
-        **dict.fromkeys(("weights", "holes", "walk", "large"), "neighbours"),
-        **{"zlib": "zlib", "noise": "bytes", "constant": "item", "texts": "texts"},
-    }
-    assert "weights" in headers["weights"] and "hole" in headers["holes"] and "low" in headers["large"]
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -212,6 +178,8 @@ def test_damage_ends_in_a_value_error_or_another_array(name: str) -> None:
     array, random = PACKED[name], np.random.default_rng(0)
     max_bytes = max(array.nbytes, 1000)
     data = pack_array(array)
+    header = json.loads(data.split(b"\n")[0])
+    assert header["by"] == name if name in WAYS else header["by"] == "neighbours" and name in header
     unpack_array(data, max_bytes)
 
     def attempt(damaged: bytes) -> bool:
@@ -245,37 +213,33 @@ def test_larger_than_is_allowed() -> None:
         limit = array.nbytes - 1 if array.dtype != object else 10
         tracemalloc.start()
         try:
-            with pytest.raises(ValueError, match=r"more than|at most"):
+            with pytest.raises(ValueError, match=f"{limit:,}"):
                 unpack_array(data, limit)
             assert tracemalloc.get_traced_memory()[1] < 2**18  # not even for the 16 MiB of zeros
         finally:
             tracemalloc.stop()
 
 
-SHAPE, TYPE, LIMITS = r"the shape is \(", "the type is ", r"_Way\(.* for a table of"
-
-
 @pytest.mark.parametrize(
     ("header", "told"),
     [
-        *(({"shape": shape}, SHAPE) for shape in ([-1, 4], [-8, -1000], [10**30, -1], "ab", [1.5, 2])),
-        *(({"shape": shape}, "damaged") for shape in ([8], [8, 500], None)),
-        ({"shape": [10**30, 10]}, "more than"),
-        *(({"dtype": dtype}, TYPE) for dtype in ("O", "|O8", "<M8[s]", "<f4,<f4", "f4", "", 4, None)),
-        *(({"dtype": dtype}, "damaged|data type") for dtype in ("<f3", "<c8")),
-        *(({"by": by}, "damaged") for by in ("neighbors", None, 1, [])),
-        *(({key: value}, LIMITS) for key in ("x", "y") for value in (-1, 4, 10**30, "1", 0.5, None)),
-        *(({"low": value}, LIMITS) for value in (-1, 6, 1.5)),
-        *(({"unit": value}, LIMITS) for value in (-1, 64, "1")),
-        *(({"start": value}, LIMITS) for value in (-1, 2**40 + 1)),
-        *(({key: value}, LIMITS) for key in ("hole", "origin") for value in (2**63, -(2**63) - 1, "a", 1.5)),
-        *(({"weights": value}, LIMITS) for value in ([1, 2], [2**63] * 17, [0.5] * 17)),
-        ({"weights": [1] * 17, "shape": [800, 10]}, LIMITS),
-        ({"weights": 3}, "damaged"),
-        ({"more": 1}, "damaged"),
+        *(({"shape": shape}, "shape") for shape in ([-1, 4], [-8, -1000], [10**30, -1], "ab", [1.5, 2])),
+        *(({"shape": shape}, None) for shape in ([8], [8, 500], None)),
+        ({"shape": [10**30, 10]}, "1,000,000"),
+        *(({"dtype": dtype}, "type") for dtype in ("O", "|O8", "<M8[s]", "<f4,<f4", "f4", "", 4, None, "<f3")),
+        ({"dtype": "<c8"}, "complex64"),
+        *(({"by": by}, "float32") for by in ("neighbors", None, 1, [])),
+        *(({key: value}, "table") for key in ("x", "y") for value in (-1, 4, 10**30, "1", 0.5, None)),
+        *(({"low": value}, "table") for value in (-1, 6, 1.5)),
+        *(({"unit": value}, "table") for value in (-1, 64, "1")),
+        *(({"start": value}, "table") for value in (-1, 2**40 + 1)),
+        *(({key: value}, "table") for key in ("hole", "origin") for value in (2**63, -(2**63) - 1, "a", 1.5)),
+        *(({"weights": value}, "table") for value in ([1, 2], [2**63] * 17, [0.5] * 17)),
+        ({"weights": [1] * 17, "shape": [800, 10]}, "table"),
+        *(({key: value}, None) for key, value in (("weights", 3), ("more", 1))),
     ],
 )
-def test_headers_that_nobody_packed(header: dict[str, Any], told: str) -> None:
+def test_headers_that_nobody_packed(header: dict[str, Any], told: str | None) -> None:
     line, _, content = pack_array(smooth(8, 1000).astype(np.float32)).partition(b"\n")
     data = json.dumps({**json.loads(line), **header}).encode() + b"\n" + content
     with pytest.raises(ValueError, match=told):
@@ -301,10 +265,14 @@ def parts_of(data: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\n", b"[]\n", b"{}\n", b"[" * 10_000 + b"\n", b"{" + b" " * 20_000 + b"}\n", b"\xff\n"]
+    "data",
+    [
+        *(b"", b"\n", b"[]\n", b"{}\n", b"[" * 10_000 + b"\n", b"\xff\n"),
+        pack_array(np.zeros(3)).replace(b"{", b"{" + b" " * 20_000),
+    ],
 )
 def test_what_is_no_packed_array(data: bytes) -> None:
-    with pytest.raises(ValueError, match="packed array is damaged"):
+    with pytest.raises(ValueError, match="packed"):
         unpack_array(data, 1000)
 
 

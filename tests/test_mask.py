@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
 from spectralvae.codec.entropy import IntegerEncoder
@@ -58,11 +59,9 @@ def test_masks_come_back(shape: Shape, shares: tuple[float, ...], seed: int) -> 
 
 
 @settings(max_examples=50, deadline=None)
-@given(data=st.data(), shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)))
-def test_any_small_mask_comes_back(data: st.DataObject, shape: Shape) -> None:
-    n = shape[0] * shape[1] * shape[2]
-    valid = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))).reshape(shape)
-    assert np.array_equal(_unpack(_pack(valid), shape), valid)
+@given(npst.arrays(np.bool_, st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))))
+def test_any_small_mask_comes_back(valid: Bools) -> None:
+    _size(valid)
 
 
 # --- sizes ------------------------------------------------------------------------------------
@@ -80,12 +79,9 @@ def _disks(rng: np.random.Generator, n: int) -> Bools:
     return np.logical_or.reduce(disks)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), SHAPE, (2000, 300, 2)])
-def test_all_valid(shape: Shape) -> None:
-    assert _size(np.ones(shape, np.bool_)) < 40
-
-
-def test_none_valid() -> None:
+def test_all_or_nothing() -> None:
+    for shape in ((1, 1, 1), SHAPE, (2000, 300, 2)):
+        assert _size(np.ones(shape, np.bool_)) < 40
     assert _size(np.zeros(SHAPE, np.bool_)) < 60
 
 
@@ -98,25 +94,24 @@ def test_patches_and_lines_of_pixels() -> None:
     assert _size(_pixels(lines)) < _size(_pixels(invalid)) + 60
 
 
-def test_pixels_at_random() -> None:
+def test_pixels_at_random_and_a_region() -> None:
     invalid = np.random.default_rng(1).random(SHAPE[:2]) < 0.02
     # a pixel that turns valid again must be told as well, though its context makes it cheap
     assert 8 * _size(_pixels(invalid)) < 1.25 * _entropy(0.02) * invalid.size
+    assert _size(_pixels(np.broadcast_to(np.arange(SHAPE[1]) < 70, SHAPE[:2]))) < 150
 
 
-def test_a_region() -> None:
-    invalid = np.zeros(SHAPE[:2], np.bool_)
-    invalid[:, :70] = True
-    assert _size(_pixels(invalid)) < 150
-
-
-def test_whole_channels() -> None:
+def test_whole_channels_and_some_of_patches() -> None:
     valid = np.ones(SHAPE, np.bool_)
     valid[..., [3, 20, 21, 50]] = False
     alone = _size(valid)
     assert alone < 500
     invalid = _disks(np.random.default_rng(2), 10)
-    assert _size(valid & _pixels(invalid)) < alone + _size(_pixels(invalid)) + 500
+    patches = _size(_pixels(invalid))
+    assert _size(valid & _pixels(invalid)) < alone + patches + 500
+    band = np.ones(SHAPE, np.bool_)
+    band[invalid, 20:40] = False
+    assert _size(band) < patches + 600
 
 
 def test_detector_elements() -> None:
@@ -129,13 +124,6 @@ def test_detector_elements() -> None:
 def test_samples_at_random(share: float, more: float) -> None:
     valid = np.random.default_rng(4).random(SHAPE) >= share
     assert 8 * _size(valid) < more * _entropy(share) * valid.size
-
-
-def test_a_band_of_channels_in_patches() -> None:
-    invalid = _disks(np.random.default_rng(5), 10)
-    valid = np.ones(SHAPE, np.bool_)
-    valid[invalid, 20:40] = False
-    assert _size(valid) < _size(_pixels(invalid)) + 600
 
 
 # --- damage -----------------------------------------------------------------------------------
@@ -157,29 +145,24 @@ def test_damage_is_told_or_gives_another_mask() -> None:
     assert told > len(data) / 4
 
 
-def _by_hand(values: list[int], contexts: list[int], more: bytes = b"") -> bytes:
-    encoder = IntegerEncoder()
-    encoder.encode(np.array(values), np.array(contexts, np.uint8))
-    symbols = encoder.finish()
-    return len(symbols).to_bytes(4, "little") + symbols + more
-
-
 def test_what_no_mask_is_made_of_is_refused() -> None:
     good = _pack(np.ones((1, 2, 2), np.bool_))
     for damaged in (b"", good[:3], (1000).to_bytes(4, "little") + good[4:]):
-        with pytest.raises(ValueError, match="or more must be"):
+        with pytest.raises(ValueError, match="bytes"):
             _unpack(damaged, (1, 2, 2))
     for value in (-1, 3, 2**40):
-        with pytest.raises(ValueError, match="0 to 2 may be"):
-            _unpack(_by_hand([value], [15]), (1, 2, 2))
+        encoder = IntegerEncoder()
+        encoder.encode(np.array([value]), np.array([15], np.uint8))
+        symbols = encoder.finish()
+        with pytest.raises(ValueError, match="0 to 2"):
+            _unpack(len(symbols).to_bytes(4, "little") + symbols, (1, 2, 2))
 
 
 def test_bytes_that_are_left_over_are_refused_before_the_last_row() -> None:
-    valid = np.random.default_rng(7).random((3, 4, 5)) > 0.3
-    data = _pack(valid)
-    symbols = int.from_bytes(data[:4], "little")
-    longer = (symbols + 16).to_bytes(4, "little") + data[4 : 4 + symbols] + b"\1\2\3\4" * 4 + data[4 + symbols :]
-    for damaged in (data + b"\1\2\3\4" * 4, longer):
+    data = _pack(np.random.default_rng(7).random((3, 4, 5)) > 0.3)
+    more, symbols = b"\1\2\3\4" * 4, int.from_bytes(data[:4], "little")
+    longer = (symbols + 16).to_bytes(4, "little") + data[4 : 4 + symbols] + more + data[4 + symbols :]
+    for damaged in (data + more, longer):
         rows = unpack_mask(damaged, (3, 4, 5))
         assert [next(rows).shape for _ in range(2)] == [(4, 5)] * 2
         with pytest.raises(ValueError, match="left over"):

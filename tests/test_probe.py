@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
+import shutil
 import signal
 import tracemalloc
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,21 @@ import xarray as xr
 from inferring import Result
 from matplotlib.figure import Figure
 from probing import MockScene, S, geometry, run_probe, scores_of, transform, write_config, write_model, write_store
+from refusals import refused
 from sklearn.metrics import r2_score
+from sklearn.model_selection import GroupKFold
 from tiny import N_CHANNELS, tiny_normalization
 
 from spectralvae import cli, encode_scene, load_model
 from spectralvae.analysis import probe_report, probe_results, regressors
-from spectralvae.analysis.probe import _on_intervals
 from spectralvae.analysis.probe_data import Question
-from spectralvae.analysis.probe_features import Bases, decode_cells, encode_cells, mean_spectra, middle_pixels
-from spectralvae.analysis.probe_results import Answer, Counts
+from spectralvae.analysis.probe_features import Bases, decode_cells, encode_cells, middle_pixels
+from spectralvae.analysis.probe_results import Answer, interval
 from spectralvae.data.pca import PixelPCA
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.inference.coder import Coder
+from spectralvae.model import AutoencoderKL
 from spectralvae.weights.loading import load_artifact
 
 SIZE = (20, 18)
@@ -38,6 +42,7 @@ CLIP = 0.1
 FEATURES = ["latents", "pca", "raw", "decoded", "decoded_pca", "geometry", "shuffled"]
 OF = {"linear": FEATURES, "mlp": [name for name in FEATURES if not name.startswith("decoded")]}
 PRODUCTS = ["NO2", "HCHO", "O3TOT", "CLDO4"]
+NO_FILTER = {"max_cloud_fraction": None, "max_solar_zenith": None}
 CONFIG = {"filter": {"max_cloud_fraction": 0.7, "max_solar_zenith": 60}, "n_cells": 300}  # three tenths are too cloudy
 
 
@@ -54,39 +59,28 @@ def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(probe_report, name, lambda *_: Figure(figsize=(1, 1)))
 
 
-def latents_of(model: Path, z: np.ndarray) -> np.ndarray:
-    """(h, w, E), from radiance."""
-    radiance = tiny_normalization().denormalize(z.astype(np.float16))
-    found = encode_scene(load_model(model), radiance)
-    return found.latent.transpose("y", "x", "latent_channel").values
-
-
-def known_scenes(n: int, model: Path) -> list[MockScene]:
-    """NO2 follows the latents, HCHO the spectra, O3TOT the latitude, and CLDO4 nothing."""
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[MockScene]:
+    """NO2 follows the latents, HCHO the spectra, O3TOT the latitude, and CLDO4 nothing; a day each."""
+    model = load_model(write_model(tmp_path_factory.mktemp("model") / "export", [], []))
     random = np.random.default_rng(5)
-    weights = random.normal(size=N_CHANNELS)
-    scenes = []
-    for i in range(n):
+    weights, made = random.normal(size=N_CHANNELS), []
+    for i in range(8):
         day = f"2024-06-{i + 1:02d}T18:00:00+00:00"
         z = 2 + np.round(random.normal(0, 0.5, (*SIZE, N_CHANNELS)), 2)
         z[random.random(SIZE) < 0.05] = np.nan
         places = geometry(*SIZE, random, day)
         places["latitude"] = (30 + np.arange(SIZE[0])[:, None] / 20 + i % 5 + np.zeros(SIZE)).astype(np.float32)
-        cells = latents_of(model, z) @ [1.0, -2.0, 0.5]
+        latents = encode_scene(model, tiny_normalization().denormalize(z.astype(np.float16))).latent
         products = {
-            "NO2": np.repeat(np.repeat(cells, S, axis=0), S, axis=1),
+            "NO2": np.kron(latents.transpose("y", "x", "latent_channel").values @ [1.0, -2.0, 0.5], np.ones((S, S))),
             "HCHO": z.astype(np.float16).astype(np.float64) @ weights,
             "O3TOT": places["latitude"] * 1.0,
-            "CLDO4": np.repeat(np.repeat(random.random([n // S for n in SIZE]), S, axis=0), S, axis=1),
+            "CLDO4": np.kron(random.random([n // S for n in SIZE]), np.ones((S, S))),
         }
         products = {name: np.where(np.isnan(z).any(axis=-1), np.nan, values) for name, values in products.items()}
-        scenes.append(MockScene(f"scene{i}", z, day, products, places))
-    return scenes
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[MockScene]:
-    return known_scenes(8, write_model(tmp_path_factory.mktemp("model") / "export", [], []))
+        made.append(MockScene(f"scene{i}", z, day, products, places))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +99,8 @@ def probe(model: Path, store: Store, tmp_path: Path, capfd: pytest.CaptureFixtur
     """A function that runs the command."""
 
     def run(name: str = "run", options: tuple[str, ...] = (), **config: Any) -> Result:
-        config = {**CONFIG, **config}
-        return run_probe(
-            *(tmp_path / name, config.pop("model", model), config.pop("store", store.path), capfd, options), **config
-        )
+        config = {"model": model, "of": store.path, **CONFIG, **config}
+        return run_probe(tmp_path / name, capfd=capfd, options=options, **config)
 
     return run
 
@@ -117,17 +109,18 @@ def probe(model: Path, store: Store, tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, model: Path, store: Store) -> Path:
-    """Of a run with everything."""
+def full(tmp_path_factory: pytest.TempPathFactory, model: Path, store: Store) -> Result:
+    """A run with everything."""
     path = tmp_path_factory.mktemp("full") / "run"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
         make_quick(patch)
-        assert cli.run(["probe", str(write_config(path, model, store.path, **CONFIG))]) == 0
-    return path
+        code = cli.run(["probe", str(write_config(path, model, store.path, **CONFIG))])
+    assert code == 0
+    return Result(code, out.getvalue(), "", path)
 
 
-def test_what_is_known_is_found(folder: Path) -> None:
-    scores = scores_of(folder)
+def test_what_is_known_is_found(full: Result) -> None:
+    scores = scores_of(full.folder)
     assert list(scores) == PRODUCTS
     assert all({name: list(found) for name, found in probes.items()} == OF for probes in scores.values())
     linear = {product: {name: found["r2"] for name, found in scores[product]["linear"].items()} for product in PRODUCTS}
@@ -140,45 +133,35 @@ def test_what_is_known_is_found(folder: Path) -> None:
     assert linear["HCHO"]["decoded"] < 0.9, "a network with random weights keeps little"
 
 
-def test_results_agree_with_each_other_and_with_scikit_learn(folder: Path) -> None:
-    scores = scores_of(folder)
-    for product in PRODUCTS:
-        for which in ("filtered", "unfiltered"):
-            if (product, which) == ("CLDO4", "unfiltered"):
-                continue
-            with xr.open_dataset(folder / "predictions.nc", group=f"{which}/{product}") as found:
-                found = found.load()
-            for name, by_features in scores[product].items():
-                for features, entry in by_features.items():
-                    truth = found.truth_shuffled if features == "shuffled" else found.truth
-                    side = entry if which == "filtered" else entry["unfiltered"]
-                    r2 = r2_score(truth, found[f"{name}_{features}"].astype(np.float64))
-                    assert r2 == pytest.approx(side["r2"], rel=1e-9, abs=1e-9)
-                    assert side["n"] == len(truth) and side["n_scenes"] == 3
-                    assert side["r2_low"] <= side["r2"] <= side["r2_high"]
-    assert all(
-        found == {**found["unfiltered"], "unfiltered": found["unfiltered"]} for found in scores["CLDO4"]["mlp"].values()
-    )
+def test_results_agree_with_each_other_and_with_scikit_learn(full: Result) -> None:
+    scores, folder = scores_of(full.folder), full.folder
+    sides = [(name, which) for name in PRODUCTS for which in ("filtered", "unfiltered")][:-1]  # of clouds there is one
+    for product, which in sides:
+        with xr.open_dataset(folder / "predictions.nc", group=f"{which}/{product}") as dataset:
+            found = dataset.load()
+        for name, by_features in scores[product].items():
+            for features, entry in by_features.items():
+                truth = found.truth_shuffled if features == "shuffled" else found.truth
+                side = entry if which == "filtered" else entry["unfiltered"]
+                r2 = r2_score(truth, found[f"{name}_{features}"].astype(np.float64))
+                assert r2 == pytest.approx(side["r2"], rel=1e-9, abs=1e-9)
+                assert side["n"] == len(truth) and side["n_scenes"] == 3
+                assert side["r2_low"] <= side["r2"] <= side["r2_high"]
+    clouds = scores["CLDO4"]["mlp"].values()
+    assert all(found == {**found["unfiltered"], "unfiltered": found["unfiltered"]} for found in clouds)
     with (folder / "probes.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(PRODUCTS) * sum(map(len, OF.values())) * 2
-    first = rows[0]
-    assert [first[key] for key in ("product", "probe", "features", "pixels")] == [
-        "NO2",
-        "linear",
-        "latents",
-        "filtered",
-    ]
-    assert float(first["r2"]) == scores["NO2"]["linear"]["latents"]["r2"] and first["units"] == "DU"
+        first, *others = csv.DictReader(file)
+    assert 1 + len(others) == len(PRODUCTS) * sum(map(len, OF.values())) * 2
+    keys = ("product", "probe", "features", "pixels", "units")
+    assert [first[key] for key in keys] == ["NO2", "linear", "latents", "filtered", "DU"]
+    assert float(first["r2"]) == scores["NO2"]["linear"]["latents"]["r2"]
     assert {"report.html", "figures", "run.json", "config.yaml"} < {path.name for path in folder.iterdir()}
     assert len(list((folder / "figures").iterdir())) == 1 + 4 * len(PRODUCTS)
 
 
-def test_predictions_are_where_their_cells_are(folder: Path, scenes: list[MockScene]) -> None:
-    with xr.open_dataset(folder / "predictions.nc", group="unfiltered/NO2") as dataset:
-        found = dataset.load()
-    with xr.open_dataset(folder / "predictions.nc") as root:
-        ids = root.scene_id.values
+def test_predictions_are_where_their_cells_are(full: Result, scenes: list[MockScene]) -> None:
+    with xr.open_datatree(full.folder / "predictions.nc") as tree:
+        found, ids = tree["unfiltered/NO2"].to_dataset().load(), tree.scene_id.values
     assert sorted({ids[i] for i in found.scene_number.values}) == ["scene5", "scene6", "scene7"]
     for i in (0, 100, found.sizes["cell"] - 1):
         cell = found.isel(cell=i)
@@ -192,34 +175,27 @@ def test_predictions_are_where_their_cells_are(folder: Path, scenes: list[MockSc
         assert abs(cell.time.values.astype("datetime64[ms]").astype(np.int64) / 1e3 - seconds) < 0.01
 
 
-def test_counts_are_told_and_kept(probe: Callable[..., Result], scenes: list[MockScene]) -> None:
-    done = probe(products=["NO2"], probes=["linear"], n_cells=100)
+def test_counts_are_told_and_kept(full: Result, scenes: list[MockScene]) -> None:
     clear = valid = 0
     for scene in scenes:
         known = np.isfinite(scene.products["NO2"])
         valid += int(known.sum())
         clear += int((known & (scene.products["CLDO4"].astype(np.float32) <= 0.7)).sum())
-    assert f"NO2, filtered: {valid:,} valid pixels, {clear:,} with cloud fraction <= 0.7" in done.out
-    assert f"NO2, unfiltered: {valid:,} valid pixels, 100 of " in done.out
-    counts = done.record["counts"]["NO2, filtered"]
-    assert (counts["valid_pixels"], counts["clear_pixels"], counts["pixels"]) == (valid, clear, clear)
-    assert counts["fit_cells"] == 100 and counts["fit_scenes"] == 5 and counts["test_scenes"] == 3
+    counts = full.record["counts"]["NO2, filtered"]
+    assert [counts[key] for key in ("valid_pixels", "clear_pixels", "pixels")] == [valid, clear, clear]
+    assert [counts[key] for key in ("fit_cells", "fit_scenes", "test_scenes")] == [300, 5, 3]
     passes = np.stack([np.isfinite(s.products["NO2"]) & (s.products["CLDO4"] <= 0.7) for s in scenes[5:]])
     n_passing = passes.reshape(3, SIZE[0] // S, S, SIZE[1] // S, S).sum(axis=(2, 4))
     assert counts["test_cells"] == (n_passing >= 2).sum()
-    page = (done.folder / "report.html").read_text()
-    assert f"{valid:,}" in page and f"{clear:,}" in page and "shuffled" in page
-    assert "what 1 principal component a pixel leaves; the latents are 0.75 floats a pixel" in page
-    assert "with 3 test scenes the 95 % intervals mean little" in page
-    assert "WARNING: with 3 test scenes the 95 % intervals mean little" in done.out
-    assert "linear probe" in done.out and "latents" in done.out and str(done.folder) in done.out
-
-
-def test_two_runs_give_the_same_bytes_and_another_seed_others(probe: Callable[..., Result]) -> None:
-    options = {"products": ["HCHO"], "n_cells": 100}
-    first, second, other = (probe(name, **options, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
-    content = [(done.folder / "probes.json").read_bytes() for done in (first, second, other)]
-    assert content[0] == content[1] != content[2]
+    line = next(line for line in full.out.splitlines() if line.startswith("NO2, filtered"))
+    assert all(f"{n:,} " in line for n in (valid, clear, 300, counts["test_cells"]))
+    latents = interval(scores_of(full.folder)["NO2"]["linear"]["latents"])
+    assert latents in full.out and str(full.folder) in full.out
+    page = (full.folder / "report.html").read_text()
+    assert all(text in page for text in (f"{valid:,}", f"{clear:,}", latents, "0.75 floats"))
+    (remark,) = (remark for remark in full.record["remarks"] if "3 test scenes" in remark)
+    assert f"WARNING: {remark}" in full.out and "3 test scenes" in page
+    assert all(name in remark for name in full.record["counts"])
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -254,13 +230,6 @@ def loop_means(z: np.ndarray) -> np.ndarray:
     return means
 
 
-def test_mean_spectra_are_of_valid_samples(cut: tuple[Store, Coder]) -> None:
-    z = stored(cut[0])
-    found = mean_spectra(z, S)
-    np.testing.assert_allclose(found, loop_means(z), rtol=1e-6, atol=1e-12)
-    assert found[0, 0, 1] == 0
-
-
 def test_latents_and_spectra_of_a_scene(cut: tuple[Store, Coder]) -> None:
     store, coder = cut
     z = stored(store)
@@ -268,6 +237,7 @@ def test_latents_and_spectra_of_a_scene(cut: tuple[Store, Coder]) -> None:
     encoded = encode_scene(load_model(coder.path), coder.normalization.denormalize(z))
     np.testing.assert_allclose(np.moveaxis(found.latents, -1, 0), encoded.latent, atol=1e-5)
     np.testing.assert_allclose(found.spectra, loop_means(z), rtol=1e-6, atol=1e-12)
+    assert found.spectra[0, 0, 1] == 0
     np.testing.assert_array_equal(found.middles[:-1, :-1], z[1::S, 1::S])
     np.testing.assert_array_equal(found.middles[-1, :-1], z[18, 1::S])  # the last cells have one row
     assert found.from_pca is None
@@ -336,51 +306,47 @@ def test_parts_of_an_answer_are_freed_as_they_are_joined() -> None:
     np.testing.assert_array_equal(joined.predictions[keys[3]], np.repeat([0, 1], n))
 
 
-def test_nothing_is_decoded_for_a_network_alone(probe: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("spectralvae.analysis.probe.decode_cells")
-    done = probe(products=["CLDO4"], probes=["mlp"])
-    assert done.code == 0, done.message
-    assert list(scores_of(done.folder)["CLDO4"]["mlp"]) == OF["mlp"]
+def test_without_geometry_and_for_a_network_alone(
+    probe: Callable[..., Result], scenes: list[MockScene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no such features, and nothing is decoded. A seed gives the same bytes again, another one others."""
+    monkeypatch.delattr(AutoencoderKL, "decode")
+    bare = write_store(tmp_path / "store", [replace(scene, geometry={}) for scene in scenes])
+    options = {"products": ["CLDO4"], "probes": ["mlp"], "of": bare.path, "filter": NO_FILTER, "n_cells": 100}
+    done, again, other = (probe(name, **options, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert list(scores_of(done.folder)["CLDO4"]["mlp"]) == [name for name in OF["mlp"] if name != "geometry"]
+    content = [(run.folder / "probes.json").read_bytes() for run in (done, again, other)]
+    assert content[0] == content[1] != content[2]
 
 
 # --- the control ----------------------------------------------------------------------------------
 
 
-def test_a_probe_that_learns_from_shuffled_targets_fails_after_writing(
-    probe: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_control_is_checked_after_writing(probe: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that learns from shuffled targets; what was found is there."""
+    good, bad = ({"r2": low + 0.1, "r2_low": low, "r2_high": low + 0.2} for low in (-0.1, 0.06))
+    linear = {"shuffled": {**good, "unfiltered": good}}
+    probe_results.check_control({"NO2": {"linear": linear}})
+    for entry, side in (({**bad, "unfiltered": good}, ""), ({**good, "unfiltered": bad}, ".unfiltered")):
+        with refused(RunError, "0.160 [0.060, 0.260]", key=f"NO2.mlp.shuffled{side}.r2_low", value=0.06):
+            probe_results.check_control({"NO2": {"linear": linear, "mlp": {"shuffled": entry}}})
     monkeypatch.setattr(probe_results, "CONTROL_LIMIT", -10.0)
     done = probe(products=["NO2"], probes=["linear"])
-    assert done.code == 1 and "the shuffled control has R2" in done.message
+    assert done.code == 1 and "NO2.linear.shuffled" in done.message and done.record["state"] == "failed"
     assert "NO2" in scores_of(done.folder) and (done.folder / "report.html").is_file()
-    assert done.record["state"] == "failed"
-
-
-@pytest.mark.parametrize("unfiltered", [False, True])
-def test_every_control_is_checked(unfiltered: bool) -> None:
-    good, bad = ({"r2": low + 0.1, "r2_low": low, "r2_high": low + 0.2} for low in (-0.1, 0.06))
-    entry = {**(good if unfiltered else bad), "unfiltered": bad if unfiltered else good}
-    scores = {"NO2": {"linear": {"shuffled": {**good, "unfiltered": good}}, "mlp": {"shuffled": entry}}}
-    where = "NO2, unfiltered, mlp" if unfiltered else "NO2, mlp"
-    with pytest.raises(RunError, match=rf"{where}: the shuffled control has R2 0.160 \[0.060, 0.260\]"):
-        probe_results.check_control(scores)
-    del scores["NO2"]["mlp"]
-    probe_results.check_control(scores)
 
 
 # --- units ----------------------------------------------------------------------------------------
 
 
 def test_errors_in_units_are_of_values_transformed_back(
-    model: Path, scenes: list[MockScene], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    probe: Callable[..., Result], scenes: list[MockScene], tmp_path: Path
 ) -> None:
     """Of columns of 1e16: RMSE and bias by hand."""
     columns = [replace(s, products={"NO2": 3e15 * s.products["HCHO"]}) for s in scenes]
     asinh = transform("NO2", kind="asinh", divide=1e15, scale=2.0, units="molecules/cm^2")
     store = write_store(tmp_path / "store", columns, {"NO2": asinh})
-    no_filter = {"max_cloud_fraction": None, "max_solar_zenith": None}
-    config = {"products": ["NO2"], "probes": ["linear"], "filter": no_filter}
-    done = run_probe(tmp_path / "run", model, store.path, capfd, **config)
+    done = probe(of=store.path, products=["NO2"], probes=["linear"], filter=NO_FILTER)
     found = scores_of(done.folder)["NO2"]["linear"]["latents"]["physical"]
     with xr.open_dataset(done.folder / "predictions.nc", group="filtered/NO2") as answer:
         truth, predicted = (
@@ -393,109 +359,93 @@ def test_errors_in_units_are_of_values_transformed_back(
 
 
 def test_a_prediction_beyond_numbers_has_no_error_in_units() -> None:
-    asinh = transform("NO2", kind="asinh")
+    q = Question("NO2", True, transform("NO2", kind="asinh"))
     truth, scene = np.arange(4.0), np.array([0, 0, 1, 1])
     for far in (400.0, 1000.0):  # its square is infinite, or it is itself
-        found = probe_results._physical(asinh, truth, np.array([0.0, far, 0.0, 0.0]), scene, seed=0)
-        assert found["rmse"] is None and found["bias_high"] is None and found["units"] == "DU"
+        predictions = {("mlp", "latents"): np.array([0.0, far, 0.0, 0.0])}
+        answer = Answer(truth, truth, scene, scene, scene, truth, truth, truth, predictions)
+        found = probe_results.judge({q: answer}, 0)["NO2"]["mlp"]["latents"]
+        assert found["r2"] is not None
+        assert [found["physical"][key] for key in ("rmse", "bias_high", "units")] == [None, None, "DU"]
 
 
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def refused(done: Result) -> str:
-    assert done.code == 2 and not done.folder.exists(), done
-    return done.message
-
-
 def test_what_cannot_be_answered_is_refused_before_anything_is_written(
-    probe: Callable[..., Result], scenes: list[MockScene], model: Path, store: Store, tmp_path: Path
+    probe: Callable[..., Result], full: Result, scenes: list[MockScene], model: Path, store: Store, tmp_path: Path
 ) -> None:
-    other = write_store(tmp_path / "other", scenes, normalization=tiny_normalization(clip=9.0))
-    assert "its normalisation" in refused(probe("a", store=other.path))
-    forgetful = write_model(tmp_path / "forgetful", scenes[:4], [])
-    assert "validated on" in refused(probe("b", model=forgetful))
-    message = refused(probe("c", filter={"max_cloud_fraction": 0.0, "max_solar_zenith": None}))
-    assert "NO2, filtered: no test cell is left" in message and "0 with cloud fraction <= 0" in message
-    message = refused(probe("d", products=["CLDO4"], n_cells=1))
-    assert "CLDO4: fewer than 2 scenes have cells to fit on" in message and "1 of " in message
-    assert "fewer than 4 cells are left" in refused(probe("e", products=["CLDO4"], n_cells=3))
+    """What is at fault is named in one line."""
+    other = write_store(tmp_path / "other", scenes, normalization=tiny_normalization(clip=9.0)).path
     flat = [replace(s, products={**s.products, "HCHO": np.full(SIZE, 0.5)}) for s in scenes]
-    message = refused(probe("f", store=write_store(tmp_path / "flat", flat).path, products=["HCHO"]))
-    assert "HCHO, filtered: all cells to fit on have the same target" in message
-    inside = probe(products=["CLDO4"], output_dir=str(store.path / "probe"))
-    assert inside.code == 2 and "lies in store" in inside.message and not (store.path / "probe").exists()
-    inside = probe(products=["CLDO4"], output_dir=str(model / "probe"))
-    assert inside.code == 2 and "lies in model" in inside.message and not (model / "probe").exists()
-
-
-def test_inputs_are_not_cleared(probe: Callable[..., Result], scenes: list[MockScene], tmp_path: Path) -> None:
-    done = probe(products=["CLDO4"], probes=["linear"])
-    inside = write_store(done.folder / "store", scenes)
-    again = probe(products=["CLDO4"], probes=["linear"], store=inside.path, options=("--overwrite",))
-    assert again.code == 2 and "lies in output_dir" in again.message
-    assert (done.folder / "probes.json").is_file()
+    flat_store = write_store(tmp_path / "flat", flat).path
+    forgetful = write_model(tmp_path / "forgetful", scenes[:4], [])
+    cloudless = {"max_cloud_fraction": 0.0, "max_solar_zenith": None}
+    for config, *words in (
+        ({"of": other}, f"{other}: store:", "normalisation", model),
+        ({"model": forgetful}, f"{store.path}: store:", "validated on"),
+        ({"filter": cloudless}, f"{store.path}: products:", "NO2, filtered", "0 with cloud fraction <= 0"),
+        ({"products": ["CLDO4"], "n_cells": 1}, f"{store.path}: products:", "CLDO4", "2 scenes", "1 of "),
+        ({"products": ["CLDO4"], "n_cells": 3}, f"{store.path}: products:", "CLDO4", "4 cells", "3 of "),
+        ({"products": ["HCHO"], "of": flat_store}, f"{flat_store}: products:", "HCHO, filtered", "same target"),
+        ({"output_dir": str(store.path / "run")}, f"output_dir = {store.path / 'run'}:", "(store)"),
+        ({"output_dir": str(model / "run")}, f"output_dir = {model / 'run'}:", "(model)"),
+    ):
+        done = probe(**config)
+        assert done.code == 2 and all(str(word) in done.message for word in words), done
+        assert not any((place / "run").exists() for place in (tmp_path, store.path, model))
+    inside = write_store(shutil.copytree(full.folder, tmp_path / "run") / "store", scenes).path
+    done = probe(of=inside, options=("--overwrite",))
+    assert done.code == 2 and str(inside) in done.message
+    assert (done.folder / "probes.json").is_file() and inside.is_dir(), "nothing is cleared"
 
 
 def test_scenes_that_share_a_day_are_told(
-    scenes: list[MockScene], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    probe: Callable[..., Result], scenes: list[MockScene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    same = [replace(scene, time=scenes[0].time) for scene in scenes]
-    model = write_model(tmp_path / "model", same[:5], same[5:])
-    config = {"products": ["CLDO4"], "probes": ["linear"]}
-    done = run_probe(tmp_path / "run", model, write_store(tmp_path / "store", same).path, capfd, **config)
-    assert done.code == 0 and "WARNING: fit and test scenes share days (2024-06-01)" in done.out
-    assert "share days" in (done.folder / "report.html").read_text()
-    assert any("share days" in remark for remark in json.loads((done.folder / "run.json").read_text())["remarks"])
+    """Those to fit on with those to test on, and all those to fit on: then scenes are held back, else days."""
+    folds, split = [], GroupKFold.split
 
+    def watch(self: GroupKFold, x: Any, y: Any = None, groups: Any = None) -> Any:
+        folds.append(set(groups.tolist()))
+        return split(self, x, y, groups)
 
-def test_fit_scenes_of_one_day_are_told(
-    scenes: list[MockScene], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are held back one by one; of other days, a day is."""
-    groups = []
-
-    def spy(x: np.ndarray, y: np.ndarray, group: np.ndarray, *, seed: int) -> regressors.Fitted:
-        groups.append(set(group.tolist()))
-        return regressors.fit_linear(x, y, group, seed=seed)
-
-    monkeypatch.setattr("spectralvae.analysis.probe.fit_linear", spy)
-    days = [scene.time for scene in scenes]
-    config = {"products": ["CLDO4"], "probes": ["linear"]}
-    for name, first in (("one", [0, 0, 0, 0, 0]), ("two", [0, 1, 1, 0, 1])):
-        timed = [replace(s, time=days[k]) for s, k in zip(scenes, [*first, 5, 6, 7], strict=True)]
+    monkeypatch.setattr(GroupKFold, "split", watch)
+    for name, days, n_remarks, groups in (
+        ("one", [0, 0, 0, 0, 0, 0, 6, 7], 2, {f"scene{i}" for i in range(5)}),
+        ("two", [0, 1, 1, 0, 1, 5, 6, 7], 0, {"2024-06-01", "2024-06-02"}),
+    ):
+        folds.clear()
+        timed = [replace(scene, time=scenes[day].time) for scene, day in zip(scenes, days, strict=True)]
         model = write_model(tmp_path / f"model_{name}", timed[:5], timed[5:])
-        done = run_probe(tmp_path / name, model, write_store(tmp_path / f"s_{name}", timed).path, capfd, **config)
-        assert done.code == 0 and ("scenes to fit on are of one day" in done.out) == (name == "one")
-    n = len(groups) // 2
-    assert all(found == {f"scene{i}" for i in range(5)} for found in groups[:n])
-    assert all(found == {"2024-06-01", "2024-06-02"} for found in groups[n:])
+        of = write_store(tmp_path / f"store_{name}", timed).path
+        done = probe(name, model=model, of=of, products=["CLDO4"], probes=["linear"], n_cells=50)
+        assert done.code == 0 and all(found == groups for found in folds)
+        told = [remark for remark in done.record["remarks"] if "one day" in remark or "2024-06-01" in remark]
+        assert len(told) == n_remarks and all(f"WARNING: {remark[:60]}" in done.out for remark in told)
+        assert all(remark[:60] in (done.folder / "report.html").read_text() for remark in told)
 
 
-@pytest.mark.parametrize(
-    ("n", "wanted"), [(1, "no 95 %"), (2, "little"), (3, "little"), (4, "75-81 %"), (15, "75-81 %")]
-)
-def test_intervals_over_few_scenes_are_told(n: int, wanted: str) -> None:
-    counts = Counts(9, 9, 9, 0, None, None, 9, 9, 2, 9, n)
-    clouds, gas = Question("CLDO4", True, transform("CLDO4")), Question("NO2", False, transform("NO2"))
-    (remark,) = _on_intervals({clouds: counts, gas: counts})
-    assert remark.startswith(f"with {n} test scene") and wanted in remark and "CLDO4; NO2, unfiltered" in remark
-    (remark,) = _on_intervals({clouds: counts, gas: replace(counts, test_scenes=16)})
-    assert "NO2" not in remark
-
-
-def test_a_store_without_geometry_has_no_such_features(
-    model: Path, scenes: list[MockScene], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("n", "word"), [(1, "no 95 %"), (15, "75-81 %"), (16, None)])
+def test_intervals_over_few_scenes_are_told(
+    probe: Callable[..., Result], tmp_path: Path, n: int, word: str | None
 ) -> None:
-    bare = write_store(tmp_path / "store", [replace(scene, geometry={}) for scene in scenes])
-    config = {"products": ["CLDO4"], "probes": ["linear"]}
-    done = run_probe(tmp_path / "run", model, bare.path, capfd, **config)
+    random = np.random.default_rng(n)
+    few = [
+        MockScene(f"s{i}", random.normal(2, 0.5, (8, 8, N_CHANNELS)), f"2024-06-{i + 1:02d}T18:00:00+00:00")
+        for i in range(n + 2)
+    ]
+    few = [replace(scene, products={"CLDO4": random.random((8, 8))}) for scene in few]
+    model = write_model(tmp_path / "model", few[:2], few[2:])
+    of = write_store(tmp_path / "store", few).path
+    done = probe(model=model, of=of, products=["CLDO4"], probes=["linear"])
     assert done.code == 0
-    assert list(scores_of(done.folder)["CLDO4"]["linear"]) == [name for name in FEATURES if name != "geometry"]
+    told = [remark for remark in done.record["remarks"] if "95 %" in remark]
+    assert len(told) == (word is not None)
+    assert all(str(word) in remark and f"{n} test scene" in remark and "CLDO4" in remark for remark in told)
 
 
 def test_a_signal_stops_it(probe: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spectralvae.analysis.probe._sample", lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda *_: signal.raise_signal(signal.SIGTERM))
     stopped = probe()
-    assert stopped.code == 75
-    assert json.loads((stopped.folder / "run.json").read_text())["state"] == "stopped"
+    assert stopped.code == 75 and stopped.record["state"] == "stopped"

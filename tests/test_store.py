@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from functools import reduce
 from itertools import pairwise
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from refusals import refused
 
 from spectralvae.data import store_writer
 from spectralvae.data.store import FORMAT, REQUIRED_ARRAYS, Store, content_hash
@@ -54,74 +56,46 @@ def two(tmp_path: Path, make_store: MakeStore) -> Store:
     return make_store(tmp_path / "store", scenes, val=("b",), arrays=geometry())
 
 
-def z_file(store: Store, name: str) -> Path:
-    """The only file of a scene's z that holds data."""
-    (file,) = (p for p in (store.path / "scenes" / name / "z").rglob("*") if p.is_file() and p.name != "zarr.json")
-    return file
-
-
 # --- z --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [[0, NY], [0, 1, NY], [0, 2, 3, 8, NY], list(range(NY + 1))])
+@pytest.mark.parametrize("rows", [[0, NY], [0, 2, 3, 8, NY]])
 @pytest.mark.parametrize("columns", [[0, NX], [0, 3, 4, NX]])
-@pytest.mark.parametrize("shuffled", [False, True])
 def test_z_written_in_pieces_reads_back_in_zarr(
-    tmp_path: Path, dtype: str, rows: list[int], columns: list[int], shuffled: bool
+    tmp_path: Path, dtype: str, rows: list[int], columns: list[int]
 ) -> None:
-    z = z_of(0, dtype)
+    exact = np.random.default_rng(0).normal(0, 4, (NY, NX, NC))
+    exact[2, 3] = exact[5, :, 1] = np.nan
+    z = exact.astype(dtype)  # rounded to nearest
     pieces = [(slice(*r), slice(*c)) for r in pairwise(rows) for c in pairwise(columns)]
-    if shuffled:
-        pieces = [pieces[i] for i in np.random.default_rng(0).permutation(len(pieces))]
     with ZWriter(tmp_path, z.shape, dtype, {"units": "1"}) as writer:
-        for r, c in pieces:
-            stored = writer.write(r.start, c.start, z[r, c].astype(np.float64))
+        for r, c in np.random.default_rng(0).permutation(pieces):
+            stored = writer.write(r.start, c.start, exact[r, c])
             assert stored.tobytes() == z[r, c].tobytes()
     array = zarr.open_array(tmp_path / "z", mode="r")
     assert array.dtype == dtype
     assert array[:].tobytes() == z.tobytes()
-    assert array[4, 3].tobytes() == z[4, 3].tobytes()  # one pixel's spectrum
-    assert array[NY - 1, NX - 1, NC - 1] == z[-1, -1, -1] or np.isnan(z[-1, -1, -1])
-    assert array[2:5, 1:6:2, 3].tobytes() == np.ascontiguousarray(z[2:5, 1:6:2, 3]).tobytes()
+    assert next((tmp_path / "z/c").rglob("0/0/0")).read_bytes().startswith(z.tobytes())  # plain, for other languages
     assert writer.sha256 == hashlib.sha256(z.tobytes()).hexdigest()
-    assert array.metadata.dimension_names == ("y", "x", "channel")
     assert np.isnan(array.fill_value)
     assert array.attrs["units"] == "1"
 
 
-def test_z_begins_with_the_plain_array(two: Store) -> None:
-    """Readers in other languages may map the file: raw, row-major, little-endian."""
-    raw = np.fromfile(z_file(two, "a"), "<f2", count=NY * NX * NC).reshape(NY, NX, NC)
-    assert raw.tobytes() == z_of(0, "float16").tobytes()
-
-
-def test_float64_is_rounded_to_nearest(tmp_path: Path) -> None:
-    z = np.random.default_rng(0).uniform(-10, 10, (4, 5, 6))
-    with ZWriter(tmp_path, z.shape, "float16", {}) as writer:
-        stored = writer.write(0, 0, z)
-    assert np.abs(stored.astype(np.float64) - z).max() <= 2.0**-8  # half of the spacing between 8 and 16
-    assert stored.tobytes() == z.astype(np.float16).tobytes()
-
-
-def test_writer_cut_off_leaves_no_readable_z(tmp_path: Path) -> None:
+def test_writer_that_is_cut_off_or_misses_pixels(tmp_path: Path) -> None:
     z = z_of(0, "float16")
-    with pytest.raises(RuntimeError, match="stop"), ZWriter(tmp_path, z.shape, "float16", {}) as writer:  # noqa: PT012
+    with suppress(KeyboardInterrupt), ZWriter(tmp_path, z.shape, "float16", {}) as writer:
         writer.write(0, 0, z)
-        raise RuntimeError("stop")
-    array = zarr.open_array(tmp_path / "z", mode="r")
+        raise KeyboardInterrupt
     with pytest.raises(ValueError, match="checksum"):
-        array[:]
-
-
-def test_missing_pixels_are_our_own_error(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="4 pixels"), ZWriter(tmp_path, (NY, NX, NC), "float16", {}) as writer:  # noqa: PT012
-        writer.write(0, 0, z_of(0, "float16")[:-1])
-        writer.write(NY - 1, 4, z_of(0, "float16")[-1:, 4:])
+        zarr.open_array(tmp_path / "z", mode="r")[:]
+    with pytest.raises(AssertionError), ZWriter(tmp_path / "b", z.shape, "float16", {}) as writer:  # noqa: PT012
+        writer.write(0, 0, z[:-1])
+        writer.write(NY - 1, 4, z[-1:, 4:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_read_tile_equals_slices(tmp_path: Path, make_store: MakeStore, dtype: str) -> None:
+def test_tiles_and_their_counts_equal_slices(tmp_path: Path, make_store: MakeStore, dtype: str) -> None:
     scenes = {"a": z_of(0, dtype), "b": z_of(1, dtype, (5, 11, NC))}
     store = make_store(tmp_path / "store", scenes, dtype=dtype)
     assert store.dtype == dtype
@@ -129,106 +103,52 @@ def test_read_tile_equals_slices(tmp_path: Path, make_store: MakeStore, dtype: s
         for height, width in ((1, 1), (3, 3), (4, 2), z.shape[:2]):
             for y in range(z.shape[0] - height + 1):
                 for x in range(z.shape[1] - width + 1):
-                    tile = np.empty((height, width, NC), dtype)
+                    tile, truth = np.empty((height, width, NC), dtype), z[y : y + height, x : x + width]
                     store.read_tile(scene, y, x, tile)
-                    assert tile.tobytes() == z[y : y + height, x : x + width].tobytes()
-
-
-def test_truncated_z_is_refused_by_name(two: Store) -> None:
-    file = z_file(two, "b")
-    row = NX * NC * 2
-    with file.open("r+b") as f:
-        f.truncate(6 * row + 5)
-    tile = np.empty((2, 2, NC), np.float16)
-    two.read_tile(1, 4, 0, tile)  # what is there can be read
-    for y in (5, 6, 7):
-        with pytest.raises(InputError, match="shorter") as caught:
-            two.read_tile(1, y, 2, tile)
-        assert str(file) in str(caught.value)
-        assert "\n" not in str(caught.value)
-    file.unlink()
-    with pytest.raises(InputError, match="cannot be read") as caught:
-        two.read_tile(1, 0, 0, tile)
-    assert str(file) in str(caught.value)
+                    assert tile.tobytes() == truth.tobytes()
+                    assert height != width or store.count_invalid(scene, y, x, width) == np.isnan(truth).sum()
 
 
 # --- the whole store ----------------------------------------------------------------------------
 
 
-def test_open(two: Store) -> None:
-    assert [s.id for s in two.scenes] == ["a", "b"]
-    assert two.indices("train") == [0]
-    assert two.indices("val") == [1]
-    assert two.dtype == np.float16
-    assert two.normalization.settings() == {
-        "transform": "zscore",
-        "clip": 10.0,
-        "min_radiance": None,
-        "band": None,
-        "units": None,
-        "valid_range": None,
-        "flag_bits": None,
-        "max_solar_zenith": None,
-    }
-    np.testing.assert_array_equal(two.normalization.mean, 1.0 + np.arange(NC))
-    np.testing.assert_array_equal(two.normalization.std, 2.0 + np.arange(NC))
-    np.testing.assert_array_equal(two.normalization.wavelength, 400.0 + np.arange(NC))
-    for scene, seed in ((0, 0), (1, 1)):
-        np.testing.assert_array_equal(two.n_invalid(scene), np.isnan(z_of(seed, "float16")).sum(axis=-1))
-
-
-def test_zarr_sees_all_of_it(two: Store) -> None:
-    group = zarr.open_group(two.path, mode="r")
-    names = {name for name, _ in group.members(max_depth=None)}
-    inside = {"z", "n_invalid", "latitude", "time", "wavelength"}
-    assert names == {
-        *STATISTICS,
-        *("scenes", "scenes/a", "scenes/b"),
-        *(f"scenes/{s}/{name}" for s in "ab" for name in inside),
-    }
-    assert group["scenes/b/z"][:].tobytes() == z_of(1, "float16").tobytes()
-    assert group.attrs["scenes"][1]["split"] == "val"
-    assert group.attrs["hash"] == two.hash
-    assert set(zarr.open_group(two.path / "scenes", mode="r", use_consolidated=False)) == {"a", "b"}
-
-
-@pytest.mark.parametrize("consolidated", [True, False])
-def test_xarray_opens_the_root(two: Store, consolidated: bool) -> None:
-    with xr.open_zarr(two.path, consolidated=consolidated, chunks=None) as ds:
+@pytest.mark.parametrize(("consolidated", "limit"), [(True, 3), (True, 2), (True, 0), (False, 3)])
+def test_zarr_and_xarray_open_all_of_it(
+    tmp_path: Path, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, consolidated: bool, limit: int
+) -> None:
+    """Whether or not the root knows the arrays of all scenes."""
+    monkeypatch.setattr(store_writer, "CONSOLIDATED_SCENES", limit)
+    scenes, truth = {name: z_of(i, "float16") for i, name in enumerate("abc")}, geometry()
+    store = make_store(tmp_path / "store", scenes, val=("b",), arrays=truth)
+    known = json.loads((store.path / "zarr.json").read_text())["consolidated_metadata"]["metadata"]
+    assert "scenes/b" in known and ("scenes/b/z" in known) == (limit == 3)
+    with xr.open_zarr(store.path, consolidated=consolidated, chunks=None) as ds:
         assert set(ds.variables) == STATISTICS
         assert all(v.dims == ("channel",) for v in ds.variables.values())
         np.testing.assert_array_equal(ds["mean"], 1.0 + np.arange(NC))
         assert ds["wavelength"].attrs["units"] == "nm"
-        assert ds.attrs["hash"] == two.hash
-
-
-@pytest.mark.parametrize("consolidated", [True, False])
-def test_xarray_opens_a_scene(two: Store, consolidated: bool) -> None:
-    with xr.open_zarr(two.path, group="scenes/b", consolidated=consolidated, chunks=None) as ds:
-        ds.load()
-    z = z_of(1, "float16")
-    assert ds["z"].dims == ("y", "x", "channel")
-    np.testing.assert_array_equal(ds["z"], z)
-    assert ds["z"].dtype == np.float16
-    assert ds["n_invalid"].dtype.kind in "iu"
-    np.testing.assert_array_equal(ds["n_invalid"], np.isnan(z).sum(axis=-1))
-    truth = geometry()
-    np.testing.assert_array_equal(ds["latitude"], truth["latitude"][1])
-    assert ds["latitude"].attrs["units"] == "degrees_north"
-    assert ds["wavelength"].dims == ("x", "channel")
-    np.testing.assert_array_equal(ds["wavelength"], truth["wavelength"][1])
-    assert ds.attrs["id"] == "b"
-
-
-def test_dates_decode_in_xarray(two: Store) -> None:
-    with xr.open_zarr(two.path, group="scenes/a", chunks=None) as ds:
+        assert (ds.attrs["hash"], ds.attrs["scenes"][1]["split"]) == (store.hash, "val")
+    assert (store.indices("train"), store.indices("val")) == ([0, 2], [1])
+    assert set(zarr.open_group(store.path / "scenes", mode="r", use_consolidated=False)) == set(scenes)
+    group = zarr.open_group(store.path, mode="r")["scenes"]
+    assert set(group.group_keys()) == set(scenes)
+    for name, z in scenes.items():
+        assert group[name]["z"][:].tobytes() == z.tobytes()
+        with xr.open_zarr(store.path, group=f"scenes/{name}", consolidated=consolidated, chunks=None) as ds:
+            ds.load()
+        assert set(ds.variables) == {"z", "n_invalid", *truth}
+        assert (ds["z"].dims, ds["z"].dtype, ds.attrs["id"]) == (("y", "x", "channel"), np.float16, name)
+        np.testing.assert_array_equal(ds["z"], z)
+        np.testing.assert_array_equal(ds["n_invalid"], np.isnan(z).sum(axis=-1))
+        assert ds["n_invalid"].dtype == np.uint8  # zero is a count, and must not be taken for fill
+        np.testing.assert_array_equal(ds["latitude"], truth["latitude"][1])
+        assert ds["latitude"].attrs["units"] == "degrees_north"
+        assert ds["wavelength"].dims == ("x", "channel")
+        np.testing.assert_array_equal(ds["wavelength"], truth["wavelength"][1])
         time = ds["time"].to_numpy()
-    assert time.dtype.kind == "M"
-    assert np.isnat(time[3])
-    assert not np.isnat(np.delete(time, 3)).any()
-    # 1717276174.25 s after 1970 is 21:09:34.25 UTC on the first of June 2024
-    assert abs(time[0] - np.datetime64("2024-06-01T21:09:34.250")) < np.timedelta64(1, "ms")
-    assert abs(time[8] - time[0] - np.timedelta64(20, "s")) < np.timedelta64(1, "ms")
+        np.testing.assert_array_equal(np.isnat(time), np.arange(NY) == 3)
+        # 1717276174.25 s after 1970 is 21:09:34.25 UTC on the first of June 2024
+        assert abs(time[0] - np.datetime64("2024-06-01T21:09:34.250")) < np.timedelta64(1, "ms")
 
 
 def test_hash_is_of_the_content(tmp_path: Path, make_store: MakeStore) -> None:
@@ -239,73 +159,18 @@ def test_hash_is_of_the_content(tmp_path: Path, make_store: MakeStore) -> None:
     assert Store(tmp_path / "moved").hash == first.hash
     changed = b.copy()
     changed[8, 6, 5] = 1.25 if changed[8, 6, 5] != 1.25 else 1.5
-    others = [
-        make_store(tmp_path / "3", {"a": a, "b": changed}).hash,
-        make_store(tmp_path / "4", {"a": a, "c": b}).hash,
-        make_store(tmp_path / "5", {"a": a, "b": b}, val=("b",)).hash,
-        make_store(tmp_path / "6", {"a": a.astype("float32"), "b": b.astype("float32")}, dtype="float32").hash,
-        make_store(tmp_path / "7", {"b": b, "a": a}).hash,
-    ]
-    assert len({first.hash, *others}) == 6
+    others = (
+        {"scenes": {"a": a, "b": changed}},
+        {"scenes": {"a": a, "c": b}},
+        {"scenes": {"a": a, "b": b}, "val": ("b",)},
+        {"scenes": {"a": a, "b": b}, "dtype": "float32"},
+        {"scenes": {"b": b, "a": a}},
+    )
+    hashes = {make_store(tmp_path / f"other{i}", **other).hash for i, other in enumerate(others)}
+    assert len({first.hash, *hashes}) == 6
 
 
 # --- many scenes --------------------------------------------------------------------------------
-
-
-def check_opens_in_zarr_and_xarray(path: Path, scene: str, z: np.ndarray) -> None:
-    with xr.open_zarr(path, chunks=None) as ds:
-        assert set(ds.variables) == STATISTICS
-        np.testing.assert_array_equal(ds["mean"], 1.0 + np.arange(NC))
-    with xr.open_zarr(path, group=f"scenes/{scene}", chunks=None) as ds:
-        np.testing.assert_array_equal(ds["z"], z)
-        assert set(ds.variables) == {"z", "n_invalid", "latitude", "time", "wavelength"}
-    root = zarr.open_group(path, mode="r")
-    assert root["scenes"][scene]["z"][:].tobytes() == z.tobytes()
-    assert scene in set(root["scenes"].group_keys())
-    np.testing.assert_array_equal(root["mean"][:], 1.0 + np.arange(NC))
-
-
-@pytest.mark.parametrize("limit", [0, 2, 3])
-def test_opens_whether_or_not_the_root_knows_all_arrays(
-    tmp_path: Path, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
-    monkeypatch.setattr(store_writer, "CONSOLIDATED_SCENES", limit)
-    scenes = {name: z_of(i, "float16") for i, name in enumerate("abc")}
-    path = make_store(tmp_path / "store", scenes, arrays=geometry()).path
-    known = json.loads((path / "zarr.json").read_text())["consolidated_metadata"]["metadata"]
-    assert ("scenes/b/z" in known) == (limit == 3)
-    assert "scenes/b" in known
-    for name, z in scenes.items():
-        check_opens_in_zarr_and_xarray(path, name, z)
-
-
-OPENED: list[str] = []  # paths, while `recording` holds
-recording = False
-
-
-def record_opened(event: str, arguments: tuple[object, ...]) -> None:
-    if recording and event == "open" and isinstance(arguments[0], (str, Path)):
-        OPENED.append(str(arguments[0]))
-
-
-@contextmanager
-def opened_inside(path: Path) -> Iterator[set[str]]:
-    """Which files of a folder this process opens, relative to it; known when the block is left."""
-    global recording
-    found: set[str] = set()
-    OPENED.clear()
-    recording = True
-    try:
-        yield found
-    finally:
-        recording = False
-        found.update(str(Path(p).relative_to(path)) for p in OPENED if Path(p).is_relative_to(path))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _audit() -> None:
-    """A hook cannot be taken away again, so it has a switch."""
-    sys.addaudithook(record_opened)
 
 
 def test_ten_thousand_scenes_cost_one_file(
@@ -313,135 +178,86 @@ def test_ten_thousand_scenes_cost_one_file(
 ) -> None:
     """A root that lists 10,000 scenes, of which one is there: to open it, none of them is looked at."""
     monkeypatch.setattr(store_writer, "CONSOLIDATED_SCENES", 0)
-    z = z_of(0, "float16")
-    made = make_store(tmp_path / "store", {"s00000": z}, arrays=geometry())
+    made = make_store(tmp_path / "store", {"s00000": z_of(0, "float16")}, arrays=geometry())
     root = json.loads((made.path / "zarr.json").read_text())
     attributes, members = root["attributes"], root["consolidated_metadata"]["metadata"]
     record, group = attributes["scenes"][0], members["scenes/s00000"]
-    for i in range(1, 10_000):
-        row = {**record, "id": f"s{i:05d}"}
-        attributes["scenes"].append(row)
-        members[f"scenes/{row['id']}"] = {**group, "attributes": {**group["attributes"], "id": row["id"]}}
+    ids = [f"s{i:05d}" for i in range(10_000)]
+    attributes["scenes"] = [{**record, "id": name} for name in ids]
+    members |= {f"scenes/{name}": {**group, "attributes": {**group["attributes"], "id": name}} for name in ids}
     attributes["hash"] = content_hash(attributes, made.arrays)
     (made.path / "zarr.json").write_text(json.dumps(root))
 
-    with opened_inside(made.path) as opened:
-        store = Store(made.path)
-    assert "zarr.json" in opened
-    assert {Path(p).parts[0] for p in opened} == {"zarr.json", *STATISTICS}
-    assert [s.id for s in store.scenes] == [f"s{i:05d}" for i in range(10_000)]
-    with opened_inside(made.path) as opened, xr.open_zarr(made.path, chunks=None) as ds:
-        ds.load()
-    assert "zarr.json" in opened
-    assert not any(p.startswith("scenes") for p in opened)
-    with opened_inside(made.path) as opened, xr.open_zarr(made.path, group="scenes/s00000", chunks=None) as ds:
-        np.testing.assert_array_equal(ds["z"], z)
-    assert not any(p.startswith("scenes") and not p.startswith("scenes/s00000/") for p in opened)
+    scenes = made.path / "scenes"
+    aside = scenes.rename(tmp_path / "aside")
+    scenes.symlink_to(scenes)  # to open anything there is an error
+    assert [s.id for s in Store(made.path).scenes] == ids
+    xr.open_zarr(made.path, chunks=None).load()
+    scenes.unlink()
+    aside.rename(scenes)
+    for name in ids[1:]:
+        (scenes / name).symlink_to(scenes / name)
+    xr.open_zarr(made.path, group="scenes/s00000", chunks=None).load()
 
 
 # --- what does not open -------------------------------------------------------------------------
 
 
-def refused(path: Path, *words: str) -> None:
-    with pytest.raises(InputError) as caught:
+def is_no_store(path: Path, *words: str) -> None:
+    with refused(InputError, *words, path=path):
         Store(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in (str(path), *words):
-        assert word in message, f"{word!r} not in: {message}"
 
 
-def test_no_folder_or_an_empty_one(tmp_path: Path) -> None:
-    refused(tmp_path / "nothing", "no such folder", "prepare")
-    refused(tmp_path, "no store", "prepare")
+def test_only_a_finished_store_opens(two: Store, tmp_path: Path) -> None:
+    """The root's zarr.json, which is written last, is the marker."""
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "is a file")
-
-
-def test_unfinished_store(two: Store) -> None:
-    (two.path / "zarr.json").unlink()
-    refused(two.path, "no store")
-    (two.path / "run.json").write_text('{"tool": "spectralvae", "command": "prepare"}')
-    refused(two.path, "not finished", "prepare")
-
-
-def test_foreign_zarr_group(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path, tmp_path / "file"):
+        is_no_store(path, "prepare")
     zarr.create_group(tmp_path / "foreign").create_array("mean", shape=(3,), dtype="float64")
-    refused(tmp_path / "foreign", "no spectralvae store")
-    zarr.create_array(tmp_path / "array", shape=(3,), dtype="float64")
-    refused(tmp_path / "array", "no spectralvae store")
-
-
-@pytest.mark.parametrize("found", [1, 3])
-def test_store_of_another_format(two: Store, found: int) -> None:
+    is_no_store(tmp_path / "foreign", f"format {FORMAT}")
     root = two.path / "zarr.json"
-    root.write_text(root.read_text().replace(f'"spectralvae_store": {FORMAT}', f'"spectralvae_store": {found}'))
-    refused(two.path, f"is a store of format {found}", "needed: format 2", "prepare it with this version")
+    text = root.read_text()
+    for found in (1, 3):
+        root.write_text(text.replace(f'"spectralvae_store": {FORMAT}', f'"spectralvae_store": {found}'))
+        is_no_store(two.path, f"format {found}", f"format {FORMAT}")
+    # who moves a scene into validation by hand gets statistics that have seen it
+    root.write_text(text.replace('"split": "train"', '"split": "val"'))
+    is_no_store(two.path, "hash")
+    root.write_text(text)
+    Store(two.path)
+    root.unlink()
+    is_no_store(two.path, "zarr.json")
+    for command, word in (("prepare", "not finished"), ("train", "spectralvae train")):
+        (two.path / "run.json").write_text(json.dumps({"tool": "spectralvae", "command": command}))
+        is_no_store(two.path, word)
 
 
-@pytest.mark.parametrize(
-    "damage", ["cut", "list", "no attributes", "no hash", "no scenes", "no mean", "column missing"]
-)
-def test_damaged_metadata(two: Store, damage: str) -> None:
+def test_damaged_metadata_and_statistics(two: Store) -> None:
     root = two.path / "zarr.json"
-    content = json.loads(root.read_text())
-    if damage == "list":
-        content = [1, 2]
-    elif damage == "no attributes":
-        del content["attributes"]
-    elif damage in ("no hash", "no scenes"):
-        del content["attributes"][damage.removeprefix("no ")]
-    elif damage == "column missing":
-        del content["attributes"]["scenes"][0]["shape"]
-    elif damage == "no mean":
-        shutil.rmtree(two.path / "mean")
-    text = json.dumps(content)
-    root.write_text(text[: len(text) // 2] if damage == "cut" else text)
-    refused(two.path, "damaged")
+    text = root.read_text()
+    texts = [text[: len(text) // 2], "[1, 2]"]
+    for *parents, last in (["attributes"], ["attributes", "hash"], ["attributes", "scenes", 0, "shape"]):
+        content = json.loads(text)
+        del reduce(getitem, parents, content)[last]
+        texts.append(json.dumps(content))
+    for damaged in texts:
+        root.write_text(damaged)
+        is_no_store(two.path, "corrupt")
+    root.write_text(text)
+    # zarr reads a lost chunk as zeros: a mean of 0 would go unnoticed into every reconstruction
+    chunks = {name: next(p for p in (two.path / name / "c").iterdir()) for name in ("mean", "std", "wavelength")}
+    for chunk in chunks.values():
+        content = chunk.read_bytes()
+        for damaged in (None, content[:5], chunks["std" if chunk == chunks["mean"] else "mean"].read_bytes()):
+            chunk.write_bytes(damaged) if damaged else chunk.unlink()
+            is_no_store(two.path, "corrupt")
+        chunk.write_bytes(content)
+    Store(two.path)
+    shutil.rmtree(two.path / "mean")
+    is_no_store(two.path, "corrupt")
 
 
-@pytest.mark.parametrize("name", ["mean", "std", "wavelength"])
-@pytest.mark.parametrize("damage", ["lost", "cut", "overwritten"])
-def test_damaged_statistics(two: Store, name: str, damage: str) -> None:
-    """zarr reads a lost chunk as zeros: a mean of 0 would go unnoticed into every reconstruction."""
-    (chunk,) = (p for p in (two.path / name).rglob("*") if p.is_file() and p.name != "zarr.json")
-    if damage == "lost":
-        chunk.unlink()
-    elif damage == "cut":
-        chunk.write_bytes(chunk.read_bytes()[:5])
-    else:
-        other = "mean" if name == "std" else "std"
-        shutil.copyfile(next(p for p in (two.path / other / "c").iterdir() if p.is_file()), chunk)
-    refused(two.path, "damaged")
-
-
-def test_edited_table(two: Store) -> None:
-    """Who moves a scene into validation by hand gets statistics that have seen it."""
-    root = two.path / "zarr.json"
-    root.write_text(root.read_text().replace('"split": "train"', '"split": "val"'))
-    refused(two.path, "damaged")
-
-
-def test_lost_or_damaged_counts_are_refused(tmp_path: Path, make_store: Callable[..., Store]) -> None:
-    """zarr reads a lost chunk as zeros: tiles without data would be drawn."""
-    z = np.zeros((5, 6, 3), np.float16)
-    z[1] = np.nan
-    made = make_store(tmp_path / "store", {"a": z})
-    assert made.n_invalid(0).sum() == 18
-    file = tmp_path / "store/scenes/a/n_invalid/c/0/0"
-    for content, message in (
-        (bytes(30), "is damaged"),  # as long as it was, of other content
-        (file.read_bytes()[:-1], "has 29 bytes instead of 30"),
-        (None, "cannot be read"),
-    ):
-        file.write_bytes(content) if content else file.unlink()
-        with pytest.raises(InputError, match=message) as caught:
-            made.n_invalid(0)
-        assert str(file) in str(caught.value)
-        assert "prepare the store again" in str(caught.value)
-
-
-@pytest.mark.parametrize(("n_channels", "dtype"), [(3, "u1"), (255, "u1"), (256, "<u2"), (1028, "<u2")])
+@pytest.mark.parametrize(("n_channels", "dtype"), [(255, "u1"), (256, "<u2")])
 @pytest.mark.parametrize("lost", [0, 7])
 def test_counts_are_a_plain_file(
     tmp_path: Path, make_store: Callable[..., Store], n_channels: int, dtype: str, lost: int
@@ -457,41 +273,8 @@ def test_counts_are_a_plain_file(
     array = zarr.open_array(folder, mode="r")
     assert array.dtype == dtype
     np.testing.assert_array_equal(array[:], truth)
-    with xr.open_zarr(made.path, group="scenes/a", chunks=None) as ds:
-        np.testing.assert_array_equal(ds["n_invalid"], truth)
-        assert ds["n_invalid"].dtype == dtype  # zero is a count, and must not be taken for fill
-
-
-def test_count_invalid_against_z(two: Store) -> None:
-    for scene, seed in ((0, 0), (1, 1)):
-        invalid = np.isnan(z_of(seed, "float16"))
-        for tile in (1, 3, NX):
-            for y in range(NY - tile + 1):
-                for x in range(NX - tile + 1):
-                    assert two.count_invalid(scene, y, x, tile) == invalid[y : y + tile, x : x + tile].sum()
-
-
-def test_short_or_lost_counts_are_refused_by_name(two: Store) -> None:
-    """Not read as zeros, and no death by SIGBUS."""
-    file = two.path / "scenes/b/n_invalid/c/0/0"
-    with file.open("r+b") as f:
-        f.truncate(6 * NX - 1)
-    assert two.count_invalid(1, 3, 0, 2) >= 0  # what is there can be read
-    for y in (4, 5, 7):
-        with pytest.raises(InputError, match="shorter") as caught:
-            two.count_invalid(1, y, 0, 2)
-        assert str(file) in str(caught.value)
-    file.unlink()
-    with pytest.raises(InputError, match="cannot be read"):
-        two.count_invalid(1, 0, 0, 2)
-
-
-def test_read_into_a_turned_view(two: Store) -> None:
-    z = z_of(0, "float16")
-    for flip in (False, True):
-        for turns in range(4):
-            finished = np.empty((4, 4, NC), np.float16)
-            view = np.rot90(finished, -turns)
-            two.read_tile(0, 2, 3, view[::-1] if flip else view)
-            truth = z[2:6, 3:7]
-            np.testing.assert_array_equal(finished, np.rot90(np.flipud(truth) if flip else truth, turns))
+    file = folder / "c/0/0"
+    for content in (b"\7" + file.read_bytes()[1:], file.read_bytes()[:-1], None):  # the first is as long
+        file.write_bytes(content) if content else file.unlink()
+        with refused(InputError, path=file):
+            made.n_invalid(0)

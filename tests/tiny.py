@@ -1,5 +1,8 @@
 """A network of a few thousand weights, and what belongs to it on disk."""
 
+import hashlib
+import json
+
 import numpy as np
 import torch
 
@@ -104,3 +107,9 @@ def flip(path, position, bit=0):
     index = int(position * (len(content) - 1)) if isinstance(position, float) else position
     content[index] ^= 1 << bit
     path.write_bytes(content)
+
+
+def signed(manifest):
+    """The file of a manifest without digest, with its digest, by the rule as it is written down, not by the code."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "digest": digest}, indent=2) + "\n"

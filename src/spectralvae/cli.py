@@ -30,7 +30,7 @@ from spectralvae.config import (
     prepare_may_change_on_resume,
 )
 from spectralvae.config.loading import dump_config, load_config, to_yaml
-from spectralvae.errors import PeerError, RunError, UserError
+from spectralvae.errors import ConfigError, PeerError, RunError, UserError
 from spectralvae.runtime.console import new_console
 from spectralvae.runtime.rundir import RunDir
 from spectralvae.runtime.signals import Stopped
@@ -58,8 +58,15 @@ console = new_console()
 C = TypeVar("C", bound=CommandConfig)
 
 
-def _read(schema: type[C], path: Path, settings: list[str] | None, print_config: bool, *, debug: bool = False) -> C:
+_config_file: Path | None = None  # of the command at work; `run` names it in errors that name no file
+
+
+def _read(
+    schema: type[C], path: Path, settings: list[str] | None, print_config: bool = False, *, debug: bool = False
+) -> C:
+    global _config_file
     config = load_config(schema, path, settings or [], debug=debug)
+    _config_file = path
     if print_config:
         sys.stdout.write(to_yaml(dump_config(config)))
         raise typer.Exit
@@ -165,7 +172,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Try out a train config, its store and this machine; nothing is changed."""
-    cfg = load_config(TrainConfig, config, set_ or [])
+    cfg = _read(TrainConfig, config, set_)
     from spectralvae.training.doctor import doctor as work
 
     work(cfg, as_json=json, console=console)
@@ -292,13 +299,16 @@ def _fail(message: str, code: int) -> int:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code (see README)."""
+    global _config_file
+    _config_file = None
     try:
         result = app(arguments, prog_name="spectralvae", standalone_mode=False)
         if result == 130:  # Ctrl-C, as typer reports it
             return _fail("interrupted", 130)
         return result if isinstance(result, int) else 0
     except UserError as error:
-        return _fail(str(error), 2)
+        lacks_path = isinstance(error, ConfigError) and error.path is None
+        return _fail(str(error.with_parts(path=_config_file) if lacks_path else error), 2)
     except PeerError as error:  # the process that failed says so itself, and the first one for all
         return 1 if console.quiet else _fail(str(error), 1)
     except RunError as error:

@@ -38,6 +38,7 @@ SIZE_UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 TOLERANCE = 0.1
 ALGORITHMS = {"MD5": "md5", "SHA-1": "sha1", "SHA-256": "sha256", "SHA-384": "sha384", "SHA-512": "sha512"}
 POLL_SECONDS = 0.2
+_AGAIN = "start again to resume"
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,8 @@ def import_library() -> Any:
     try:
         import earthaccess
     except ImportError as error:
-        raise InputError(
-            f'download needs the library earthaccess ({error}): pip install "spectralvae[earthdata]"'
-        ) from error
+        problem = f"download needs the library earthaccess ({error})"
+        raise InputError(problem, remedy='pip install "spectralvae[earthdata]"') from error
     logging.getLogger("earthaccess").addHandler(logging.NullHandler())
     warnings.filterwarnings("ignore", category=FutureWarning, module="earthaccess")  # it warns of calls of its own
     return earthaccess
@@ -186,14 +186,14 @@ def log_in(library: Any) -> None:
             return
         reason = "name or password is missing"
     except OSError as error:
-        raise RunError(
-            f"the login to NASA Earthdata failed ({_reason(error)}): check network and token, and start again"
-        ) from error
+        problem = f"the login to NASA Earthdata failed ({_reason(error)})"
+        raise RunError(problem, remedy="check network and token, and start again") from error
     except Exception as error:  # the library's own classes
         reason = _reason(error)
     raise InputError(
-        f"no login to NASA Earthdata ({reason}): register at https://urs.earthdata.nasa.gov and put `machine "
-        "urs.earthdata.nasa.gov login NAME password WORD` into ~/.netrc, or set EARTHDATA_TOKEN"
+        f"no login to NASA Earthdata ({reason})",
+        remedy="register at https://urs.earthdata.nasa.gov and put `machine urs.earthdata.nasa.gov login NAME "
+        "password WORD` into ~/.netrc, or set EARTHDATA_TOKEN",
     )
 
 
@@ -227,7 +227,8 @@ def find_granules(library: Any, config: DownloadConfig) -> Listing:
             if other is not file:
                 raise InputError(
                     f"the archive holds granule {key} of {short_name} twice, {other.name} ({other.concept_id}) and "
-                    f"{file.name} ({file.concept_id}): leave it out with start and end"
+                    f"{file.name} ({file.concept_id})",
+                    remedy="leave it out with start and end",
                 )
     products: list[str] = list(config.products)
     missing = {key: [p for p in products if p not in found[key]] for key in sorted(found)}
@@ -236,8 +237,8 @@ def find_granules(library: Any, config: DownloadConfig) -> Listing:
         counts = Counter(product for files in found.values() for product in files)
         raise InputError(
             f"no granule of {config.version} with all of {', '.join(products)} in box {config.box} from "
-            f"{config.start} to {config.end} (found: {', '.join(f'{counts[p]} {p}' for p in products)}): "
-            "change box, start, end, version or products"
+            f"{config.start} to {config.end} (found: {', '.join(f'{counts[p]} {p}' for p in products)})",
+            remedy="change box, start, end, version or products",
         )
     return Listing(granules, {key: lacking for key, lacking in missing.items() if lacking})
 
@@ -271,7 +272,7 @@ def describe(granule: Any, prefix: str) -> tuple[str, RemoteFile]:
     entry = entries[0] if len(entries) == 1 else {}
     exact = "SizeInBytes" in entry
     if not exact and not ("Size" in entry and entry.get("SizeUnit") in SIZE_UNITS):
-        raise RunError(f"{name} ({concept_id}): the archive gives no size, so a download could not be checked")
+        raise RunError(f"the archive gives no size ({concept_id}), so a download could not be checked", path=name)
     size = entry["SizeInBytes"] if exact else entry["Size"] * SIZE_UNITS[entry["SizeUnit"]]
     checksum = entry.get("Checksum", {})
     known = checksum.get("Algorithm") in ALGORITHMS
@@ -358,12 +359,11 @@ def fetch(library: Any, file: RemoteFile, scratch: Path, show: Callable[[int], N
     while not ended.wait(POLL_SECONDS):
         show(_bytes_in(scratch))
     if failures:
-        raise RunError(
-            f"{file.name}: the download failed ({_reason(failures[0])}): start again to go on"
-        ) from failures[0]
+        problem = f"the download failed ({_reason(failures[0])})"
+        raise RunError(problem, path=file.name, remedy=_AGAIN) from failures[0]
     path = scratch / file.name
     if not path.is_file():  # how the library tells of some failures
-        raise RunError(f"{file.name}: the download brought no such file: start again to go on")
+        raise RunError("the download brought no such file", path=file.name, remedy=_AGAIN)
     return path
 
 
@@ -388,7 +388,7 @@ def keep(came: Path, path: Path, file: RemoteFile) -> None:
         wrong = f"its checksum is not the one announced, {' '.join(file.checksum or ())}"
     if wrong:
         came.unlink()
-        raise RunError(f"{file.name}: {wrong}; it was deleted: start again to fetch it anew")
+        raise RunError(f"{wrong}; it was deleted", path=file.name, remedy="start again to fetch it anew")
     with came.open("rb") as opened:
         os.fsync(opened.fileno())
     path.parent.mkdir(exist_ok=True)

@@ -68,9 +68,11 @@ class SpectralvaeError(Exception):
 
 
 def show(value: Any) -> str:
-    """A value as a config would hold it: numpy numbers as numbers, texts in quotes, paths as they are."""
+    """A value as a config would hold it: numpy's numbers as numbers, texts in quotes, paths as they are."""
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     if hasattr(value, "tolist"):  # numpy's arrays and scalars
         value = value.tolist()
     return repr(value)

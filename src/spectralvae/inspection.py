@@ -46,7 +46,7 @@ def inspect(path: Path, *, verify: bool, as_json: bool, console: Console) -> Non
         InputError: it is none of these, or `verify` found something wrong.
     """
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder; check the path")
+        raise InputError("no such file or folder", path=path, remedy="check the path")
     facts, problems = _kind(path)(path, verify)
     if verify:
         facts["problems"] = problems
@@ -56,7 +56,7 @@ def inspect(path: Path, *, verify: bool, as_json: bool, console: Console) -> Non
         _show(facts, console)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"{path}: is not sound: {problems[0]}{more}")
+        raise InputError(f"is not sound: {problems[0]}{more}", path=path)
 
 
 def _kind(path: Path) -> Callable[[Path, bool], tuple[Facts, list[str]]]:
@@ -220,7 +220,7 @@ def _latents(path: Path, verify: bool) -> tuple[Facts, list[str]]:
         attributes = container.attributes("")
         variables = {variable.name: variable for variable in container.variables()}
         if "spectralvae_latents" not in attributes or "latent" not in variables or "valid" not in variables:
-            raise InputError(f"{path}: is named as a file of `spectralvae encode`, but holds no latents")
+            raise InputError("is named as a file of `spectralvae encode`, but holds no latents", path=path)
         for name in variables if verify else ():
             container.check(name)
         plain = {key: np.ravel(v)[0] if np.size(v) == 1 else v for key, v in attributes.items()}  # numbers are vectors

@@ -154,23 +154,26 @@ def _admit(config: EvaluateConfig, console: Console) -> _Subject:
 def _read_record(path: Path) -> tuple[dict[str, Any], DataConfig]:
     """run.json of a training run, and its `data:` section."""
     if not path.is_dir():
-        raise InputError(f"run: {path}: no such folder; give the output_dir of a `spectralvae train`")
+        raise InputError("no such folder", key="run", path=path, remedy="give the output_dir of a `spectralvae train`")
     command = command_of(path)
     if command != "train":
-        what = f"was made by `spectralvae {command}`" if command else "it has no run.json of this tool"
-        raise InputError(f"run: {path} is no training run ({what}); give the output_dir of a `spectralvae train`")
+        what = f"was made by `spectralvae {command}`" if command else "has no run.json of this tool"
+        remedy = "give the output_dir of a `spectralvae train`"
+        raise InputError(f"is not a training run: it {what}", key="run", path=path, remedy=remedy)
     run_record = json.loads((path / "run.json").read_text())
     try:
         return run_record, DataConfig.model_validate(run_record["config"]["data"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"run: {path / 'run.json'} is damaged or of another version: {error}") from error
+        problem = "its config.data is missing or invalid, so it is corrupt or from another version"
+        raise InputError(problem, key="run", path=path / "run.json") from error
 
 
 def _choose(config: EvaluateConfig, run_record: dict[str, Any]) -> dict[int, Path]:
     """The checkpoints that the config asks for, by step."""
     there = {step_of(path): path for path in list_checkpoints(config.run)}
     if not there:
-        raise InputError(f"run: {config.run} has no checkpoints; go on with its `spectralvae train` until there is one")
+        remedy = "resume its `spectralvae train` until it saves one"
+        raise InputError("has no checkpoints", key="run", path=config.run, remedy=remedy)
     wanted = config.checkpoints
     if wanted == "all":
         return there
@@ -178,17 +181,15 @@ def _choose(config: EvaluateConfig, run_record: dict[str, Any]) -> dict[int, Pat
         steps = [max(there)]
     elif wanted == "best":
         if "best" not in run_record:
-            raise InputError(
-                f"checkpoints: best: {config.run / 'run.json'} notes none, for no checkpoint was validated; "
-                "use newest, all or a list of steps"
-            )
+            problem, remedy = "no checkpoint was validated", "use newest, all or a list of steps"
+            path = config.run / "run.json"
+            raise InputError(problem, key="checkpoints", path=path, value=wanted, remedy=remedy)
         steps = [run_record["best"]["step"]]
     else:
         steps = sorted(wanted)
-    if missing := [str(step) for step in steps if step not in there]:
-        raise ConfigError(
-            f"checkpoints: {config.run} has none of step {', '.join(missing)}; there are {', '.join(map(str, there))}"
-        )
+    if missing := [step for step in steps if step not in there]:
+        limit = f"among the saved steps: {', '.join(map(str, there))}"
+        raise ConfigError(key="checkpoints", path=config.run, value=missing, limit=limit)
     return {step: there[step] for step in steps}
 
 
@@ -196,31 +197,32 @@ def _open_store(path: Path, run_record: dict[str, Any], data: DataConfig) -> Sto
     """The store that a run was trained on."""
     if not data.store.is_dir():
         remedy = "move it back" if data.store.is_absolute() else "start this where the training was started"
-        raise InputError(f"run: {path}: its store, {data.store}, is not there: {remedy}")
+        problem = f"no such folder, but {path} was trained on this store"
+        raise InputError(problem, key="run", path=data.store, remedy=remedy)
     store = Store(data.store)
     if run_record.get("store_hash") != store.hash:
-        raise InputError(
-            f"run: {path} was not trained on what its store, {store.path}, holds now (hash {store.hash[:16]}..., not "
-            f"{str(run_record.get('store_hash'))[:16]}...): put the old one back"
-        )
+        hashes = f"hash {store.hash[:16]}..., not {str(run_record.get('store_hash'))[:16]}..."
+        problem = f"this store has changed since {path} was trained on it ({hashes})"
+        raise InputError(problem, key="run", path=store.path, remedy="put the old one back")
     if not store.indices("val"):
-        raise InputError(
-            f"run: {path}: its store, {store.path}, has no validation scenes to judge on; prepare one with "
-            "split.val_fraction above 0, and train on that"
-        )
+        problem = f"the store of {path} has no validation scenes to judge on"
+        remedy = "prepare one with split.val_fraction above 0, and train on that"
+        raise InputError(problem, key="run", path=store.path, remedy=remedy)
     return store
 
 
 def _load(checkpoint: Path, store: Store) -> Artifact:
     artifact, _ = read_artifact(checkpoint)
     if artifact.normalization is None or artifact.normalization.sha256() != store.normalization.sha256():
-        raise InputError(f"{checkpoint}: its normalisation is not that of {store.path}: it is of another run")
+        problem = f"its normalisation is not that of {store.path}: it belongs to another run"
+        raise InputError(problem, key="run", path=checkpoint)
     return artifact
 
 
 def _refuse_place(output_dir: Path, key: str, path: Path) -> None:
     if output_dir.resolve().is_relative_to(path.resolve()):
-        raise ConfigError(f"output_dir: {output_dir} lies in {path} (see {key}), which is not to be changed: move it")
+        problem = f"lies in {path} ({key}), which must not change"
+        raise ConfigError(problem, key="output_dir", value=output_dir, remedy="choose another directory")
 
 
 # --- the work -------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def write_tables(evaluation: Evaluation, folder: Path) -> None:
             [
                 name,
                 name.removeprefix("step_") if found.latents else None,
-                *found.metrics.values(),
+                *(found.metrics[key] for key in METRICS),
                 *((found.latents.bits_per_pixel, found.latents.active_units) if found.latents else (None, None)),
             ]
             for name, found in judged.items()
@@ -261,7 +261,7 @@ def write_tables(evaluation: Evaluation, folder: Path) -> None:
         folder / "scenes.csv",
         ["name", "scene", "time", "n_samples", *SCENE_METRICS],
         (
-            [name, scene.id, scene.time, scene.n_samples, *scene.metrics.values()]
+            [name, scene.id, scene.time, scene.n_samples, *(scene.metrics[key] for key in SCENE_METRICS)]
             for name, found in judged.items()
             for scene in found.scenes
         ),

@@ -226,7 +226,7 @@ class Judge:
         x_hat = model.decode(posterior.mode())
         if not bool(torch.isfinite(x_hat).all()):
             places = ", ".join(f"{self.tiles.store.scenes[c.scene].id} at ({c.y}, {c.x})" for c in batch.crops)
-            raise RunError(f"{artifact.path}: gives values that are not finite, with the tiles {places}")
+            raise RunError(f"its reconstruction is not finite for the tiles {places}", path=artifact.path)
         return self._clipped(x_hat), posterior
 
     # --- what is looked at ----------------------------------------------------------------------

@@ -149,7 +149,8 @@ def _plan(config: ProbeConfig, run: RunDir, console: Console) -> Study:
     for key, path in (("model", config.model), ("store", config.store)):
         run.refuse_inside(key, path)
         if run.path.resolve().is_relative_to(path.resolve()):
-            raise ConfigError(f"output_dir: {run.path} lies in {key}, {path}: choose another directory")
+            problem = f"lies in {path} ({key}), which must not change"
+            raise ConfigError(problem, key="output_dir", value=run.path, remedy="choose another directory")
     store = Store(config.store)
     artifact = load_artifact(config.model)
     roles = assign_roles(store, artifact.provenance, artifact.path)
@@ -216,9 +217,11 @@ def _check_normalization(artifact: Artifact, store: Store) -> None:
     theirs = artifact.normalization.sha256() if artifact.normalization else "none"
     if theirs != ours:
         raise InputError(
-            f"store {store.path}: its normalisation (SHA-256 {ours[:16]}...) is not that of the model {artifact.path} "
-            f"({theirs[:16]}...): give the store that it was trained on, or one prepared with "
-            "`normalization: {statistics: ...}` of that"
+            f"its normalisation (SHA-256 {ours[:16]}...) is not that of the model {artifact.path} ({theirs[:16]}...)",
+            key="store",
+            path=store.path,
+            remedy="give the store that the model was trained on, or one prepared with that store as "
+            "normalization.statistics",
         )
 
 
@@ -255,8 +258,9 @@ def _count(study: Study, q: Question) -> Counts:
     }
     for what, is_short in short.items():
         if is_short:
-            remedy = "a larger n_cells, or a wider filter" if q.filtered else "a larger n_cells, or more scenes"
-            raise InputError(f"{q.name}: {what} ({counts}): give {remedy}, or take {q.product} out of products")
+            more = "a wider filter" if q.filtered else "more scenes"
+            remedy = f"give a larger n_cells or {more}, or take {q.product} out of products"
+            raise InputError(f"{q.name}: {what} ({counts})", key="products", path=study.store.path, remedy=remedy)
     return counts
 
 

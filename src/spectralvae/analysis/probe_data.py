@@ -68,8 +68,11 @@ def assign_roles(store: Store, provenance: Provenance | None, model: Path) -> Ro
     """
     if not provenance or provenance.training.identities is None or provenance.validation.identities is None:
         raise InputError(
-            f"{model}: does not tell which scenes it was trained and validated on (it is of an older version, or from "
-            "elsewhere), so nothing keeps the test fair: train it with this version"
+            "does not say which scenes it was trained and validated on (it comes from an older version or another "
+            "tool), so the test could include training scenes",
+            key="model",
+            path=model,
+            remedy="train it with this version",
         )
     training, validation = set(provenance.training.identities), set(provenance.validation.identities)
     numbered = list(enumerate(store.scenes))
@@ -80,10 +83,9 @@ def assign_roles(store: Store, provenance: Provenance | None, model: Path) -> Ro
             what = (
                 f"none of the {len(wanted)} scenes that the model was validated on" if role == "test" else "no others"
             )
-            raise InputError(
-                f"store {store.path}: holds {what}, so probes have nothing to {role} on; give a store with scenes of "
-                "the model's training and of its validation, as that which it was trained on"
-            )
+            problem = f"holds {what}, so probes have nothing to {role} on"
+            remedy = "give a store with training and validation scenes of the model, such as its own"
+            raise InputError(problem, key="store", path=store.path, remedy=remedy)
     sides = [store.scenes[i] for i in fit], [store.scenes[i] for i in test]
     _check_test(*sides, provenance, store.path)
     return Roles(fit, test, _remarks(*sides, provenance))
@@ -93,10 +95,8 @@ def _check_test(fit: Sequence[SceneRecord], test: Sequence[SceneRecord], provena
     """Refuse test scenes that ancestors were trained on, and scenes new to the model that may be of their days."""
     for scene in test:
         if scene.identity in (provenance.ancestry() or ()):
-            raise InputError(
-                f"store {store}: scene {scene.id}, which is to be tested on, is among those that the weights which the "
-                "model began with were trained on: prepare the store without it"
-            )
+            problem = f"the initial weights of the model were trained on the test scene {scene.id}"
+            raise InputError(problem, key="store", path=store, remedy="prepare the store without it")
     test_days = {_day(scene) for scene in test}
     for scene in fit:
         day = _day(scene)
@@ -110,9 +110,8 @@ def _check_test(fit: Sequence[SceneRecord], test: Sequence[SceneRecord], provena
             when = "may be of the day of a test scene, for one of these has no time"
         else:
             continue
-        raise InputError(
-            f"store {store}: scene {scene.id}, which the model never saw, {when}: prepare the store without it"
-        )
+        problem = f"scene {scene.id}, which the model never saw, {when}"
+        raise InputError(problem, key="store", path=store, remedy="prepare the store without it")
 
 
 def _remarks(fit: Sequence[SceneRecord], test: Sequence[SceneRecord], provenance: Provenance) -> list[str]:
@@ -187,10 +186,9 @@ def questions_of(products: Iterable[str], limits: FilterConfig, store: Store) ->
     for product in products:
         if product not in transforms:
             has = ", ".join(transforms) or "none"
-            raise InputError(
-                f"products: {product} is missing in store {store.path} (it has {has}): take it out, or prepare the "
-                f"store with `l2: {{{product}: ...}}`"
-            )
+            problem = f"the store has no {product} (it has {has})"
+            remedy = f"take it out, or prepare the store with `l2: {{{product}: ...}}`"
+            raise InputError(problem, key="products", path=store.path, remedy=remedy)
         if product == CLOUDS or (limits.max_cloud_fraction is None and limits.max_solar_zenith is None):
             questions.append(Question(product, True, transforms[product]))
             continue
@@ -209,16 +207,22 @@ def _check_filter(limits: FilterConfig, transforms: Mapping[str, TargetTransform
     ):
         has = f"l2/{CLOUDS} of {clouds.field}" if clouds else f"no l2/{CLOUDS}"
         raise InputError(
-            f"filter.max_cloud_fraction: {limits.max_cloud_fraction:g} needs cloud fractions, but store {store.path} "
-            f"has {has}: set filter.max_cloud_fraction: null, or prepare the store with `l2: {{{CLOUDS}: ...}}`"
+            f"needs cloud fractions, but the store has {has}",
+            key="filter.max_cloud_fraction",
+            path=store.path,
+            value=limits.max_cloud_fraction,
+            remedy=f"set it to null, or prepare the store with `l2: {{{CLOUDS}: ...}}`",
         )
     angle = "solar_zenith_angle"
     if limits.max_solar_zenith is not None:
         for scene in store.scenes:
             if not (scene_folder(store.path, scene.id) / angle).is_dir():
                 raise InputError(
-                    f"filter.max_solar_zenith: {limits.max_solar_zenith:g} needs {angle}, which scene {scene.id} of "
-                    f"store {store.path} lacks: set filter.max_solar_zenith: null"
+                    f"needs {angle}, which scene {scene.id} lacks",
+                    key="filter.max_solar_zenith",
+                    path=store.path,
+                    value=limits.max_solar_zenith,
+                    remedy="set it to null",
                 )
 
 
@@ -292,7 +296,7 @@ def read_grid(store: Store, scene: int, questions: Sequence[Question], coordinat
     record = store.scenes[scene]
     folder = scene_folder(store.path, record.id)
     if beside_digest(folder) != record.beside_sha256:  # zarr reads a lost chunk as zeros, without a word
-        raise InputError(f"{folder}: an array beside z has changed (the SHA-256 is not the table's); prepare it again")
+        raise InputError("an array beside z is corrupt: its SHA-256 differs", path=folder, remedy="prepare it again")
     fields = {name: _read(folder, name) for name in coordinates}
     clouds = _read(folder, f"l2/{CLOUDS}") if any(q.max_cloud_fraction is not None for q in questions) else None
     angle = "solar_zenith_angle"  # which may be no feature

@@ -204,11 +204,14 @@ def check_control(scores: Mapping[str, Nested]) -> None:
     for product, probes in scores.items():
         for name, by_features in probes.items():
             control = by_features["shuffled"]
-            for what, found in (("", control), (", unfiltered", control["unfiltered"])):
+            for which, found in (("", control), (".unfiltered", control["unfiltered"])):
                 if found["r2_low"] is not None and found["r2_low"] > CONTROL_LIMIT:
                     raise RunError(
-                        f"{product}{what}, {name}: the shuffled control has R2 {interval(found)}, more than "
-                        f"{CONTROL_LIMIT}: the probe is broken; the results are written, but do not use them"
+                        f"the control with shuffled targets has R2 {interval(found)}, so the probe is broken",
+                        key=f"{product}.{name}.shuffled{which}.r2_low",
+                        value=found["r2_low"],
+                        limit=f"at most {CONTROL_LIMIT}",
+                        remedy="the results are written, but do not use them",
                     )
 
 

@@ -24,7 +24,8 @@ try:
     from sklearn.model_selection import GroupKFold
     from sklearn.preprocessing import StandardScaler
 except ImportError as error:
-    raise ConfigError(f'probe needs scikit-learn ({error}); install it: pip install "spectralvae[analysis]"') from error
+    remedy = 'install it: pip install "spectralvae[analysis]"'
+    raise ConfigError(f"needs scikit-learn ({error})", key="probe", remedy=remedy) from error
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -167,10 +168,8 @@ class _Scale:
     def of(cls, y: NDArray[Any]) -> _Scale:
         mean, std = float(np.mean(y, dtype=np.float64)), float(np.std(y, dtype=np.float64))
         if y.min() == y.max():
-            raise InputError(
-                f"probe: there is one target, {y[0]:g}, of all cells to fit on ({len(y)}), so nothing can be learnt: "
-                "give a larger n_cells, or more scenes"
-            )
+            problem = f"nothing to learn: all {len(y)} cells to fit on have the target {y[0]:g}"
+            raise InputError(problem, key="n_cells", remedy="give a larger n_cells, or more scenes")
         return cls(mean, std)
 
 
@@ -180,10 +179,11 @@ def _check(x: NDArray[Any], y: NDArray[Any], groups: NDArray[Any]) -> NDArray[An
     assert np.isfinite(x).all() and np.isfinite(y).all(), "what cannot be learnt from is left out beforehand"
     names = np.unique(groups)
     if len(names) < 2:
-        raise InputError(
-            f"probe: the {len(x)} cells to fit on are of {len(names)} day or scene; at least 2 are needed, "
-            "for probes choose their complexity on what is held back: prepare a store with more scenes"
+        problem = (
+            f"the {len(x)} cells to fit on come from {len(names)} day or scene; probes need at least 2, "
+            "since they choose their complexity on one that is held back"
         )
+        raise InputError(problem, key="store", remedy="prepare a store with more scenes")
     _Scale.of(y)
     return names
 

@@ -84,8 +84,11 @@ class SceneCoder:
             least = float(np.nanmin(target.bound.in_z(self.normalization)))
             if self._largest / least > _MOST_STEPS:
                 raise InputError(
-                    f"{name}: a sample has a z of {self._largest:.3g}; a bound of {least:.3g} can be kept up to "
-                    f"{_MOST_STEPS * least:.3g}: give a larger one, or limit what is valid in `prepare`"
+                    f"a sample has a z of {self._largest:.3g}; a bound of {least:.3g} can be kept up to "
+                    f"{_MOST_STEPS * least:.3g}",
+                    key="bound",
+                    path=name,
+                    remedy="give a larger bound, or limit the valid range in `prepare`",
                 )
 
     def _valid_rows(self) -> Iterator[NDArray[np.bool_]]:
@@ -221,7 +224,7 @@ class SceneCoder:
                 missed = f"a mean squared error of {target.value:g} cannot be met: {errors.mse:g} was reached"
                 factor *= max(1 + _TIGHTER * 2**attempt, errors.mse / target.value)
             estimate = self._solve(variant, guess=stages.step, factor=factor)
-        raise RunError(f"{self.name}: {missed}")
+        raise RunError(missed, path=self.name)
 
     def _meets(self, stages: Stages, errors: Errors) -> bool:
         """Whether errors are what was asked for."""
@@ -242,7 +245,7 @@ class SceneCoder:
         for rows, radiance in stream_scene(stages, blocks, self.z.shape, self.coder, self.folder):
             z, found = self.z.read(rows).astype(np.float64), standardized(radiance, self.coder)
             if not np.array_equal(np.isnan(z), np.isnan(found)):
-                raise RunError(f"{self.name}: rows {rows.start}-{rows.stop - 1}: decoded samples are not valid")
+                raise RunError(f"rows {rows.start}-{rows.stop - 1}: decoded samples are not valid", path=self.name)
             # half a unit in the last place of z, which is kept in float32 only
             error = np.abs(found - z) + 2.0**-24 * np.abs(z)
             n += int(np.count_nonzero(np.isfinite(error)))

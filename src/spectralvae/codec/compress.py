@@ -94,14 +94,19 @@ def target_of(config: CompressConfig, normalization: Normalization) -> Target:
         bound = Bound(kind="relative", value=config.bound.relative)
         if normalization.transform != "log_zscore":
             raise ConfigError(
-                f"bound.relative: {bound.value:g} needs radiance above 0, which only the transform log_zscore grants; "
-                f"the model has {normalization.transform}: give bound.z"
+                "a relative bound needs radiance above 0, which only the transform log_zscore ensures; the model has "
+                f"{normalization.transform}",
+                key="bound.relative",
+                value=bound.value,
+                remedy="give bound.z",
             )
     least = float(np.nanmin(bound.in_z(normalization)))
     if least < LEAST_BOUND * MARGIN:
         raise ConfigError(
-            f"bound.{bound.kind}: {bound.value:g} is {least:.3g} in z for the channel of most spread; at least "
-            f"{LEAST_BOUND * MARGIN:g} can be kept, as radiance is stored in float32"
+            f"is {least:.3g} in z for the channel with the largest spread; radiance in float32 can keep "
+            f"{LEAST_BOUND * MARGIN:g} or more",
+            key=f"bound.{bound.kind}",
+            value=bound.value,
         )
     return Target("bound", bound=bound)
 
@@ -211,7 +216,7 @@ def facts_of(path: Path) -> dict[str, Any]:
     """What report.json says of a file.
 
     Raises:
-        DamagedError: it is damaged.
+        DamagedError: it is corrupt.
     """
     content, blocks = read_container(path)
     head, n_bytes = parse_head(path, content), path.stat().st_size
@@ -243,9 +248,8 @@ def parse_head(path: Path, content: Mapping[str, Any]) -> Head:
         return Head.model_validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors()[0]
-        raise DamagedError(
-            f"{path}: is damaged: its head's {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from error
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedError(f"is corrupt: {where} of its header: {first['msg']}", path=path) from error
 
 
 def _text(facts: Mapping[str, Any]) -> str:

@@ -80,7 +80,7 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         The head, and the payload of each block by its kind.
 
     Raises:
-        DamagedError: the file is damaged or cut off.
+        DamagedError: the file is corrupt or cut off.
         InputError: it cannot be read, is no such file, or is of a newer version.
     """
     with _opened(path) as (file, size):
@@ -91,16 +91,16 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             if kind == _TAIL:
                 break
             if kind in blocks:
-                raise DamagedError(f"{path}: is damaged: block {kind} is there twice")
+                raise DamagedError(f"is corrupt: block {kind} is there twice", path=path)
             if not blocks and kind != _HEAD:
-                raise DamagedError(f"{path}: is damaged: its first block is {kind}, not {_HEAD}")
+                raise DamagedError(f"is corrupt: its first block is {kind}, not {_HEAD}", path=path)
             blocks[kind] = payload
             checksums += checksum
         _check_end(path, payload, file.tell(), size)
         if payload != _END.pack(size, google_crc32c.value(checksums)):
-            raise DamagedError(f"{path}: is damaged: its blocks are not those that were written")
+            raise DamagedError("is corrupt: its blocks are not those that were written", path=path)
     if not blocks:
-        raise DamagedError(f"{path}: is damaged: it has no block {_HEAD}")
+        raise DamagedError(f"is corrupt: it has no block {_HEAD}", path=path)
     return _parse_head(path, blocks.pop(_HEAD)), blocks
 
 
@@ -113,11 +113,11 @@ def read_head(path: Path) -> dict[str, Any]:
     with _opened(path) as (file, size):
         kind, content, _ = _read_block(path, file, size)
         if kind != _HEAD:
-            raise DamagedError(f"{path}: is damaged: its first block is {kind}, not {_HEAD}")
+            raise DamagedError(f"is corrupt: its first block is {kind}, not {_HEAD}", path=path)
         file.seek(max(file.tell(), size - _TAIL_SIZE))
         kind, end, _ = _read_block(path, file, size)
         if kind != _TAIL:
-            raise DamagedError(f"{path}: is damaged: cut off at {size:,} bytes")
+            raise DamagedError(f"is corrupt: cut off at {size:,} bytes", path=path)
         _check_end(path, end, file.tell(), size)
     return _parse_head(path, content)
 
@@ -127,29 +127,28 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
     """The file after its first bytes, and its size."""
     try:
         if path.exists() and not path.is_file():  # a pipe would never end
-            raise InputError(f"{path}: is not a file; give a file that `compress` wrote")
+            raise InputError("is not a file", path=path, remedy="give a file that `compress` wrote")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             _check_start(path, file.read(_START.size))
             yield file, size
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; check the path") from error
+        raise InputError("no such file", path=path) from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"cannot be read: {error.strerror}", path=path) from error
 
 
 def _check_start(path: Path, start: bytes) -> None:
     if not start.startswith(MAGIC[: max(len(start), 1)]):
-        raise InputError(f"{path}: is not a compressed scene; give a file that `compress` wrote")
+        raise InputError("is not a compressed scene", path=path, remedy="give a file that `compress` wrote")
     if len(start) < _START.size:
-        raise DamagedError(f"{path}: is damaged: cut off at {len(start)} bytes")
+        raise DamagedError(f"is corrupt: cut off at {len(start)} bytes", path=path)
     _, version, checksum = _START.unpack(start)
     if checksum != google_crc32c.value(start[: -_CHECKSUM.size]):
-        raise DamagedError(f"{path}: is damaged: the checksum of its first {_START.size} bytes differs")
+        raise DamagedError(f"is corrupt: the checksum of its first {_START.size} bytes differs", path=path)
     if version != FORMAT:
-        raise InputError(
-            f"{path}: has format {version}, but this version ({__version__}) reads format {FORMAT}: update spectralvae"
-        )
+        problem = f"has format {version}, but this version ({__version__}) reads format {FORMAT}"
+        raise InputError(problem, path=path, remedy="update spectralvae")
 
 
 def _read_block(path: Path, file: IO[bytes], size: int) -> tuple[str, bytes, bytes]:
@@ -157,15 +156,15 @@ def _read_block(path: Path, file: IO[bytes], size: int) -> tuple[str, bytes, byt
     first = file.tell()
     begin = file.read(_BLOCK.size)
     if len(begin) < _BLOCK.size:
-        raise DamagedError(f"{path}: is damaged: cut off at {size:,} bytes")
+        raise DamagedError(f"is corrupt: cut off at {size:,} bytes", path=path)
     kind, length = _BLOCK.unpack(begin)
     name = kind.decode("latin-1").encode("unicode_escape").decode()
     end = first + _BLOCK.size + length + _CHECKSUM.size
     if end > size:  # before memory is asked for
-        raise DamagedError(f"{path}: is damaged: cut off at {size:,} of {end:,} bytes, in block {name}")
+        raise DamagedError(f"is corrupt: cut off at {size:,} of {end:,} bytes, in block {name}", path=path)
     payload, checksum = file.read(length), file.read(_CHECKSUM.size)
     if checksum != _CHECKSUM.pack(google_crc32c.extend(google_crc32c.value(begin), payload)):
-        raise DamagedError(f"{path}: is damaged: the checksum of block {name} differs")
+        raise DamagedError(f"is corrupt: the checksum of block {name} differs", path=path)
     return name, payload, checksum
 
 
@@ -173,7 +172,7 @@ def _check_end(path: Path, end: bytes, position: int, size: int) -> None:
     """Whether the last block is at the end of a file as long as it says."""
     written = _END.unpack(end)[0] if len(end) == _END.size else None
     if not written == position == size:
-        raise DamagedError(f"{path}: is damaged: {size:,} bytes, where its end says {written}")
+        raise DamagedError(f"is corrupt: {size:,} bytes, where its end says {written}", path=path)
 
 
 def _parse_head(path: Path, payload: bytes) -> dict[str, Any]:
@@ -183,7 +182,7 @@ def _parse_head(path: Path, payload: bytes) -> dict[str, Any]:
         if not isinstance(head, dict):
             raise ValueError("it is no mapping")
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path}: is damaged: block {_HEAD} is not readable: {error}") from error
+        raise DamagedError(f"is corrupt: block {_HEAD} is not readable: {error}", path=path) from error
     return head
 
 
@@ -191,7 +190,7 @@ def inflate(data: bytes, limit: int) -> bytes:
     """What zlib compressed, if that is no more than so many bytes.
 
     Raises:
-        ValueError: it is more, or the data is damaged.
+        ValueError: it is more, or the data is corrupt.
     """
     decompressor = zlib.decompressobj()
     try:

@@ -40,7 +40,7 @@ def decompress(config: DecompressConfig, run: RunDir | None, ranks: Ranks, conso
 
     Raises:
         ConfigError: inputs that would give one file.
-        InputError: a file is damaged, none of `compress`, or of another model.
+        InputError: a file is corrupt, none of `compress`, or of another model.
     """
     with ranks.together():
         coder = open_coder(config, run, ranks, console)
@@ -62,21 +62,24 @@ def read_head_for(path: Path, coder: Coder) -> Head:
 
     Raises:
         InputError: it is of another model, no file of `compress`, or of a newer version.
-        DamagedError: it is damaged.
+        DamagedError: it is corrupt.
     """
     head = parse_head(path, read_head(path))
     for name, what in (("model_sha256", "weights"), ("normalization_sha256", "normalisation")):
         ours, theirs = coder.identity[name], getattr(head, name)
         if ours != theirs:
             raise InputError(
-                f"{path}: was compressed with another model (SHA-256 of its {what} {theirs[:16]}..., of this "
-                f"{ours[:16]}...): give that one, {head.model}"
+                f"was compressed with another model (SHA-256 of its {what}: {theirs[:16]}..., of this one: "
+                f"{ours[:16]}...)",
+                path=path,
+                remedy=f"give that model, {head.model}",
             )
     ny, nx, nc = head.shape
     if nc != coder.normalization.n_channels or head.stages.n_components > nc or ny * nx > _MOST_PIXELS:
         raise DamagedError(
-            f"{path}: is damaged: {ny} x {nx} x {nc} samples and {head.stages.n_components} components do not fit a "
-            f"model of {coder.normalization.n_channels} channels"
+            f"is corrupt: {ny} x {nx} x {nc} samples and {head.stages.n_components} components do not fit a model of "
+            f"{coder.normalization.n_channels} channels",
+            path=path,
         )
     return head
 
@@ -127,7 +130,7 @@ class _Decompressing:
                     advance(radiance.shape[0] * nx)
         # checksums are right, so somebody made it so
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-            raise DamagedError(f"{self.path}: is damaged: {type(error).__name__}: {error}") from error
+            raise DamagedError(f"is corrupt: {type(error).__name__}: {error}", path=self.path) from error
         bound = stages.bound.model_dump() if stages.bound else None
         return {"text": f"radiance {ny} x {nx} x {nc}", **head.errors.model_dump(), "bound": bound}
 

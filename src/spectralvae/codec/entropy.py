@@ -20,9 +20,8 @@ from spectralvae.errors import ConfigError
 try:
     import constriction
 except ImportError as error:
-    raise ConfigError(
-        f'compressing needs constriction ({error}); install it: pip install "spectralvae[codec]"'
-    ) from error
+    remedy = 'install it: pip install "spectralvae[codec]"'
+    raise ConfigError(f"compressing needs constriction ({error})", remedy=remedy) from error
 
 _Categorical = constriction.stream.model.Categorical
 _Uniform = constriction.stream.model.Uniform
@@ -204,7 +203,7 @@ class IntegerDecoder:
             levels: (n,) as they were in encoding.
 
         Raises:
-            ValueError: the data is damaged.
+            ValueError: the data is corrupt.
         """
         order, parts = _in_order(levels)
         values = np.empty(len(levels), np.int64)

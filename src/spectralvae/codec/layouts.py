@@ -28,7 +28,7 @@ def unpack_layout(data: bytes) -> Layout:
     """The layout that `pack_layout` packed.
 
     Raises:
-        ValueError: The data is damaged.
+        ValueError: The data is corrupt.
     """
     parts = _split(data)
     try:
@@ -42,9 +42,9 @@ def unpack_layout(data: bytes) -> Layout:
                 raise ValueError(f"{stored.place} is {dtype} {values.shape}, not {stored.dtype} {shape}")
             variables.append(replace(stored, values=values))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"packed layout is damaged: {type(error).__name__}: {error}") from error
+        raise ValueError(f"packed layout is corrupt: {type(error).__name__}: {error}") from error
     if next(parts, None) is not None:
-        raise ValueError("packed layout is damaged: something is left over")
+        raise ValueError("packed layout is corrupt: something is left over")
     return replace(layout, variables=tuple(variables))
 
 
@@ -53,6 +53,6 @@ def _split(data: bytes) -> Iterator[bytes]:
     while first < len(data):
         begin = first + _LENGTH.size
         if begin > len(data) or begin + (length := _LENGTH.unpack_from(data, first)[0]) > len(data):
-            raise ValueError(f"packed layout is damaged: cut off at {len(data):,} bytes")
+            raise ValueError(f"packed layout is corrupt: cut off at {len(data):,} bytes")
         yield data[begin : begin + length]
         first = begin + length

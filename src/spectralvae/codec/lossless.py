@@ -53,7 +53,7 @@ def unpack_array(data: bytes, max_bytes: int) -> NDArray[Any]:
         max_bytes: how many bytes the array may have; of texts, their JSON.
 
     Raises:
-        ValueError: the data is damaged, or the array is larger.
+        ValueError: the data is corrupt, or the array is larger.
     """
     header, content = _split_header(data)
     try:
@@ -70,7 +70,7 @@ def unpack_array(data: bytes, max_bytes: int) -> NDArray[Any]:
             raise ValueError(f"{shape} of {name} are more than {max_bytes:,} bytes")
         return _unpack(by, header, content, dtype, shape)
     except (KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"packed array is damaged: {type(error).__name__}: {error}") from error
+        raise ValueError(f"packed array is corrupt: {type(error).__name__}: {error}") from error
 
 
 def _unpack(
@@ -87,9 +87,9 @@ def _unpack(
     elif by == "item" and len(content) == dtype.itemsize:
         content *= size
     elif by != "bytes":
-        raise ValueError(f"packed array is damaged: {by!r} of {dtype}")
+        raise ValueError(f"packed array is corrupt: {by!r} of {dtype}")
     if len(content) != n_bytes:
-        raise ValueError(f"packed array is damaged: {len(content):,} of {n_bytes:,} bytes")
+        raise ValueError(f"packed array is corrupt: {len(content):,} of {n_bytes:,} bytes")
     return np.ndarray(shape, dtype, bytearray(content))
 
 
@@ -104,9 +104,9 @@ def _split_header(data: bytes) -> tuple[dict[str, Any], bytes]:
     try:
         header = json.loads(data[: max(end, 0)])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"packed array is damaged: {error}") from error
+        raise ValueError(f"packed array is corrupt: {error}") from error
     if not isinstance(header, dict):
-        raise ValueError("packed array is damaged: it has no header")
+        raise ValueError("packed array is corrupt: it has no header")
     return header, data[end + 1 :]
 
 
@@ -157,15 +157,15 @@ def _unpack_texts(content: bytes, dtype: Any, shape: tuple[int, ...], max_bytes:
     try:
         items = json.loads(inflate(content, max_bytes))
     except RecursionError as error:
-        raise ValueError(f"packed array is damaged: {error}") from error
+        raise ValueError(f"packed array is corrupt: {error}") from error
     if not isinstance(items, list) or len(items) != math.prod(shape):
-        raise ValueError(f"packed array is damaged: its texts are not {shape}")
+        raise ValueError(f"packed array is corrupt: its texts are not {shape}")
     array = np.empty(len(items), dtype)
     for i, item in enumerate(items):
         if isinstance(item, list):
             (text,) = item
             item = text.encode("latin-1")
         elif not isinstance(item, str):
-            raise ValueError(f"packed array is damaged: {item!r} is no text")
+            raise ValueError(f"packed array is corrupt: {item!r} is no text")
         array[i] = item
     return array.reshape(shape)

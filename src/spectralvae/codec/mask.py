@@ -49,7 +49,7 @@ class _Reader:
         assert values is None
         decoded: Integers = self.decoder.decode(contexts.ravel())
         if decoded.size and not 0 <= decoded.min() <= decoded.max() <= largest:
-            raise ValueError(f"coded mask is damaged: {decoded.min()} to {decoded.max()} where 0 to {largest} may be")
+            raise ValueError(f"coded mask is corrupt: {decoded.min()} to {decoded.max()} where 0 to {largest} may be")
         return decoded.astype(np.uint8).reshape(contexts.shape)
 
 
@@ -168,11 +168,11 @@ def unpack_mask(data: bytes, shape: tuple[int, int, int]) -> Iterator[Bools]:
     """What `pack_mask` made back to rows (x, channel).
 
     Raises:
-        ValueError: the data is damaged; before the last row at the latest.
+        ValueError: the data is corrupt; before the last row at the latest.
     """
     end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
     if not _LENGTH <= end <= len(data):
-        raise ValueError(f"coded mask is damaged: {len(data)} bytes where {end} or more must be")
+        raise ValueError(f"coded mask is corrupt: {len(data)} bytes where {end} or more must be")
     pixels, samples = _Reader(data[_LENGTH:end]), _Reader(data[end:])
     walk = _Walk(pixels, samples, *shape[1:])
     for y in range(shape[0]):

@@ -103,7 +103,7 @@ def decode_planes(data: bytes, shape: tuple[int, int, int], step: float, valid: 
         step, valid: as they were in encoding.
 
     Raises:
-        ValueError: the data is damaged.
+        ValueError: the data is corrupt.
     """
     n, n_y, n_x = shape
     way, decoder = data[:1], IntegerDecoder(data[1:])

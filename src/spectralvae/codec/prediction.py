@@ -104,7 +104,7 @@ def unpack_table(values: Any, data: bytes, shape: tuple[int, int]) -> Integers:
     """What `pack_table` packed.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is corrupt.
     """
     way = _from_values(values)
     way.check(shape)

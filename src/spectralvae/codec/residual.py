@@ -260,7 +260,7 @@ class ResidualDecoder:
             valid: (nx, nc), as it was in encoding.
 
         Raises:
-            ValueError: the data is damaged.
+            ValueError: the data is corrupt.
         """
         assert valid.shape == self._shape
         values = np.zeros(self._shape, np.int64)

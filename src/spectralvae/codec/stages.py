@@ -13,7 +13,7 @@ from spectralvae.weights.normalization import EPSILON, Normalization
 
 # What is kept of a bound for what rounds otherwise elsewhere, in z; more where that is not enough. Of the linear stage
 # only float32 does, in which radiance is written; the network's result depends on device, memory layout, threads and
-# algorithms of convolution, by a quarter of this at most where that was tried (tests/test_compress.py).
+# algorithms of convolution, by a quarter of this at most where that was tried.
 MARGIN, MARGIN_NETWORK = 1e-5, 2e-4
 LEAST_BOUND = 10.0  # times the margin
 

@@ -25,7 +25,7 @@ def _to_path(value: Any) -> Path:
         try:
             return Path(value).expanduser()
         except RuntimeError as error:  # ~nobody
-            raise refusal(str(error), limit="a path") from error
+            raise refusal("its home directory is unknown") from error
     raise refusal(limit="a path")
 
 

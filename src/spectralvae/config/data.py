@@ -280,11 +280,8 @@ class SplitConfig(Section):
     @model_validator(mode="after")
     def _lists_come_in_pairs(self) -> SplitConfig:
         if (self.train is None) != (self.val is None):
-            raise refusal(
-                key="train" if self.val is None else "val",
-                problem="is given without the other list of train and val",
-                remedy="give both or neither",
-            )
+            given, other = ("train", "val") if self.val is None else ("val", "train")
+            raise refusal(f"is given without {other}", key=given, remedy="give both or neither")
         if self.by is not None and (self.val is not None or self.val_dates is not None):
             raise refusal(
                 "is given together with val_dates or lists, which replace it", key="by", remedy="keep one of them"

@@ -108,10 +108,10 @@ class RateConfig(Section):
 
 
 def _exactly_one(section: Section) -> None:
-    given = [key for key, value in section if value is not None]
-    if len(given) != 1:
+    n = sum(value is not None for _, value in section)
+    if n != 1:
         keys = ", ".join(type(section).model_fields)
-        raise refusal(f"gives {' and '.join(given) or 'none'} of {keys}", remedy="give exactly one of them")
+        raise refusal(f"gives {n or 'none'} of {keys}", remedy="give exactly one of them")
 
 
 class CompressConfig(ScenesConfig):
@@ -122,9 +122,10 @@ class CompressConfig(ScenesConfig):
 
     @model_validator(mode="after")
     def _bound_or_rate(self) -> CompressConfig:
-        if (self.bound is None) == (self.rate is None):
-            given = "neither bound nor rate is" if self.rate is None else "both bound and rate are"
-            raise refusal(f"{given} given", key="rate" if self.bound else "bound", remedy="give exactly one of them")
+        if self.bound is None and self.rate is None:
+            raise refusal("this key or rate is required", key="bound")
+        if self.bound is not None and self.rate is not None:
+            raise refusal("is given together with bound", key="rate", remedy="keep one of them")
         return self
 
 

@@ -153,7 +153,7 @@ def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details:
     message = details["msg"].removeprefix("Value error, ").replace(" after validation", "")
     if message.startswith("Input should be "):
         limit = message.removeprefix("Input should be ").replace("a valid list", "a list: [...]")
-        limit = re.sub(r"a valid dictionary or .*", "a mapping of keys to values", limit)
+        limit = re.sub(r"a valid dictionary or .*", "a mapping of keys to values", limit).replace("True", "true")
         return ConfigError(key=key, value=value, limit=limit)
     return ConfigError(f"{message[0].lower()}{message[1:]}", key=key, value=value)
 
@@ -162,7 +162,7 @@ def _place_of(schema: type[BaseModel], location: tuple[str | int, ...]) -> str:
     """Where an unknown key belongs: its section, a similar key beside it, or the keys there are."""
     name = str(location[-1])
     if sections := list(_sections_with(schema, name)):
-        return f"{name} belongs inside {' or '.join(sections)}"
+        return f"it belongs inside {' or '.join(sections)}"
     known = _known_keys(schema, location[:-1])
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"

@@ -43,7 +43,8 @@ def convert(config: ConvertConfig, run: RunDir, console: Console) -> None:
     artifact = load_artifact(config.source, config.model)
     if config.normalization is not None:
         if artifact.normalization is not None:
-            raise ConfigError(f"normalization: {config.source} holds its own; leave the section out")
+            problem = "this source holds its own normalisation"
+            raise ConfigError(problem, key="normalization", path=config.source, remedy="leave the section out")
         normalization = foreign_normalization(config.normalization, artifact.model.encoder.shape[0])
         artifact = replace(artifact, normalization=normalization)
     if artifact.left_out:
@@ -74,14 +75,12 @@ def foreign_normalization(config: SpectraConfig, n_channels: int) -> Normalizati
     spectra = {"mean": mltools.read_spectrum(config.mean), "std": mltools.read_spectrum(config.std)}
     for name, path in (("mean", config.mean), ("std", config.std)):
         if len(spectra[name]) != n_channels:
-            raise ConfigError(
-                f"normalization.{name}: {path} has {len(spectra[name])} channels, but the weights take {n_channels}"
-            )
+            problem = f"has {len(spectra[name])} channels, but the weights take {n_channels}"
+            raise ConfigError(problem, key=f"normalization.{name}", path=path)
     if (spectra["std"] <= 0).any():
         channel = int(np.argmin(spectra["std"]))
-        raise ConfigError(
-            f"normalization.std: {config.std} holds {spectra['std'][channel]} at channel {channel}: not > 0"
-        )
+        problem, value = f"at channel {channel}", spectra["std"][channel]
+        raise ConfigError(problem, key="normalization.std", path=config.std, value=value, limit="above 0")
     return Normalization(
         transform=config.transform,
         mean=spectra["mean"],
@@ -102,7 +101,7 @@ def _wavelengths(given: list[float] | Wavelengths | Path | None, band: str | Non
     if isinstance(given, Path):
         with open_reader(given, band=band) as scene:
             means = channel_means(str(given), scene.wavelength)
-        return check_wavelengths(f"normalization.wavelength: {given}", means, n_channels)
+        return check_wavelengths("normalization.wavelength", means, n_channels, path=given)
     plain = given.model_dump() if isinstance(given, Wavelengths) else given
     return given_wavelengths("normalization.wavelength", plain, n_channels)
 

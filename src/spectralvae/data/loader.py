@@ -69,9 +69,10 @@ def make_sampler(
         max_invalid_fraction=max_invalid_fraction,
         count_invalid=store.count_invalid,
         where=_where(store, scenes),
+        path=store.path,
     )
     if not sampler.any_admissible(POSITIONS_TRIED):
-        raise sampling.no_tile_left(max_invalid_fraction, tile_size, _where(store, scenes))
+        raise sampling.no_tile_left(max_invalid_fraction, tile_size, _where(store, scenes), store.path)
     return sampler
 
 
@@ -97,7 +98,7 @@ def grid_crops(
             if n_invalid[y : y + tile_size, x : x + tile_size].sum() / samples <= max_invalid_fraction
         ]
     if scenes and not crops:
-        raise sampling.no_tile_left(max_invalid_fraction, tile_size, _where(store, scenes))
+        raise sampling.no_tile_left(max_invalid_fraction, tile_size, _where(store, scenes), store.path)
     return [crops[i] for i in sampling.scattered(len(crops), at_most)]
 
 
@@ -111,14 +112,13 @@ def _tileable(record: SceneRecord, tile_size: int) -> tuple[int, int, int]:
     piece = record.stack or ny
     assert ny % piece == 0
     if min(piece, nx) < tile_size:
-        raise ConfigError(
-            f"data.tile_size: {tile_size} is larger than {record.split} scene {record.id} ({piece} x {nx} pixels)"
-        )
+        limit = f"at most the smaller side of {record.split} scene {record.id} ({piece} x {nx} pixels)"
+        raise ConfigError(key="data.tile_size", value=tile_size, limit=limit)
     return ny, nx, piece
 
 
 def _where(store: Store, scenes: Sequence[int]) -> str:
-    return f"the {len(scenes)} {store.scenes[scenes[0]].split} scenes of {store.path}"
+    return f"the {len(scenes)} {store.scenes[scenes[0]].split} scenes"
 
 
 def read_crops(store: Store, crops: Sequence[Crop], tile_size: int) -> Tensor:
@@ -153,8 +153,10 @@ class TargetReader:
                 record = store.scenes[scene]
                 if product not in record.products:
                     raise ConfigError(
-                        f"supervision.products: {record.split} scene {record.id} of {store.path} has no {product}; "
-                        f"prepare the store with l2.{product}, or set the weight of {product} to 0"
+                        f"{record.split} scene {record.id} has no {product}",
+                        key="supervision.products",
+                        path=store.path,
+                        remedy=f"prepare the store with l2.{product}, or set the weight of {product} to 0",
                     )
                 store.check_field(scene, product)
         known = store.attributes.get("targets", {})
@@ -243,7 +245,8 @@ class TileStream(IterableDataset[Batch]):
         cache: SceneCache | None = None,
     ) -> None:
         if batch_size % world_size:
-            raise ConfigError(f"data.batch_size: {batch_size} must be a multiple of the {world_size} processes")
+            limit = f"a multiple of the number of processes, {world_size}"
+            raise ConfigError(key="data.batch_size", value=batch_size, limit=limit)
         assert 0 <= rank < world_size and tile_size == sampler.tile_size
         self.store = store
         self.sampler = sampler

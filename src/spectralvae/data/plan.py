@@ -61,13 +61,13 @@ def expand(pattern: str) -> list[Path]:
         InputError: none.
     """
     if "://" in pattern:
-        raise InputError(f"inputs: {pattern} is a URL; only local files are read: download it first")
+        raise InputError("is a URL; only local files are read", key="inputs", value=pattern, remedy="download it first")
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 (pathlib's raises over an unknown user)
     if Path(pattern).exists() or not glob.has_magic(pattern):
         return _scenes_of(Path(pattern)) if Path(pattern).is_dir() else [Path(pattern)]
     paths = sorted(Path(path) for path in glob.iglob(pattern, recursive=True))  # noqa: PTH207
     if not paths:
-        raise InputError(f"inputs: no file matches {pattern}")
+        raise InputError("matches no file", key="inputs", value=pattern)
     return paths
 
 
@@ -78,8 +78,10 @@ def _scenes_of(folder: Path) -> list[Path]:
     paths = tile_files(folder) or sorted(folder.glob("TEMPO_RAD*_L1_*.nc*"))
     if not paths:
         raise InputError(
-            f"inputs: folder {folder} holds no TEMPO_RAD*_L1_*.nc and no tiles NNNNN.pt, and is no Zarr group: "
-            "give its files, by a glob for example"
+            "this folder holds no TEMPO_RAD*_L1_*.nc and no tiles NNNNN.pt, and is no Zarr group",
+            key="inputs",
+            path=folder,
+            remedy="give its files, by a glob for example",
         )
     return paths
 
@@ -127,12 +129,15 @@ def _check_distinct(planned: Sequence[PlannedScene]) -> None:
     for p in planned:
         others = by_file.setdefault(p.scene.path.resolve(), [])
         if any(_overlap(p.scene, other.scene) for other in others):
-            raise ConfigError(f"inputs: {p.scene.path} is given twice, and the regions share pixels")
+            raise ConfigError("is given twice, and the regions share pixels", key="inputs", path=p.scene.path)
         others.append(p)
         twin = by_id.setdefault(p.id, p)
         if twin is not p:
             raise ConfigError(
-                f"inputs: {twin.scene.path} and {p.scene.path} give two scenes named {p.id}: rename one or leave it out"
+                f"gives a scene named {p.id}, and so does {twin.scene.path}",
+                key="inputs",
+                path=p.scene.path,
+                remedy="rename one or leave it out",
             )
 
 
@@ -149,7 +154,8 @@ def _check_copies(planned: Sequence[PlannedScene]) -> None:
         for p in candidates.values():
             twin = seen.setdefault(p.scene.sha256(), p)
             if twin is not p:
-                raise ConfigError(f"inputs: {twin.scene.path} and {p.scene.path} are copies of one file: give it once")
+                problem = f"is a copy of {twin.scene.path}"
+                raise ConfigError(problem, key="inputs", path=p.scene.path, remedy="give it once")
 
 
 def _check_scans(planned: Sequence[PlannedScene]) -> None:
@@ -159,7 +165,8 @@ def _check_scans(planned: Sequence[PlannedScene]) -> None:
         if p.scene.format == "tempo" and (scan := granule_key(p.scene.path)):
             twin = seen.setdefault(scan, p)
             if twin.scene.path.resolve() != p.scene.path.resolve():
-                raise ConfigError(f"inputs: {twin.scene.path} and {p.scene.path} are of one scan: leave one out")
+                problem = f"is of the same scan as {twin.scene.path}"
+                raise ConfigError(problem, key="inputs", path=p.scene.path, remedy="leave one out")
 
 
 def _overlap(a: Scene, b: Scene) -> bool:
@@ -178,11 +185,14 @@ def _check_alike(planned: Sequence[PlannedScene], mixed_versions: bool) -> None:
             ("units", p.scene.units, first.units),
         ):
             if ours != theirs:
-                raise ConfigError(f"inputs: {what} of {p.scene.path} is {ours}, but of {first.path} {theirs}")
+                problem = f"{what}: {ours} here, but {theirs} in {first.path}"
+                raise ConfigError(problem, key="inputs", path=p.scene.path)
         if p.scene.version != first.version and not mixed_versions:
             raise ConfigError(
-                f"inputs: version of {p.scene.path} is {p.scene.version}, but of {first.path} {first.version}: "
-                "calibrations differ between versions; leave one out, or set mixed_versions: true"
+                f"is of version {p.scene.version}, but {first.path} of {first.version}, and calibrations differ",
+                key="inputs",
+                path=p.scene.path,
+                remedy="leave one out, or set mixed_versions: true",
             )
 
 
@@ -190,7 +200,10 @@ def _check_angles(planned: Sequence[PlannedScene], max_solar_zenith: float | Non
     for p in planned:
         if max_solar_zenith is not None and "solar_zenith_angle" in p.scene.absent:
             raise ConfigError(
-                f"validity.max_solar_zenith: {p.scene.path} has no solar_zenith_angle; leave the limit out, or the file"
+                "has no solar_zenith_angle",
+                key="validity.max_solar_zenith",
+                path=p.scene.path,
+                remedy="leave out the limit or the file",
             )
 
 
@@ -214,13 +227,16 @@ def _pair(planned: Sequence[PlannedScene], config: PrepareConfig) -> None:
             first = first or found
             if found.version != first.version and not config.mixed_versions:
                 raise ConfigError(
-                    f"l2.{product}: version of {found.path} is {found.version}, but of {first.path} {first.version}: "
-                    "leave one out, or set mixed_versions: true"
+                    f"is of version {found.version}, but {first.path} of {first.version}",
+                    key=f"l2.{product}",
+                    path=found.path,
+                    remedy="leave one out, or set mixed_versions: true",
                 )
             if (found.field, found.units) != (first.field, first.units):
                 raise InputError(
-                    f"{found.path}: {found.field} is in {found.units!r}, but {first.field} of {first.path} in "
-                    f"{first.units!r}; they must be alike: correct l2.{product}"
+                    f"{found.field} is in {found.units!r}, but {first.field} of {first.path} in {first.units!r}",
+                    key=f"l2.{product}",
+                    path=found.path,
                 )
 
 
@@ -244,8 +260,11 @@ def check_wavelengths(planned: Sequence[PlannedScene], reference: PlannedScene, 
         worst, limit = wavelength_gap(found, expected)
         if worst > limit:
             raise ConfigError(
-                f"inputs: wavelengths of {p.scene.path} ({span(found)}) differ by up to {worst:.3f} nm from those of "
-                f"{reference.scene.path} ({span(expected)}); at most one channel ({limit:.3f} nm) is allowed"
+                f"its wavelengths ({span(found)}) differ by up to {worst:.3f} nm from those of {reference.scene.path} "
+                f"({span(expected)})",
+                key="inputs",
+                path=p.scene.path,
+                limit=f"within one channel ({limit:.3f} nm)",
             )
         advance()
     return expected

@@ -99,9 +99,8 @@ def prepare(config: PrepareConfig, run: RunDir, console: Console) -> None:
         records = [w.record for w in written if w.record is not None]
         left_out = [p.id for p, w in zip(planned, written, strict=True) if w.record is None]
         for split in {p.split for p in planned} - {record.split for record in records}:
-            raise ConfigError(
-                f"inputs: no scene of the {split} split has a valid sample ({', '.join(left_out[:5])}); split otherwise"
-            )
+            problem = f"no scene of the {split} split has a valid sample ({', '.join(left_out[:5])})"
+            raise ConfigError(problem, key="split", remedy="split otherwise")
         arrays = {**statistics.more, **_written_arrays(written, statistics)}
         store_hash = finish_store(
             run.path,
@@ -191,9 +190,9 @@ def resumable_scratch(planned: Sequence[PlannedScene], statistics: str | None, r
             ("has changed", changed - mended),
         ):
             if found:
-                raise ConfigError(
-                    f"{min(found)} {how} since the preparation in {root} began: start afresh with --overwrite"
-                )
+                key, _, what = min(found).partition(": ")
+                problem = f"{what} {how} since the preparation began"
+                raise ConfigError(problem, key=key, path=root, remedy="start afresh with --overwrite")
     else:
         shutil.rmtree(scratch)
         folder = scratch / uuid4().hex
@@ -236,7 +235,8 @@ def _written_arrays(written: Sequence[Written], statistics: Statistics) -> dict[
     """
     count = sum((w.n_valid for w in written if w.record and w.record.split == "train"), np.int64(0))
     if "count" in statistics.more and not np.array_equal(count, statistics.more["count"]):
-        raise RunError("inputs: a file changed between the statistics and the writing; start afresh with --overwrite")
+        problem = "a file changed between the statistics and the writing"
+        raise RunError(problem, key="inputs", remedy="start afresh with --overwrite")
     n_valid = sum((w.n_valid for w in written), np.int64(0))
     lost = np.sum([w.lost for w in written if w.record and w.record.split == "train"], axis=0)
     return {

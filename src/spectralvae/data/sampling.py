@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ class CropSampler:
         max_invalid_fraction: largest share of invalid samples in an admissible tile.
         count_invalid: (scene, y, x, tile_size) -> how many samples of that tile are invalid.
         where: names the scenes in an error.
+        path: the store, in an error.
     """
 
     def __init__(
@@ -79,9 +81,11 @@ class CropSampler:
         max_invalid_fraction: float,
         count_invalid: Callable[[int, int, int, int], int],
         where: str,
+        path: Path | None = None,
     ) -> None:
         self.seed, self.scenes, self.tile_size = seed, list(scenes), tile_size
-        self._max_invalid_fraction, self._count_invalid, self._where = max_invalid_fraction, count_invalid, where
+        self._max_invalid_fraction, self._count_invalid = max_invalid_fraction, count_invalid
+        self._where, self._path = where, path
         self._samples = tile_size * tile_size * n_channels
         heights, widths, self._pieces = shapes.T
         self._widths = widths - tile_size + 1  # first pixels along x
@@ -100,7 +104,7 @@ class CropSampler:
             crop = self._draw(random)
             if self._is_admissible(crop):
                 return crop
-        raise no_tile_left(self._max_invalid_fraction, self.tile_size, self._where)
+        raise no_tile_left(self._max_invalid_fraction, self.tile_size, self._where, self._path)
 
     def any_admissible(self, n: int) -> bool:
         """Whether any of n random positions is admissible."""
@@ -121,11 +125,13 @@ class CropSampler:
         return Crop(self.scenes[s], piece * int(self._pieces[s]) + y, x, flip, turns)
 
 
-def no_tile_left(max_invalid_fraction: float, tile_size: int, where: str) -> ConfigError:
+def no_tile_left(max_invalid_fraction: float, tile_size: int, where: str, path: Path | None) -> ConfigError:
     """The error that no tile is valid enough."""
     return ConfigError(
-        f"data.max_invalid_fraction: {max_invalid_fraction} leaves hardly a tile of {tile_size} x {tile_size} "
-        f"in {where}"
+        f"leaves hardly any tile of {tile_size} x {tile_size} pixels in {where}",
+        key="data.max_invalid_fraction",
+        value=max_invalid_fraction,
+        path=path,
     )
 
 

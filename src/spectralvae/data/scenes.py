@@ -387,8 +387,9 @@ def _add(a: Counts, b: Counts) -> Counts:
 def _all_invalid(p: PlannedScene, counts: Counts) -> InputError:
     by_rule = ", ".join(f"{rule} {n}" for rule, n in counts.items() if n)
     return InputError(
-        f"{p.scene.path}: scene {p.id} has no valid sample ({by_rule}); take it out of inputs, or set "
-        "validity.all_invalid: leave_out"
+        f"scene {p.id} has no valid sample ({by_rule})",
+        path=p.scene.path,
+        remedy="take it out of inputs, or set validity.all_invalid: leave_out",
     )
 
 

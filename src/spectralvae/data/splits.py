@@ -83,7 +83,7 @@ def split_scenes(
     else:
         _split_by_groups(scenes, split, console)
     if not any(p.split == "train" for p in scenes):
-        raise ConfigError("split: no scene is left for training")
+        raise ConfigError("no scene is left for training", key="split")
     return scenes
 
 
@@ -95,12 +95,12 @@ def _split_by_lists(planned: Sequence[PlannedScene], train: Sequence[str], val: 
             if any(_matches(p, pattern) for pattern in patterns)
         ]
         if len(named) != 1:
-            where = "neither in train nor in val" if not named else "in train and in val"
-            raise ConfigError(f"split: scene {p.id} is {where}: every scene belongs to exactly one")
+            problem = f"scene {p.id} is in {'both' if named else 'neither'} of train and val"
+            raise ConfigError(problem, key="split", remedy="name it in exactly one")
         p.split = "train" if named == ["train"] else "val"
-    for pattern in (*train, *val):
+    for key, pattern in [("train", pattern) for pattern in train] + [("val", pattern) for pattern in val]:
         if not any(_matches(p, pattern) for p in planned):
-            raise ConfigError(f"split: no scene matches {pattern!r}; take it out, or correct it")
+            raise ConfigError("matches no scene", key=f"split.{key}", value=pattern, remedy="correct it or take it out")
 
 
 def _matches(p: PlannedScene, pattern: str) -> bool:
@@ -117,9 +117,8 @@ def _split_by_dates(planned: Sequence[PlannedScene], val_dates: Sequence[str]) -
         p.split = "val" if any(first <= day <= last for _, first, last in spans) else "train"
     for text, begin, end in spans:
         if not any(begin <= day <= end for day in days):
-            raise ConfigError(
-                f"split.val_dates: no scene is of {text}; the scenes are of {min(days)} to {max(days)} (UTC - 6 h)"
-            )
+            problem = f"matches no scene; the scenes are of {min(days)} to {max(days)} (UTC - 6 h)"
+            raise ConfigError(problem, key="split.val_dates", value=text)
 
 
 def _split_by_groups(planned: Sequence[PlannedScene], split: SplitConfig, console: Console) -> None:
@@ -127,8 +126,10 @@ def _split_by_groups(planned: Sequence[PlannedScene], split: SplitConfig, consol
     names = sorted(set(groups))
     if len(names) == 1:
         raise ConfigError(
-            f"split: all scenes are one {split.by} ({names[0]}), which is never divided: use `by: region`, lists, or "
-            "`val_fraction: 0`"
+            f"there is only one {split.by} ({names[0]}), which is never divided",
+            key="split.by",
+            value=split.by,
+            remedy="use `by: region`, lists, or `val_fraction: 0`",
         )
     n_val = min(max(1, round(split.val_fraction * len(names))), len(names) - 1)
     order = np.random.Generator(np.random.Philox(key=split.seed)).permutation(len(names))
@@ -142,7 +143,7 @@ def _groups(planned: Sequence[PlannedScene], split: SplitConfig, console: Consol
     by = split.by or ("day" if all(p.scene.format == "tempo" for p in planned) else "scene")
     if by == "scene":
         return [p.id for p in planned]
-    days = [str(_day(p, "split.by: day")) for p in planned]
+    days = [str(_day(p, "split.by")) for p in planned]
     if len(set(days)) == 1 and split.by is None:
         warn(
             console,
@@ -155,7 +156,7 @@ def _groups(planned: Sequence[PlannedScene], split: SplitConfig, console: Consol
 def _day(p: PlannedScene, key: str) -> date:
     """The date of UTC - 6 h: scans of one North American day are never divided by UTC's midnight."""
     if p.scene.time is None:
-        raise ConfigError(f"{key}: {p.scene.path} has no time; use `by: scene` or lists")
+        raise ConfigError("has no time", key=key, path=p.scene.path, remedy="use `by: scene` or lists")
     return (p.scene.time - DAY_OFFSET).date()
 
 
@@ -168,7 +169,7 @@ def _cut(p: PlannedScene, val_fraction: float, crop: Crop) -> list[PlannedScene]
     size = (ny if along_y else nx) // unit
     if size < 2:
         what = "a single tile" if p.scene.stack else "a single pixel"
-        raise ConfigError(f"split: {p.scene.path} is {what} and cannot be cut in two")
+        raise ConfigError(f"is {what} and cannot be cut in two", key="split", path=p.scene.path)
     n_val = unit * min(max(1, round(val_fraction * size)), size - 1)
     regions: tuple[Window, Window] = (
         ((y0, y1 - n_val, x0, x1), (y1 - n_val, y1, x0, x1))

@@ -187,18 +187,21 @@ class Store:
         root = path / "zarr.json"
         if not path.is_dir():
             what = "is a file, not a folder" if path.exists() else "no such folder"
-            raise InputError(f"store {path}: {what}; give the output_dir of a `spectralvae prepare`")
+            raise InputError(what, path=path, remedy="give the output_dir of a `spectralvae prepare`")
         if not root.is_file():
             command = command_of(path)
             if command == "prepare":
-                raise InputError(f"store {path}: is not finished; start its `spectralvae prepare` again")
+                problem = "this store is not finished"
+                raise InputError(problem, path=path, remedy="start its `spectralvae prepare` again")
             what = f"was made by `spectralvae {command}`" if command else "holds no zarr.json"
-            raise InputError(f"store {path}: is no store ({what}); give the output_dir of a `spectralvae prepare`")
+            problem = f"is no store ({what})"
+            raise InputError(problem, path=path, remedy="give the output_dir of a `spectralvae prepare`")
         try:
             attributes = json.loads(root.read_text())["attributes"]
             if (found := attributes.get("spectralvae_store")) != FORMAT:
                 what = f"is a store of format {found}" if found else "is a Zarr group, but no spectralvae store"
-                raise InputError(f"store {path}: {what}; needed: format {FORMAT}; prepare it with this version")
+                limit = f"a store of format {FORMAT}"
+                raise InputError(what, path=path, limit=limit, remedy="prepare it with this version")
             names = {*REQUIRED_ARRAYS, *attributes["arrays"]}
             arrays = {name: _root_array(path / name) for name in names}
             if len({array.shape for array in arrays.values()}) > 1:
@@ -210,10 +213,12 @@ class Store:
             self.hash: str = attributes["hash"]
             self.dtype = np.dtype(attributes["dtype"])
         except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
-            raise InputError(f"store {path}: is damaged ({type(error).__name__}: {error}); prepare it again") from error
+            problem = f"this store is corrupt ({type(error).__name__}: {error})"
+            raise InputError(problem, path=path, remedy="prepare it again") from error
         # zarr reads a lost chunk as zeros, without a word
         if content_hash(attributes, arrays) != self.hash:
-            raise InputError(f"store {path}: is damaged (statistics or table do not match its hash); prepare it again")
+            problem = "this store is corrupt: its statistics or its table of scenes do not match its hash"
+            raise InputError(problem, path=path, remedy="prepare it again")
 
     def indices(self, split: str) -> list[int]:
         """Which scenes belong to a split."""
@@ -235,9 +240,11 @@ class Store:
             try:
                 found = path.stat().st_size
             except OSError as error:
-                raise InputError(f"{path}: cannot be read: {error.strerror}; prepare the store again") from error
+                problem = f"cannot be read: {error.strerror}"
+                raise InputError(problem, path=path, remedy="prepare the store again") from error
             if found != expected:
-                raise InputError(f"{path}: has {found} bytes instead of {expected}; prepare the store again")
+                problem = f"has {found} bytes instead of {expected}"
+                raise InputError(problem, path=path, remedy="prepare the store again")
 
     def n_invalid(self, scene: int) -> NDArray[np.int64]:
         """(y, x): how many channels of each pixel are invalid.
@@ -250,7 +257,8 @@ class Store:
         n_invalid = self._read_counts(scene, 0, record.shape[0]).astype(np.int64)
         if n_invalid.sum() != record.n_invalid:
             path = counts_file(scene_folder(self.path, record.id))
-            raise InputError(f"{path}: is damaged (its sum is not the table's); prepare the store again")
+            problem = "is corrupt: its sum is not that in the table of scenes"
+            raise InputError(problem, path=path, remedy="prepare the store again")
         return n_invalid
 
     def count_invalid(self, scene: int, y: int, x: int, tile_size: int) -> int:
@@ -275,7 +283,7 @@ class Store:
         with _opened(path) as file:
             rows = os.pread(file, height * row_bytes, y * row_bytes)
         if len(rows) != height * row_bytes:
-            raise InputError(f"{path}: is shorter than the {ny} x {nx} values it should hold")
+            raise InputError(f"is shorter than the {ny} x {nx} values it should hold", path=path)
         return np.frombuffer(rows, dtype).reshape(height, nx)
 
     def check_field(self, scene: int, product: str) -> None:
@@ -293,14 +301,18 @@ class Store:
             chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
             if codecs != ["bytes"] or (chunk, metadata["data_type"]) != ([ny, nx], "float32"):
                 raise InputError(
-                    f"{array}: is not the plain array that a tile can be read from fast, but has chunks of {chunk} "
-                    f"({', '.join(codecs)}), as earlier versions wrote it; prepare the store again"
+                    f"is not the plain array that a tile can be read from fast, but has chunks of {chunk} "
+                    f"({', '.join(codecs)}), as earlier versions wrote it",
+                    path=array,
+                    remedy="prepare the store again",
                 )
             found = plain_file(array).stat().st_size
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{array}: cannot be read ({error}); prepare the store again") from error
+            problem = f"cannot be read ({error})"
+            raise InputError(problem, path=array, remedy="prepare the store again") from error
         if found != ny * nx * FIELD_DTYPE.itemsize:
-            raise InputError(f"{plain_file(array)}: is shorter or longer than its {ny} x {nx} values; prepare it again")
+            problem = f"is shorter or longer than its {ny} x {nx} values"
+            raise InputError(problem, path=plain_file(array), remedy="prepare the store again")
 
     def read_field(self, scene: int, product: str, y: int, x: int, tile_size: int) -> NDArray[np.float32]:
         """The level-2 field under the square tile whose first pixel is (y, x): in the product's units, NaN = invalid.
@@ -333,7 +345,7 @@ class Store:
                 contiguous = row if row.flags.c_contiguous else buffer
                 offset = ((y + i) * nx + x) * pixel_bytes
                 if os.preadv(file, [contiguous.data], offset) != contiguous.nbytes:
-                    raise InputError(f"{path}: is shorter than the {ny} x {nx} x {nc} samples it should hold")
+                    raise InputError(f"is shorter than the {ny} x {nx} x {nc} samples it should hold", path=path)
                 if contiguous is buffer:
                     row[...] = buffer
 
@@ -348,7 +360,7 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"cannot be read: {error.strerror}", path=path) from error
     try:
         yield file
     finally:

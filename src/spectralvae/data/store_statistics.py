@@ -56,8 +56,10 @@ def check_transform(scene: Scene, validity: Validity, normalization: Normalizati
 def _check_share(n_small: int, n_valid: int, normalization: NormalizationConfig) -> None:
     if 2 * n_small > n_valid:
         raise ConfigError(
-            f"normalization.transform: log_zscore does not fit: {n_small} of {n_valid} valid samples lie below "
-            f"min_radiance = {normalization.min_radiance:g}; use `transform: zscore` (reflectance) or a smaller limit"
+            f"{n_small} of {n_valid} valid samples lie below min_radiance = {normalization.min_radiance:g}",
+            key="normalization.transform",
+            value=normalization.transform,
+            remedy="use `transform: zscore` (reflectance) or a smaller min_radiance",
         )
 
 
@@ -82,13 +84,16 @@ def given_statistics(config: PrepareConfig, planned: Sequence[PlannedScene], wav
         ("number of channels", n_channels, theirs.normalization.n_channels),
     ):
         if ours != other:
-            raise ConfigError(f"normalization.statistics: {what} of {path} is {other}, but here {ours}")
+            problem = f"its {what} is {other}, but here it is {ours}"
+            raise ConfigError(problem, key="normalization.statistics", path=path)
     assert theirs.normalization.wavelength is not None
     worst, limit = wavelength_gap(theirs.normalization.wavelength, wavelength)
     if worst > limit:
         raise ConfigError(
-            f"normalization.statistics: wavelengths of {path} differ by up to {worst:.3f} nm from those of the inputs; "
-            f"at most one channel ({limit:.3f} nm) is allowed"
+            f"its wavelengths differ by up to {worst:.3f} nm from those of the inputs",
+            key="normalization.statistics",
+            path=path,
+            limit=f"within one channel ({limit:.3f} nm)",
         )
     more = {name: theirs.arrays[name] for name in ("minimum", "maximum", "noise") if name in theirs.arrays}
     return Statistics(theirs.normalization.mean, theirs.normalization.std, more, f"store {theirs.hash}")
@@ -101,14 +106,11 @@ def _spectra(folder: Path, n_channels: int) -> Statistics:
     mean, std = (read_spectrum(folder / f"{name}_spectrum.pt") for name in ("mean", "std"))
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != n_channels:
-            raise ConfigError(
-                f"normalization.statistics: {folder / name}_spectrum.pt has {len(values)} channels, "
-                f"but the inputs have {n_channels}"
-            )
+            problem = f"has {len(values)} channels, but the inputs have {n_channels}"
+            raise ConfigError(problem, key="normalization.statistics", path=folder / f"{name}_spectrum.pt")
     if not (std > 0).all():
-        raise ConfigError(
-            f"normalization.statistics: {folder}/std_spectrum.pt is not above 0 in channel {int(np.argmin(std))}"
-        )
+        problem = f"is not above 0 in channel {int(np.argmin(std))}"
+        raise ConfigError(problem, key="normalization.statistics", path=folder / "std_spectrum.pt")
     digest = hashlib.sha256(mean.tobytes() + std.tobytes()).hexdigest()
     return Statistics(mean, std, {}, f"mean_spectrum.pt and std_spectrum.pt, {digest}")
 
@@ -150,13 +152,14 @@ def checked_statistics(moments: Moments, wavelength: Float64, console: Console) 
     """
     dead = np.flatnonzero(moments.count == 0)
     if len(dead) == len(moments.count):
-        raise ConfigError("inputs: the training scenes hold no valid sample")
+        raise ConfigError("the training scenes hold no valid sample", key="inputs")
     # not m2 == 0: rounding of the mean leaves a little of it
     flat = np.flatnonzero((moments.count > 0) & (moments.minimum == moments.maximum))
     if len(flat):
         raise ConfigError(
-            f"inputs: channel {flat[0]} ({wavelength[flat[0]]:.2f} nm) has the same value in all its "
-            f"{moments.count[flat[0]]} valid training samples and cannot be normalised ({len(flat)} such channels)"
+            f"channel {flat[0]} ({wavelength[flat[0]]:.2f} nm) has the same value in all its "
+            f"{moments.count[flat[0]]} valid training samples and cannot be normalised ({len(flat)} such channels)",
+            key="inputs",
         )
     if len(dead):
         named = ", ".join(f"{c} ({wavelength[c]:.2f} nm)" for c in dead[:10]) + (", ..." if len(dead) > 10 else "")

@@ -103,25 +103,22 @@ def fit_transform(spec: ProductSpec, field: str, units: str | None, passes: Pass
     """
     holds = spec.holds_for(field, units)
     kind, divide = (spec.transform, spec.divide) if holds else ("zscore", 1.0)
-    what = f"l2.{spec.name}: {field}"
+    key = f"l2.{spec.name}"
     values = _moments(np.asarray(v, dtype=np.float64) for v in passes())
     n = int(values.count[0])
     if n == 0:
-        raise ConfigError(f"{what} has no valid value in the training scenes; check folder, quality and valid_range")
+        problem = f"{field} has no valid value in the training scenes"
+        raise ConfigError(problem, key=key, remedy="check folder, max_quality and valid_range")
     if values.minimum[0] == values.maximum[0]:
-        raise ConfigError(
-            f"{what} has the same value ({values.minimum[0]:g}) in all its {n} valid training pixels, so that nothing"
-            f" can be learned from it; leave out l2.{spec.name}"
-        )
+        problem = f"{field} has the same value ({values.minimum[0]:g}) in all its {n} valid training pixels"
+        raise ConfigError(problem, key=key, remedy=f"leave out {key}")
     assert kind != "logit" or (values.minimum[0] >= 0 and values.maximum[0] <= divide), "the reader's range"
     center, scale = 0.0, 1.0
     if kind == "asinh":
         scale = NORMAL_MAD * median_absolute_deviation(passes) / divide
         if scale == 0:
-            raise ConfigError(
-                f"{what} has the same value in at least half of its {n} valid training pixels: its median absolute"
-                f" deviation is 0, and asinh(x / s) needs one; leave out l2.{spec.name}"
-            )
+            problem = f"the median absolute deviation of the {n} valid training values of {field} is 0"
+            raise ConfigError(problem, key=key, remedy=f"leave out {key}")
     elif kind == "zscore":
         center, scale = float(values.mean[0]) / divide, float(values.std[0]) / divide
     targets = _moments(_transform(v, kind, divide, center, scale) for v in passes())
@@ -214,4 +211,5 @@ def _value(key: int) -> float:
 
 def _check_unchanged(before: int, now: int) -> None:
     if before != now:
-        raise RunError(f"level 2: {before} values were counted, then {now}: files change meanwhile; start again")
+        problem = f"a file has changed meanwhile: {before} values were counted, then {now}"
+        raise RunError(problem, key="l2", remedy="start again")

@@ -105,7 +105,8 @@ def _read_scene(store: Store, scene: int, advance: Callable[[int], None]) -> _Fo
                 advance(len(z) * nx)
             index_is_sound = file.read() == shard_index(ny, row_bytes)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {os.strerror(getattr(error, 'errno', None) or 5)}") from error
+        problem = f"cannot be read: {os.strerror(getattr(error, 'errno', None) or 5)}"
+        raise InputError(problem, path=path) from error
     return _Found(digest.hexdigest(), index_is_sound, n_invalid, moments)
 
 

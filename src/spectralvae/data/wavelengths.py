@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,21 +16,22 @@ def channel_means(name: str, wavelength: NDArray[np.float64]) -> Float64:
     """One wavelength a channel.
 
     Args:
-        name: of the scene.
+        name: of the scene's file.
         wavelength: (channel) or (x, channel), nm, NaN where unknown.
 
     Returns:
         (channel) nm, averaged over x where they depend on it.
 
     Raises:
-        InputError: a channel has none, or they do not increase.
+        InputError: a channel has none.
+        ConfigError: they do not increase.
     """
     wavelength = wavelength.reshape(-1, wavelength.shape[-1])
     known = np.isfinite(wavelength).any(axis=0)
     if not known.all():
-        raise InputError(f"{name}: channel {int(np.argmin(known))} has no wavelength anywhere")
+        raise InputError(f"channel {int(np.argmin(known))} has no wavelength anywhere", path=name)
     means = np.asarray(np.nanmean(wavelength, axis=0), np.float64)
-    return check_wavelengths(f"{name}: wavelength", means, len(means))
+    return check_wavelengths("wavelength", means, len(means), path=Path(name))
 
 
 def wavelength_gap(found: Float64, expected: Float64) -> tuple[float, float]:

@@ -39,7 +39,8 @@ def workers(cluster: str | None, n_workers: int | None) -> Iterator[Runner]:
     try:
         import distributed
     except ImportError as error:
-        raise ConfigError(f'cluster: {cluster} needs Dask; install it: pip install "spectralvae[prepare]"') from error
+        remedy = 'pip install "spectralvae[prepare]"'
+        raise ConfigError("Dask is not installed", key="cluster", value=cluster, remedy=remedy) from error
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # errors are told once, by whoever gets them
     with _client(distributed, cluster, n_workers) as client:
 
@@ -52,13 +53,14 @@ def workers(cluster: str | None, n_workers: int | None) -> Iterator[Runner]:
                         future.result()
                     except distributed.KilledWorker as error:
                         raise RunError(
-                            f"{p.scene.path}: every worker that was given this scene died (out of memory?); give each "
-                            "more memory, which n_workers divides, or do without cluster"
+                            "every worker that was given this scene died (out of memory?)",
+                            path=p.scene.path,
+                            remedy="give each more memory, which n_workers divides, or do without cluster",
                         ) from error
                     except distributed.client.FutureCancelledError as error:
-                        raise RunError(
-                            f"cluster: the Dask scheduler at {cluster} was lost; start again: what is done is kept"
-                        ) from error
+                        remedy = "start again: what is done is kept"
+                        problem = "the Dask scheduler was lost"
+                        raise RunError(problem, key="cluster", value=cluster, remedy=remedy) from error
                     advance(p.scene.shape[0] * p.scene.shape[1])
             finally:
                 client.cancel(list(futures))
@@ -84,7 +86,7 @@ def _client(distributed: Any, cluster: str, n_workers: int | None) -> Iterator[A
     try:
         client = distributed.Client(cluster, timeout=CONNECT_SECONDS)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cluster: no Dask scheduler answers at {cluster} ({error})") from error
+        raise ConfigError(f"no Dask scheduler answers there ({error})", key="cluster", value=cluster) from error
     with client:
         yield client
 

@@ -119,7 +119,10 @@ def plan(
     for result, source, notes in chain.from_iterable(ranks.gather(mine)):
         if result in seen:
             raise ConfigError(
-                f"inputs: {seen[result]} and {source} would both give {result}: leave one out or rename it"
+                f"would give {result}, as {seen[result]} does",
+                key="inputs",
+                path=source,
+                remedy="leave one out or rename it",
             )
         seen[result] = source
         for note in notes:
@@ -153,7 +156,9 @@ def work_through(
         PeerError: so it was for another process.
     """
     if any(identity != model.identity for identity in ranks.gather(model.identity)):
-        raise ConfigError(f"model: the processes loaded several ({model.path} here): name one checkpoint, not its run")
+        raise ConfigError(
+            "is not the model of every process", key="model", path=model.path, remedy="name a checkpoint, not its run"
+        )
     with stop_at_once(), ExitStack() as stack:
         with ranks.together():
             if run:
@@ -248,6 +253,9 @@ def _is_done(job: Job) -> bool:
         return False
     if max(file.stat().st_mtime_ns for file in job.sources) > job.result.stat().st_mtime_ns:
         raise ConfigError(
-            f"inputs: {job.source} has changed since {job.result} was made: start afresh with --overwrite"
+            f"has changed since {job.result} was made",
+            key="inputs",
+            path=job.source,
+            remedy="start afresh with --overwrite",
         )
     return True

@@ -170,7 +170,9 @@ def read_layout(container: Container) -> Layout:
         attributes = container.attributes(GROUP) if GROUP in container.groups() else {}
         content = attributes.get(_LAYOUT)
         if not isinstance(content, str):
-            raise InputError(f"{container.path}: no layout of a source in it; give a file that `encode` wrote")
+            raise InputError(
+                "holds no layout of a source", path=container.path, remedy="give a file that `encode` wrote"
+            )
         if _sha256(content) != attributes.get(_DIGEST):
             raise ValueError(f"the SHA-256 of {GROUP}'s attribute {_LAYOUT} differs")
         layout = from_json(content)
@@ -214,7 +216,12 @@ def new_scene(
     if carry_over:
         assert carried is not None and carried.shape == layout.shape
         if not carried.places:
-            raise ConfigError(f"{carried.path}: carry_over: of a {carried.format} file nothing is; leave it out")
+            raise ConfigError(
+                f"nothing can be copied from a file of format {carried.format}",
+                key="carry_over",
+                path=carried.path,
+                remedy="leave it out",
+            )
     with new_file(path, "netcdf") as writer:
         for place, size in layout.dimensions.items():
             writer.dimension(place, size)

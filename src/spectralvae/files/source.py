@@ -85,7 +85,9 @@ class Source:
         for place in self.places.values():
             if place.name not in self.variables:
                 self._container.close()
-                raise InputError(f"{self.path}: {place.name} is a second name (link) of a variable; copy it to there")
+                raise InputError(
+                    f"{place.name} is a link to another variable", path=self.path, remedy="store a copy in its place"
+                )
         stored = self.variables[self.radiance]
         self.axes = self.places["radiance"].axes
         self._axis = {role: (stored.dims[i], stored.shape[i], stored.homes[i]) for i, role in enumerate(self.axes)}
@@ -134,15 +136,19 @@ class Source:
             for home, part in zip(dims, self._cut(self.variables[place]), strict=True):
                 if sizes.setdefault(home, part.stop - part.start) != part.stop - part.start:
                     raise InputError(
-                        f"{self.path}: {place} has {part.stop - part.start} along {home}, other variables"
-                        f" {sizes[home]}, which netCDF-4 cannot hold; rename one of the dimensions"
+                        f"{place} has {part.stop - part.start} along {home}, other variables {sizes[home]}, which "
+                        "netCDF-4 cannot hold",
+                        path=self.path,
+                        remedy="rename one of the dimensions",
                     )
         for place, dims in homes.items():
             for home in dims:
                 if home_of(sizes, self.variables[place].group, home.rpartition("/")[2]) != home:
                     raise InputError(
-                        f"{self.path}: {place} has the dimension {home}, and a nearer group another one of its name,"
-                        " which netCDF-4 cannot hold; rename one of them"
+                        f"{place} has the dimension {home}, and a nearer group another one of its name, which "
+                        "netCDF-4 cannot hold",
+                        path=self.path,
+                        remedy="rename one of them",
                     )
         return sizes
 
@@ -156,8 +162,9 @@ class Source:
         dtype = stored_dtype(variable.dtype)
         if dtype is None:
             raise InputError(
-                f"{self.path}: {place} holds {variable.dtype}, for which netCDF-4 has no type; name only others in"
-                " carry_over"
+                f"{place} holds {variable.dtype}, for which netCDF-4 has no type",
+                path=self.path,
+                remedy="name only others in carry_over",
             )
         attributes = self.attributes(place)
         fill = _fill(attributes.pop("_FillValue", None), dtype)
@@ -194,7 +201,10 @@ class Source:
         for pattern in patterns:
             if not any(_matches(place, [pattern]) for place in self.variables):
                 raise ConfigError(
-                    f"{self.path}: carry_over: {pattern!r} matches nothing; it has: {', '.join(self.variables)}"
+                    f"matches nothing in it; it has: {', '.join(self.variables)}",
+                    key="carry_over",
+                    path=self.path,
+                    value=pattern,
                 )
         return [place for place in self.variables if _matches(place, patterns)]
 

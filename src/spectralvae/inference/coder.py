@@ -71,7 +71,9 @@ class Coder:
         self.normalization, self.tile = _requirements(artifact)
         self.device, self.batch_size = device, batch_size
         if wrong := {str(p.dtype) for p in artifact.model.parameters()} - {"torch.float32"}:
-            raise ConfigError(f"model: {artifact.path} has weights in {', '.join(wrong)}: use model.float()")
+            raise ConfigError(
+                f"has weights in {', '.join(wrong)}", key="model", path=artifact.path, remedy="use model.float()"
+            )
         self.path, self.step, self.latents = artifact.path, artifact.step, artifact.latents
         # what latents must be decoded with
         self.identity = {
@@ -102,8 +104,9 @@ class Coder:
     def _check_overlap(self) -> None:
         if not 0 <= self.overlap < self.tile or self.overlap % self.scale:
             raise ConfigError(
-                f"overlap: {self.overlap} must be a multiple of {self.scale} (pixels of a latent cell), from 0 and "
-                f"below {self.tile} (pixels of a tile)"
+                key="overlap",
+                value=self.overlap,
+                limit=f"a multiple of {self.scale} (pixels of a cell) from 0 to below {self.tile} (pixels of a tile)",
             )
 
     # --- pieces of scenes ------------------------------------------------------------------------
@@ -177,7 +180,7 @@ class Coder:
         with exact_float32():
             result: Float32 = apply(tiles).permute(0, 2, 3, 1).float().cpu().numpy()
         if not np.isfinite(result).all():
-            raise InputError(f"{self.path}: gives values that are not finite: its weights are spoiled, or its input is")
+            raise InputError("gives values that are not finite: its weights or its input are corrupt", path=self.path)
         return result
 
 
@@ -292,21 +295,25 @@ def _requirements(artifact: Artifact) -> tuple[Normalization, int]:
     remedy = "convert it again with"
     if normalization is None:
         raise InputError(
-            f"{artifact.path}: holds no normalisation, without which radiance cannot be encoded; {remedy} "
-            "`normalization: {mean: mean_spectrum.pt, std: std_spectrum.pt, wavelength: ...}`"
+            "holds no normalisation, without which radiance cannot be encoded",
+            path=artifact.path,
+            remedy=f"{remedy} `normalization: {{mean: mean_spectrum.pt, std: std_spectrum.pt, wavelength: ...}}`",
         )
     if normalization.wavelength is None:
         raise InputError(
-            f"{artifact.path}: its normalisation has no wavelengths, so nothing tells which scenes it is for; {remedy} "
-            "`normalization: {..., wavelength: {first: ..., last: ...}}`"
+            "its normalisation has no wavelengths, so nothing tells which scenes it is for",
+            path=artifact.path,
+            remedy=f"{remedy} `normalization: {{..., wavelength: {{first: ..., last: ...}}}}`",
         )
     sizes = settings["shape"][1:]
     if len(sizes) != 2:
-        raise InputError(f"{artifact.path}: is a network for volumes of {len(sizes)} axes; scenes have two")
+        raise InputError(f"is a network for volumes of {len(sizes)} axes; scenes have two", path=artifact.path)
     if None in sizes or sizes[0] != sizes[1]:
         raise InputError(
-            f"{artifact.path}: the size of its training tiles is {sizes}, and must be known and square; {remedy} "
-            "`model: {..., shape: [channels, y, x]}`"
+            f"the size of its training tiles is {sizes}",
+            path=artifact.path,
+            limit="known, and the same along y and x",
+            remedy=f"{remedy} `model: {{..., shape: [channels, y, x]}}`",
         )
     return normalization, int(sizes[0])
 
@@ -329,7 +336,10 @@ def open_coder(config: ModelConfig, run: RunDir | None, ranks: Ranks, console: C
         theirs = run.record.get(name, ours) if run and run.resuming else ours
         if theirs != ours:
             raise ConfigError(
-                f"model: {artifact.path} ({name} {ours[:16]}...) is not the one that {config.output_dir} was begun "
-                f"with ({theirs[:16]}...): name that one, or start afresh with --overwrite"
+                f"is not the model that {config.output_dir} was begun with: {name} is {ours[:16]}..., not "
+                f"{theirs[:16]}...",
+                key="model",
+                path=artifact.path,
+                remedy="name that one, or start afresh with --overwrite",
             )
     return coder

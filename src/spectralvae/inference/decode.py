@@ -107,20 +107,22 @@ class LatentsFile:
         lacks += [name for name in _ATTRIBUTES if name not in attributes]
         if lacks:
             raise InputError(
-                f"{path}: is no file of `spectralvae encode`, for it lacks {', '.join(lacks)}; give NAME.latents.nc or "
-                "NAME.latents.zarr"
+                f"is no file of `spectralvae encode`: it lacks {', '.join(lacks)}",
+                path=path,
+                remedy="give NAME.latents.nc or NAME.latents.zarr",
             )
         # No more is kept, for of many files it would fill the memory.
         self.attributes: Mapping[str, Any] = {name: attributes[name] for name in _ATTRIBUTES}
-        check_latents(str(path), attributes, shapes["latent"][0], coder)
+        check_latents(attributes, shapes["latent"][0], coder, path=path)
         self.shape = ny, nx, nc = read_layout(container).shape
         s, n_channels = coder.scale, coder.normalization.n_channels
         expected = {"latent": (coder.model.embed_dim, -(-ny // s), -(-nx // s)), "valid": (ny, nx, n_channels)}
         for name, shape in expected.items():
             if shapes[name] != shape or nc != n_channels:
                 raise InputError(
-                    f"{path}: {name} has shape {shapes[name]}; a scene of {ny} x {nx} pixels and {nc} channels needs "
-                    f"{shape} with this model"
+                    f"{name} has shape {shapes[name]}; a scene of {ny} x {nx} pixels and {nc} channels needs {shape} "
+                    "with this model",
+                    path=path,
                 )
 
     def open(self) -> Container:
@@ -139,19 +141,27 @@ def open_source(sources: Sequence[Path], latents: LatentsFile, normalization: No
     found = list({path.resolve(): path for path in sources if path.name == name}.values())
     if not found:
         raise ConfigError(
-            f"sources: none of them is {name}, from which {latents.path} was made: add it, or leave `sources` out"
+            f"none of them is {name}, the scene that was encoded",
+            key="sources",
+            path=latents.path,
+            remedy="add it, or leave `sources` out",
         )
     if len(found) > 1:
         raise ConfigError(
-            f"sources: {found[0]} and {found[1]} are both named {name}: give the one that {latents.path} was made from"
+            f"{found[0]} has the same name",
+            key="sources",
+            path=found[1],
+            remedy=f"give the one that {latents.path} was made from",
         )
     with damage_named(latents.path):
         given = InputSpec(path=str(found[0]), **json.loads(latents.attributes["source_arguments"]))
     scene = open_scene_for(found[0], given, normalization)
     if scene.shape != latents.shape:
         raise InputError(
-            f"{found[0]}: is not the file that {latents.path} was made from: it has {scene.shape}, that file had "
-            f"{latents.shape}: give that one as one of `sources`, or leave these out"
+            f"is not the file that {latents.path} was made from: its shape is {scene.shape}, not {latents.shape}",
+            key="sources",
+            path=found[0],
+            remedy="give that file, or leave `sources` out",
         )
     return scene
 
@@ -165,8 +175,11 @@ def check_identity(scene: Scene, latents: LatentsFile) -> None:
     found, expected = scene.sha256(), latents.attributes["source_sha256"]
     if found != expected:
         raise InputError(
-            f"{scene.path}: is not the file that {latents.path} was made from: its SHA-256 is {found[:16]}..., that "
-            f"file's was {expected[:16]}...: give that one as one of `sources`, or leave these out"
+            f"is not the file that {latents.path} was made from: its SHA-256 is {found[:16]}..., not "
+            f"{expected[:16]}...",
+            key="sources",
+            path=scene.path,
+            remedy="give that file, or leave `sources` out",
         )
 
 
@@ -239,7 +252,7 @@ class _Decoding:
                 part = container.read("latent", (slice(None), rows, columns))
                 values = np.moveaxis(part, 0, -1).astype(np.float32)
             if not np.isfinite(values).all():
-                raise InputError(f"{path}: latent holds values that are not finite, so it is damaged; encode it again")
+                raise InputError("is corrupt: latent is not finite everywhere", path=path, remedy="encode it again")
             return values
 
         def valid(rows: slice, columns: slice) -> NDArray[np.bool_]:

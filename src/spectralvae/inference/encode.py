@@ -63,9 +63,7 @@ def open_scene_for(path: Path, spec: InputSpec, normalization: Normalization) ->
         InputError, ConfigError: as `open_reader`; it is a file of latents, or one of TEMPO without that band.
     """
     if path.name.endswith(tuple(SUFFIXES.values())):
-        raise InputError(
-            f"{path}: is a file of latents, which `decode` takes; give scenes only, by another glob perhaps"
-        )
+        raise InputError("is a file of latents, not a scene", path=path, remedy="give scenes only, or use `decode`")
     scene = open_input(path, spec, spec.region, band=None, flag_bits=None)
     band, flag_bits = normalization.band, normalization.flag_bits
     if scene.format != "tempo" or (band in (None, scene.band) and flag_bits is None):
@@ -113,7 +111,7 @@ class SceneJob:
         rules = ", ".join(f"{rule} {n}" for rule, n in counts.items() if n)
         why = f"none of its {n_samples} samples is valid ({rules})"
         if self.config.all_invalid == "refuse":
-            raise InputError(f"{self.scene.path}: {why}: leave the file out, or set all_invalid: leave_out")
+            raise InputError(why, path=self.scene.path, remedy="leave the file out, or set all_invalid: leave_out")
         return {"left_out": why, "n_samples": n_samples, "n_valid": 0, "invalid": counts}
 
     def origin(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def check_scene(name: str, source: Source, normalization: Normalization) -> None
     """Check that a scene is one of those that a model is for.
 
     Args:
-        name: of the scene.
+        name: of the scene: its file, if it has one.
         source: the scene.
         normalization: the model's.
 
@@ -46,23 +46,27 @@ def check_scene(name: str, source: Source, normalization: Normalization) -> None
     assert normalization.wavelength is not None
     if n_channels != normalization.n_channels:
         raise InputError(
-            f"{name}: has {n_channels} channels, but the model takes {normalization.n_channels} "
-            f"({span(normalization.wavelength)}); give scenes like those it was trained on"
+            f"has {n_channels} channels, but the model takes {normalization.n_channels} "
+            f"({span(normalization.wavelength)})",
+            path=name,
+            remedy="give scenes like those it was trained on",
         )
     found = channel_means(name, source.wavelength)
     worst, limit = wavelength_gap(found, normalization.wavelength)
     if worst > limit:
         raise InputError(
-            f"{name}: its wavelengths ({span(found)}) differ by up to {worst:.3f} nm from those of the training "
-            f"({span(normalization.wavelength)}); at most one channel ({limit:.3f} nm) is allowed: give scenes of that "
-            "band, or a model of this one"
+            f"its wavelengths ({span(found)}) differ by up to {worst:.3f} nm from those of the training "
+            f"({span(normalization.wavelength)}); at most one channel ({limit:.3f} nm) is allowed",
+            path=name,
+            remedy="give scenes of that band, or a model of this one",
         )
     if None not in (source.units, normalization.units) and source.units != normalization.units:
-        raise InputError(f"{name}: its radiance is in {source.units!r}, but the model takes {normalization.units!r}")
+        raise InputError(f"its radiance is in {source.units!r}, but the model takes {normalization.units!r}", path=name)
     if normalization.max_solar_zenith is not None and "solar_zenith_angle" not in source.coordinates():
         raise InputError(
-            f"{name}: has no solar_zenith_angle, but the model was trained on pixels of at most "
-            f"{normalization.max_solar_zenith:g} degrees only"
+            "has no solar_zenith_angle, but the model was trained on pixels of at most "
+            f"{normalization.max_solar_zenith:g} degrees only",
+            path=name,
         )
 
 
@@ -279,35 +283,38 @@ def stream_latents(
 # --- back -------------------------------------------------------------------------------------
 
 
-def check_latents(name: str, attributes: Mapping[str, Any], n_latents: int, coder: Coder) -> None:
+def check_latents(attributes: Mapping[str, Any], n_latents: int, coder: Coder, **where: Any) -> None:
     """Check that latents are of the model that is to decode them.
 
     Args:
-        name: of the latents.
         attributes: of the whole.
         n_latents: latent channels.
         coder: the network.
+        where: the path or the key of the latents, as errors take them.
 
     Raises:
         InputError: they are of another model, or of another format.
     """
     if (found := attributes.get("spectralvae_latents", FORMAT)) != FORMAT:
         raise InputError(
-            f"{name}: has format {found}, but this version ({__version__}) reads {FORMAT}: update spectralvae"
+            f"has format {found}, but this version ({__version__}) reads {FORMAT}", **where, remedy="update spectralvae"
         )
     if n_latents != coder.model.embed_dim:
-        raise InputError(f"{name}: has {n_latents} latent channels, but the model has {coder.model.embed_dim}")
+        raise InputError(f"has {n_latents} latent channels, but the model has {coder.model.embed_dim}", **where)
     ours, theirs = coder.identity["model_sha256"], attributes.get("model_sha256", "")
     if theirs and theirs != ours:
         raise InputError(
-            f"{name}: was encoded by another model (SHA-256 of its weights {theirs[:16]}..., of this {ours[:16]}...): "
-            "decode it with that one"
+            f"was encoded by another model (SHA-256 of its weights {theirs[:16]}..., of this {ours[:16]}...)",
+            **where,
+            remedy="decode it with that one",
         )
     ours, theirs = coder.identity["normalization_sha256"], attributes.get("normalization_sha256", "")
     if theirs and theirs != ours:
         raise InputError(
-            f"{name}: was encoded with another normalisation (SHA-256 {theirs[:16]}..., of this {ours[:16]}...), "
-            "though by the same weights: decode it with that one"
+            f"was encoded with another normalisation (SHA-256 {theirs[:16]}..., of this {ours[:16]}...), though by the "
+            "same weights",
+            **where,
+            remedy="decode it with that one",
         )
 
 

@@ -68,7 +68,12 @@ def encode_scene(
     """
     with _coder(model, overlap, batch_size) as coder:
         source = _Scene(scene, coder)
-        check_scene(source.name, source, coder.normalization)
+        try:
+            check_scene(source.name, source, coder.normalization)
+        except ConfigError as error:
+            raise error.with_parts(key=f"scene.{error.key}", path=source.path) from error
+        except InputError as error:
+            raise error.with_parts(key="scene", path=source.path) from error
         return _encoded(source, coder, log_variance)
 
 
@@ -84,7 +89,7 @@ def _encoded(source: _Scene, coder: Coder, log_variance: bool) -> xr.Dataset:
 
     counts = stream_latents(source, coder, log_variance, write, lambda n_pixels: None)
     if not counts["valid"]:
-        raise InputError(f"{source.name}: none of its {math.prod(source.shape)} samples is valid")
+        raise InputError(f"none of its {math.prod(source.shape)} samples is valid", key="scene", path=source.path)
     found = {}
     for name, array in values.items():
         dims, _, attributes = will_be.layout(name)
@@ -129,25 +134,30 @@ def decode_scene(
 
 def _decoded(latents: xr.Dataset | NDArray[Any], coder: Coder) -> xr.Dataset:
     if isinstance(latents, str | PathLike):
-        raise InputError(f"latents: {str(latents)!r} is a path: open it with xarray.open_dataset")
+        raise InputError("is a path", key="latents", value=str(latents), remedy="open it with xarray.open_dataset")
     if isinstance(latents, xr.DataArray):
-        raise InputError("latents: are a DataArray; give the Dataset that encode_scene returns, or the values alone")
+        raise InputError(
+            "are a DataArray", key="latents", remedy="give the Dataset that encode_scene returns, or the values alone"
+        )
     given = latents if isinstance(latents, xr.Dataset) else _dataset_of(latents, coder)
     missing = {"latent", "valid", "wavelength"} - set(given.variables)
     if missing or given.latent.dims != ("latent_channel", "y", "x"):
         lacks = f"lack {', '.join(sorted(missing))}" if missing else f"have dimensions {given.latent.dims}"
-        raise InputError(f"latents: {lacks}; give what encode_scene returns, or an array (latent_channel, y, x)")
+        raise InputError(
+            lacks, key="latents", remedy="give what encode_scene returns, or an array (latent_channel, y, x)"
+        )
     if set(given.valid.dims) != set(PIXELS):
-        raise InputError(f"latents: valid has dimensions {given.valid.dims}; needed: {PIXELS}")
+        raise InputError(f"valid has dimensions {given.valid.dims}; needed: {PIXELS}", key="latents")
     given = given.transpose(*PIXELS, "latent_channel", "y", "x", missing_dims="ignore")
-    check_latents("latents", given.attrs, given.sizes["latent_channel"], coder)
+    check_latents(given.attrs, given.sizes["latent_channel"], coder, key="latents")
     ny, nx, nc = given.valid.shape
     s = coder.scale
     if given.latent.shape[1:] != (-(-ny // s), -(-nx // s)) or nc != coder.normalization.n_channels:
         raise InputError(
-            f"latents: a grid of {' x '.join(map(str, given.latent.shape[1:]))} cells does not fit a scene of "
-            f"{ny} x {nx} pixels and {nc} channels; the model has {s} x {s} pixels a cell and "
-            f"{coder.normalization.n_channels} channels"
+            f"a grid of {' x '.join(map(str, given.latent.shape[1:]))} cells does not fit a scene of {ny} x {nx} "
+            f"pixels and {nc} channels; the model has {s} x {s} pixels a cell and {coder.normalization.n_channels} "
+            "channels",
+            key="latents",
         )
 
     def read(rows: slice, columns: slice) -> Float32:
@@ -172,7 +182,7 @@ def _decoded(latents: xr.Dataset | NDArray[Any], coder: Coder) -> xr.Dataset:
 def _coder(model: AutoencoderKL, overlap: int | None, batch_size: int) -> Iterator[Coder]:
     """The model in eval mode while the block runs."""
     if batch_size < 1:
-        raise ConfigError(f"batch_size: {batch_size} must be at least 1")
+        raise ConfigError(key="batch_size", value=batch_size, limit="at least 1")
     artifact, device, training = artifact_of(model), next(model.parameters()).device, model.training
     try:
         yield Coder(artifact, device, overlap=overlap, batch_size=batch_size, borrowed=True)
@@ -184,30 +194,30 @@ class _Scene:
     """A scene in memory, or opened lazily, as `spectralvae.inference.reading.Source`."""
 
     def __init__(self, scene: xr.Dataset | NDArray[Any], coder: Coder) -> None:
-        self.name = "scene"
+        self.name, self.path = "scene", None
         assert coder.normalization.wavelength is not None
         if isinstance(scene, str | PathLike):
-            raise InputError(f"scene: {str(scene)!r} is a path: open it with open_scene")
+            raise InputError("is a path", key="scene", value=str(scene), remedy="open it with open_scene")
         if isinstance(scene, xr.DataArray):
             scene = scene.to_dataset(name="radiance")
         if not isinstance(scene, xr.Dataset):
             if np.ndim(scene) != 3:
-                raise InputError(f"scene: has shape {np.shape(scene)}; needed: (y, x, channel)")
+                raise InputError(f"has shape {np.shape(scene)}; needed: (y, x, channel)", key="scene")
             if isinstance(scene, np.ma.MaskedArray):  # what the netCDF4 library gives
                 scene = np.ma.filled(scene.astype(np.float32), np.nan)
             scene = xr.Dataset({"radiance": (DIMS, np.asarray(scene))})
             if scene.sizes["channel"] == coder.normalization.n_channels:
                 scene = scene.assign_coords(wavelength=("channel", coder.normalization.wavelength))
         elif "source" in scene.attrs:
-            self.name = str(scene.attrs["source"])
+            self.name = self.path = str(scene.attrs["source"])
         if "radiance" not in scene or set(scene.radiance.dims) != set(DIMS):
             has = f"has radiance {scene.radiance.dims}" if "radiance" in scene else "has no radiance"
-            raise InputError(f"{self.name}: {has}; needed: radiance (y, x, channel), as of open_scene")
+            raise InputError(f"{has}; needed: radiance (y, x, channel), as of open_scene", key="scene", path=self.path)
         self._radiance = scene.radiance.transpose(*DIMS)
         self._scene = scene
         self.shape: tuple[int, int, int] = self._radiance.shape
         if 0 in self.shape:
-            raise InputError(f"{self.name}: (y, x, channel) = {self.shape}: is empty")
+            raise InputError(f"is empty: its shape is {self.shape}", key="scene", path=self.path)
         # More than a row, for a file that is read lazily may have chunks of many rows.
         self.chunk = (max(1, LAZY_SAMPLES // math.prod(self.shape[1:])), self.shape[1])
         self.units = self._radiance.attrs.get("units")
@@ -215,19 +225,26 @@ class _Scene:
         flag_bits = coder.normalization.flag_bits
         if scene.attrs.get("format") == "tempo" and flag_bits and set(flag_bits) != set(REJECTED_FLAG_BITS):
             raise InputError(
-                f"{self.name}: open_scene rejects samples by bits {list(REJECTED_FLAG_BITS)} of the quality flag, the "
-                f"model's training by {list(flag_bits)}: use the command `spectralvae encode`"
+                f"open_scene rejects samples by bits {list(REJECTED_FLAG_BITS)} of the quality flag, the model's "
+                f"training by {list(flag_bits)}",
+                key="scene",
+                path=self.path,
+                remedy="use the command `spectralvae encode`",
             )
 
     @property
     def wavelength(self) -> NDArray[np.float64]:
         """(channel) or (x, channel), nm."""
         if "wavelength" not in self._scene:
-            raise InputError(f"{self.name}: has no wavelength; needed: a coordinate wavelength (channel), in nm")
+            raise InputError(
+                "has no wavelength; needed: a coordinate wavelength (channel), in nm", key="scene", path=self.path
+            )
         wavelength = self._scene.wavelength
         if wavelength.dims not in (("channel",), ("x", "channel"), ("channel", "x")):
             raise InputError(
-                f"{self.name}: wavelength has dimensions {wavelength.dims}; needed: (channel) or (x, channel)"
+                f"wavelength has dimensions {wavelength.dims}; needed: (channel) or (x, channel)",
+                key="scene",
+                path=self.path,
             )
         return np.asarray(wavelength.transpose(*DIMS[-wavelength.ndim :]).values, np.float64)
 
@@ -249,7 +266,9 @@ class _Scene:
     def _seconds(self, time: NDArray[Any]) -> NDArray[np.float64]:
         """Since 1970."""
         if time.dtype.kind != "M":
-            raise InputError(f"{self.name}: time is {time.dtype}; needed: datetime64, as xarray.decode_cf makes it")
+            raise InputError(
+                f"time is {time.dtype}; needed: datetime64, as xarray.decode_cf makes it", key="scene", path=self.path
+            )
         return np.where(np.isnat(time), np.nan, time.astype("datetime64[ns]").astype(np.int64) / 1e9)
 
     def blocks(self, max_samples: int) -> Iterator[tuple[slice, slice]]:
@@ -268,7 +287,7 @@ class _Scene:
 def _dataset_of(latents: NDArray[Any], coder: Coder) -> xr.Dataset:
     """Latents alone, with what else is needed to decode them."""
     if np.ndim(latents) != 3 or 0 in np.shape(latents):
-        raise InputError(f"latents: have shape {np.shape(latents)}; needed: (latent_channel, y, x)")
+        raise InputError(f"have shape {np.shape(latents)}; needed: (latent_channel, y, x)", key="latents")
     _, height, width = np.shape(latents)
     shape = (height * coder.scale, width * coder.scale, coder.normalization.n_channels)
     return xr.Dataset(

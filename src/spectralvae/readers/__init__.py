@@ -72,7 +72,7 @@ def open_reader(
         The scene; no file is open until it is read.
     """
     if "://" in os.fspath(path):
-        raise InputError(f"{path}: a URL; only local files are read: download it first")
+        raise InputError("a URL; only local files are read", value=os.fspath(path), remedy="download it first")
     path = Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises over a file of the name "~copy.nc")
     check_file(path)
     arguments = {
@@ -86,12 +86,12 @@ def open_reader(
         "flag_bits": flag_bits,
     }
     given = {key: value for key, value in arguments.items() if value is not None}
-    guard.try_out(path, given)
+    guard.try_out(path, given, f"{__name__}:{probe.__name__}")
     return open_unguarded(path, given)
 
 
 def open_unguarded(path: Path, arguments: Mapping[str, Any]) -> Scene:
-    """`open_reader` without asking first whether the file may harm: for the guard itself.
+    """`open_reader` without asking first whether the file may harm.
 
     Args:
         path: An existing file.
@@ -101,11 +101,19 @@ def open_unguarded(path: Path, arguments: Mapping[str, Any]) -> Scene:
     for key in arguments:
         if key not in found.arguments:
             takers = ", ".join(other.label for other in FORMATS.values() if key in other.arguments)
-            why = "the file has its own wavelengths" if key == "wavelength" else f"it is meant for {takers} files"
-            raise ConfigError(f"{path}: {key} was given for this {found.label} file, but {why}; leave it out")
+            why = "which has its own wavelengths" if key == "wavelength" else f"only to {takers} files"
+            raise ConfigError(
+                f"does not apply to a {found.label} file, {why}", key=key, path=path, remedy="leave it out"
+            )
     module, name = found.reader
     reader = getattr(import_module(f"spectralvae.readers.{module}"), name)
     return cast(Scene, reader(path, **arguments))
+
+
+def probe(path: Path, **arguments: Any) -> None:
+    """What the guard tries out: all that this process will do with a scene, but for reading samples."""
+    with open_unguarded(path, arguments) as scene:
+        scene.probe()
 
 
 def _format_of(path: Path) -> str:
@@ -126,10 +134,10 @@ def _format_of(path: Path) -> str:
     if tiles.is_torch_file(path, head):
         return "tiles"
     if suffix in {".nc", ".nc4", ".h5", ".hdf5"}:
-        raise InputError(f"{path}: it doesn't begin as HDF5/netCDF-4 does, so it is damaged; fetch it again")
+        raise InputError("is corrupt: it does not begin as HDF5/netCDF-4 does", path=path, remedy="fetch it again")
     if envi.find_header(path):
         return "envi"
-    raise InputError(f"{path}: a file of unknown format; formats read now: {READABLE}")
+    raise InputError("a file of unknown format", path=path, remedy=f"formats read now: {READABLE}")
 
 
 def _format_of_hdf5(path: Path) -> str:
@@ -147,5 +155,5 @@ def _format_of_folder(path: Path) -> str:
     if is_zarr(path):
         return "zarr"
     if found := tiles.tile_files(path):
-        raise InputError(f"{path}: a folder of {len(found)} tile files; give these: {path}/[0-9]*.pt")
-    raise InputError(f"{path}: a folder that is no Zarr array or group; formats read now: {READABLE}")
+        raise InputError(f"a folder of {len(found)} tile files", path=path, remedy=f"give these: {path}/[0-9]*.pt")
+    raise InputError("a folder that is no Zarr array or group", path=path, remedy=f"formats read now: {READABLE}")

@@ -24,10 +24,8 @@ def check_region(path: Path, region: Sequence[int], ny: int, nx: int) -> Window:
     """
     y0, y1, x0, x1 = whole_numbers(path, "region", region, "[y0, y1, x0, x1]")
     if not (0 <= y0 < y1 <= ny and 0 <= x0 < x1 <= nx):
-        raise ConfigError(
-            f"{path}: region {[y0, y1, x0, x1]} doesn't fit: the scene has {ny} x {nx} pixels (y, x);"
-            f" give [y0, y1, x0, x1] with 0 <= y0 < y1 <= {ny} and 0 <= x0 < x1 <= {nx}"
-        )
+        limit = f"[y0, y1, x0, x1] with 0 <= y0 < y1 <= {ny} and 0 <= x0 < x1 <= {nx}, the scene's pixels"
+        raise ConfigError(key="region", path=path, value=[y0, y1, x0, x1], limit=limit)
     return y0, y1, x0, x1
 
 
@@ -45,62 +43,63 @@ def whole_numbers(path: Path, key: str, value: object, form: str) -> tuple[int, 
     except TypeError:
         numbers = ()
     if len(numbers) != count:
-        raise ConfigError(f"{path}: {key} is {value!r}; give {count} whole numbers, {key}: {form}")
+        raise ConfigError(key=key, path=path, value=value, limit=f"{count} whole numbers, {form}")
     return numbers
 
 
-def given_wavelengths(what: str, given: object, nc: int) -> NDArray[np.float64]:
+def given_wavelengths(key: str, given: object, nc: int, *, path: Path | None = None) -> NDArray[np.float64]:
     """The wavelengths that a user gave, as a checked vector.
 
     Args:
-        what: Whose they are, as messages begin: file and variable, or key.
+        key: Of the config, or the argument's name.
         given: nc numbers in nm, or {"first": nm, "last": nm} for evenly spaced channels.
         nc: Number of channels.
+        path: The scene's file.
 
     Raises:
         ConfigError: They are neither, or not wavelengths (see `check_wavelengths`).
     """
     if isinstance(given, Mapping) and set(given) != {"first", "last"}:
-        raise ConfigError(f"{what} has the keys {sorted(map(str, given))}; needed: first, last (nm)")
+        raise ConfigError(f"has the keys {sorted(map(str, given))}", key=key, path=path, limit="first and last (nm)")
     try:
         if isinstance(given, Mapping):
             values = np.linspace(float(given["first"]), float(given["last"]), nc)
         else:
             values = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{what} is {given!r}; needed: {nc} numbers in nm, or first and last") from error
+        limit = f"{nc} numbers in nm, or first and last"
+        raise ConfigError(key=key, path=path, value=given, limit=limit) from error
     if values.ndim != 1:
-        raise ConfigError(f"{what} has shape {values.shape}; needed: {nc} numbers in nm")
-    return check_wavelengths(what, values, nc)
+        raise ConfigError(f"has shape {values.shape}", key=key, path=path, limit=f"{nc} numbers in nm")
+    return check_wavelengths(key, values, nc, path=path)
 
 
-def check_wavelengths(what: str, values: NDArray[np.float64], nc: int) -> NDArray[np.float64]:
+def check_wavelengths(
+    key: str, values: NDArray[np.float64], nc: int, *, path: Path | None = None
+) -> NDArray[np.float64]:
     """Check that values are wavelengths of nc channels in nm; return them.
 
     Args:
-        what: Whose they are, as messages begin: file and variable, or key.
+        key: Of the config, the argument's name, or the variable's name in the file.
         values: (n,) numbers.
         nc: Number of channels.
+        path: The scene's file.
 
     Raises:
         ConfigError: Their number is wrong, or they aren't finite, positive and strictly increasing, or not in nm.
     """
     if values.size != nc:
-        raise ConfigError(f"{what} has {values.size} values for {nc} channels; give {nc}, in nm")
+        raise ConfigError(f"{values.size} values for {nc} channels", key=key, path=path, remedy=f"give {nc}, in nm")
     if bad := int(np.count_nonzero(~np.isfinite(values))):
-        raise ConfigError(f"{what}: {bad} of {nc} values aren't finite; give all of them, in nm")
+        raise ConfigError(f"{bad} of {nc} values are not finite", key=key, path=path, remedy="give all of them, in nm")
     if bad := int(np.count_nonzero(values <= 0)):
-        raise ConfigError(f"{what}: {bad} of {nc} values aren't above 0; give them in nm")
+        raise ConfigError(f"{bad} of {nc} values are not above 0", key=key, path=path, remedy="give them in nm")
     steps = np.diff(values)
     if bad := int(np.count_nonzero(steps <= 0)):
         first = int(np.argmax(steps <= 0))
-        raise ConfigError(
-            f"{what} must increase from channel to channel, but doesn't at {bad} of {nc - 1} steps, first from"
-            f" {values[first]:g} to {values[first + 1]:g} nm"
-        )
+        problem = f"{bad} of {nc - 1} steps do not increase, first {values[first]:g} to {values[first + 1]:g} nm"
+        raise ConfigError(problem, key=key, path=path, limit="increasing from channel to channel")
     if values.max() < _MICROMETRES_BELOW:
-        raise ConfigError(
-            f"{what} ends at {values.max():g}, under {_MICROMETRES_BELOW:g} nm, so it seems to be in"
-            " micrometres; give nm, wavelength: [...]"
-        )
+        problem = f"ends at {values.max():g}, so it seems to be in micrometres"
+        raise ConfigError(problem, key=key, path=path, remedy="give nm, wavelength: [...]")
     return values

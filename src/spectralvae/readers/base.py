@@ -103,7 +103,8 @@ class Scene(ABC):
     ) -> None:
         self.full_shape = ny, nx, nc = full_shape
         if 0 in full_shape:
-            raise InputError(f"{path}: the image is empty: (y, x, channel) = {full_shape}; every axis needs at least 1")
+            problem = f"the image is empty: (y, x, channel) = {full_shape}"
+            raise InputError(problem, path=path, limit="at least 1 along every axis")
         self.path = path
         self.region = None if region is None else check_region(path, region, ny, nx)
         self._window: Window = self.region or (0, ny, 0, nx)
@@ -338,17 +339,17 @@ def check_file(path: Path) -> None:
         InputError: There isn't; a pipe or a device, of which a read may never end, is neither.
     """
     if any(unicodedata.category(c) == "Cc" for c in str(path)):
-        raise InputError(f"{str(path)!r}: a line break or control character in its name; rename it")
+        raise InputError("a line break or control character in its name", value=str(path), remedy="rename it")
     with damage_named(path):
         found = path.exists()
     if path.is_dir():
         return
     if not found:
-        raise InputError(f"{path}: no such file; check the path")
+        raise InputError("no such file", path=path, remedy="check the path")
     if not path.is_file():
-        raise InputError(f"{path}: neither a file nor a folder; formats read now: {READABLE}")
+        raise InputError("neither a file nor a folder", path=path, remedy=f"formats read now: {READABLE}")
     if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty (0 bytes), so it is damaged or truncated; fetch it again")
+        raise InputError("is empty (0 bytes), so it is truncated", path=path, remedy="fetch it again")
 
 
 @contextmanager
@@ -362,9 +363,9 @@ def damage_named(path: Path, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; check the path") from error
+        raise InputError("no such file", path=path, remedy="check the path") from error
     except PermissionError as error:
-        raise InputError(f"{path}: no permission to read it") from error
+        raise InputError("no permission to read it", path=path) from error
     except (*_DAMAGE, *more) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: damaged or truncated, fetch it again ({reason})") from error
+        raise InputError(f"is corrupt or truncated ({reason})", path=path, remedy="fetch it again") from error

@@ -191,14 +191,14 @@ class _Classic:
         try:
             import scipy.io
         except ImportError as error:
-            raise InputError(
-                f'{path}: netCDF-3 files need scipy; install it: pip install "spectralvae[formats]"'
-            ) from error
+            remedy = 'install it: pip install "spectralvae[formats]"'
+            raise InputError("netCDF-3 files need scipy", path=path, remedy=remedy) from error
         self.path = path
         with path.open("rb") as file:
             version = file.read(4)[3:]
         if version not in (b"\1", b"\2"):
-            raise InputError(f"{path}: netCDF of the format CDF-5, which is not read; convert it: nccopy -k nc4 IN OUT")
+            remedy = "convert it: nccopy -k nc4 IN OUT"
+            raise InputError("netCDF of the format CDF-5, which is not read", path=path, remedy=remedy)
         self._file = scipy.io.netcdf_file(str(path), "r", mmap=True)
 
     def variables(self) -> list[Variable]:
@@ -281,23 +281,18 @@ class _Zarr:
         """Zarr reads a chunk that is not there as its fill value, lost or never written."""
         array = self._arrays[name]
         if getattr(array, "shards", None) is not None:
-            raise InputError(
-                f"{self.path}: {name} is sharded, and zarr doesn't tell which chunks of a shard are there; write it"
-                " without shards"
-            )
+            problem = "is sharded, and zarr does not tell which chunks of a shard are there"
+            raise InputError(problem, key=name, path=self.path, remedy="write it without shards")
         chunk_bytes = math.prod(array.chunks) * np.dtype(array.dtype).itemsize
         if chunk_bytes > MAX_CHUNK_BYTES:
-            raise InputError(
-                f"{self.path}: a chunk of {name} has {chunk_bytes} bytes; at most {MAX_CHUNK_BYTES} are read: write"
-                " smaller chunks"
-            )
+            limit = f"at most {MAX_CHUNK_BYTES} bytes"
+            raise InputError(f"a chunk has {chunk_bytes} bytes", key=name, path=self.path, limit=limit)
         with damage_named(self.path, *_ZARR_DAMAGE):
             missing = array.nchunks - array.nchunks_initialized
         if missing:
-            raise InputError(
-                f"{self.path}: {missing} of {array.nchunks} chunks of {name} are not there, lost or never written;"
-                " fetch it again, or write all of them (zarr: write_empty_chunks=True)"
-            )
+            problem = f"{missing} of {array.nchunks} chunks are missing, lost or never written"
+            remedy = "fetch it again, or write all of them (zarr: write_empty_chunks=True)"
+            raise InputError(problem, key=name, path=self.path, remedy=remedy)
 
     def read(self, name: str, key: tuple[slice, ...]) -> NDArray[Any]:
         with damage_named(self.path, *_ZARR_DAMAGE):

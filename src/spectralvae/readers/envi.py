@@ -65,10 +65,11 @@ class EnviScene(Scene):
         self._offset = numbers.per_band("data offset values")
         self._divisor = numbers.one("reflectance scale factor")
         if self._divisor is not None and not 0 < self._divisor < np.inf:
-            raise InputError(f"{self._header_path}: reflectance scale factor is {self._divisor:g}; correct it")
+            key = "reflectance scale factor"
+            raise InputError(key=key, path=self._header_path, value=self._divisor, limit="finite and above 0")
         self._bad_bands = _bad_bands(self._header_path, numbers.per_band("bbl"))
         if wavelength is not None:
-            self._wavelength = given_wavelengths(f"{path}: wavelength", wavelength, nc)
+            self._wavelength = given_wavelengths("wavelength", wavelength, nc, path=path)
         else:
             self._wavelength = _wavelengths(self._header_path, header, nc)
         chunk = (ny, nx) if header["interleave"].lower() == "bsq" else (1, nx)
@@ -93,10 +94,9 @@ class EnviScene(Scene):
         ny, nx, nc = self._full_shape
         needed = params.offset + ny * nx * nc * np.dtype(params.dtype).itemsize
         if size < needed:
-            raise InputError(
-                f"{binary}: truncated: it has {size} bytes, but {self._header_path.name} (lines, samples, bands ="
-                f" {ny}, {nx}, {nc}) needs {needed}; fetch it again, or correct the header"
-            )
+            header = f"{self._header_path.name} (lines, samples, bands = {ny}, {nx}, {nc})"
+            problem = f"is truncated: it has {size} bytes, but {header} needs {needed}"
+            raise InputError(problem, path=binary, remedy="fetch it again, or correct the header")
 
     def _open(self) -> _Image:
         self._check_size(self.path)
@@ -152,14 +152,14 @@ class _Numbers:
         if values is None:
             return None
         if values.size != 1:
-            raise InputError(f"{self._path}: {key} has {values.size} values; correct it to one number")
+            raise InputError(f"has {values.size} values", key=key, path=self._path, limit="one number")
         return float(values[0])
 
     def per_band(self, key: str) -> NDArray[np.float64] | None:
         """(nc,) finite numbers; None where the header has none."""
         values = self._parsed(key)
         if values is not None and (values.size != self._nc or not np.isfinite(values).all()):
-            raise InputError(f"{self._path}: {key} must have {self._nc} finite numbers, one a band; correct it")
+            raise InputError(key=key, path=self._path, limit=f"{self._nc} finite numbers, one a band")
         return values
 
     def _parsed(self, key: str) -> NDArray[np.float64] | None:
@@ -169,7 +169,7 @@ class _Numbers:
         try:
             return values.astype(np.float64)
         except ValueError as error:
-            raise InputError(f"{self._path}: {key}: {error}; correct the header") from error
+            raise InputError(key=key, path=self._path, value=self._header[key], limit="numbers") from error
 
 
 def find_header(path: Path) -> Path | None:
@@ -190,16 +190,18 @@ def _header_and_binary(path: Path) -> tuple[Path, Path]:
     if not is_header:
         header = find_header(path)
         if header is None:
-            raise InputError(f"{path}: no ENVI header beside it; put {path.name}.hdr there")
+            raise InputError("no ENVI header beside it", path=path, remedy=f"put {path.name}.hdr there")
         return header, path
     base = path.with_suffix("")
     names = [base.name, *(f"{base.name}.{suffix}" for s in _SUFFIXES for suffix in (s, s.upper()))]
     found = [path.with_name(name) for name in names if path.with_name(name).is_file()]
     if not found:
-        raise InputError(f"{path}: an ENVI header without its binary; put {base.name} or {base.name}.img beside it")
+        remedy = f"put {base.name} or {base.name}.img beside it"
+        raise InputError("an ENVI header without its binary", path=path, remedy=remedy)
     if len(found) > 1:
         listed = ", ".join(binary.name for binary in found)
-        raise InputError(f"{path}: several files may hold its numbers: {listed}; give the path of the right one")
+        problem = f"several files may hold its numbers: {listed}"
+        raise InputError(problem, path=path, remedy="give the path of the right one")
     return path, found[0]
 
 
@@ -207,9 +209,8 @@ def _spectral(path: Path) -> Any:
     try:
         from spectral.io import envi
     except ImportError as error:
-        raise InputError(
-            f'{path}: ENVI images need spectral; install it: pip install "spectralvae[formats]"'
-        ) from error
+        remedy = 'install it: pip install "spectralvae[formats]"'
+        raise InputError("ENVI images need spectral", path=path, remedy=remedy) from error
     return envi
 
 
@@ -218,7 +219,7 @@ def _read_header(path: Path) -> Header:
     envi = _spectral(path)
     with damage_named(path):
         if path.stat().st_size > _MAX_HEADER_BYTES:
-            raise InputError(f"{path}: an ENVI header of more than {_MAX_HEADER_BYTES} bytes; correct it")
+            raise InputError("the ENVI header is too large", path=path, limit=f"at most {_MAX_HEADER_BYTES} bytes")
         content = path.read_bytes()
     try:
         content.decode("utf-8")
@@ -226,9 +227,10 @@ def _read_header(path: Path) -> Header:
             warnings.simplefilter("ignore")  # that it takes names in capitals, too
             header: Header = envi.read_envi_header(str(path))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is no UTF-8; save the header as UTF-8 text") from error
+        remedy = "save the header as UTF-8 text"
+        raise InputError(f"byte {error.start} is no UTF-8", path=path, remedy=remedy) from error
     except envi.SpyException as error:
-        raise InputError(f"{path}: no ENVI header that can be parsed; is a brace left open?") from error
+        raise InputError("the ENVI header cannot be parsed", path=path, remedy="is a brace left open?") from error
     return header
 
 
@@ -237,28 +239,29 @@ def _check_layout(path: Path, header: Header) -> tuple[int, int, int]:
     envi = _spectral(path)
     for key in _REQUIRED:
         if not isinstance(header.get(key), str):
-            raise InputError(f"{path}: {key!r} is missing or a list; correct the header")
+            raise InputError("is missing or a list", key=key, path=path, remedy="correct the header")
     numbers = {}
     for key, default in (("lines", ""), ("samples", ""), ("bands", ""), ("header offset", "0")):
         number = header.get(key, default)
         known = isinstance(number, str) and number.isdecimal() and len(number) < 19
         if not known or (int(number) == 0 and not default):
-            raise InputError(f"{path}: {key} is {number!r}; correct it to a whole number")
+            raise InputError(key=key, path=path, value=number, limit=f"a whole number{'' if default else ' above 0'}")
         numbers[key] = int(number)
     for key, read in (("interleave", ("bil", "bip", "bsq")), ("byte order", ("0", "1"))):
         if header[key].lower() not in read:
-            raise InputError(f"{path}: {key} is {header[key]!r}; read are {', '.join(read)}")
+            raise InputError(key=key, path=path, value=header[key], limit=f"one of {', '.join(read)}")
     kind = header["data type"]
     if kind in _COMPLEX or kind not in envi.envi_to_dtype:
         what = "complex numbers" if kind in _COMPLEX else "unknown"
-        raise InputError(f"{path}: data type {kind} is {what}; read are the real types, 1-5 and 12-15")
+        raise InputError(what, key="data type", path=path, value=kind, limit="a real type, 1-5 or 12-15")
     if (file_type := str(header.get("file type", "ENVI Standard"))).lower() not in ("envi standard", "envi"):
-        raise InputError(f"{path}: file type is {file_type!r}; read is ENVI Standard")
+        raise InputError(key="file type", path=path, value=file_type, limit="ENVI Standard")
     if str(header.get("file compression", "0")) != "0":
-        raise InputError(f"{path}: its binary is compressed (file compression); unpack it, and set that to 0")
+        remedy = "unpack it, and set this to 0"
+        raise InputError("the binary is compressed", key="file compression", path=path, remedy=remedy)
     for key in ("major frame offsets", "minor frame offsets"):
         if any(np.atleast_1d(header.get(key, "0")) != "0"):
-            raise InputError(f"{path}: {key} is not read; write the image without them")
+            raise InputError("is not read", key=key, path=path, remedy="write the image without frame offsets")
     return numbers["lines"], numbers["samples"], numbers["bands"]
 
 
@@ -267,20 +270,23 @@ def _bad_bands(path: Path, good: NDArray[np.float64] | None) -> NDArray[np.bool_
     if good is None:
         return None
     if not np.isin(good, (0, 1)).all():
-        raise InputError(f"{path}: bbl must hold 1 (good) and 0 (bad) only; correct it")
+        raise InputError(key="bbl", path=path, limit="a list of 1 (good) and 0 (bad)")
     return np.asarray(good == 0)
 
 
 def _wavelengths(path: Path, header: Header, nc: int) -> NDArray[np.float64]:
     """(nc,) wavelengths in nm of a header."""
     if "wavelength" not in header:
-        raise InputError(f"{path}: no wavelengths in it for its {nc} channels, and they are never invented; {_REMEDY}")
+        problem = f"no wavelengths for its {nc} channels, and they are never invented"
+        raise InputError(problem, key="wavelength", path=path, remedy=_REMEDY)
     units = str(header.get("wavelength units", "missing"))
     factor = nanometres(units)
     if factor is None:
-        raise InputError(f"{path}: wavelength units: {units}; read are Nanometers and Micrometers; {_REMEDY}")
+        limit = "Nanometers or Micrometers"
+        raise InputError(key="wavelength units", path=path, value=units, limit=limit, remedy=_REMEDY)
     try:
         values = np.atleast_1d(header["wavelength"]).astype(np.float64)
     except ValueError as error:
-        raise InputError(f"{path}: wavelength: {error}; correct the header, or {_REMEDY}") from error
-    return check_wavelengths(f"{path}: wavelength", values * factor, nc)
+        value = header["wavelength"]
+        raise InputError(key="wavelength", path=path, value=value, limit="numbers", remedy=_REMEDY) from error
+    return check_wavelengths("wavelength", values * factor, nc, path=path)

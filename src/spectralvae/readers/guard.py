@@ -1,6 +1,6 @@
-"""Files are tried out in a process of its own, with limits, before this one opens them.
+"""Files are first opened in a sandboxed child process, with limits on time and memory.
 
-A damaged or hostile file may hang a library, crash it, or make it ask for all memory there is. What the other process
+A corrupt or hostile file may hang a library, crash it, or make it ask for all memory there is. What the child process
 survives, this one repeats on the same bytes.
 """
 
@@ -24,11 +24,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from spectralvae.errors import ConfigError, InputError, RunError, UserError
+from spectralvae.errors import ConfigError, InputError, RunError, UserError, show
 from spectralvae.readers import hdf5
 from spectralvae.readers.base import damage_named
 
-_SECONDS = 30
+SECONDS = 30  # at most, to read a file's structure
 _BYTES = 2**31
 
 # A MATLAB file of version 5 has to be loaded whole: more time and memory, by its size. Others may be mapped.
@@ -49,8 +49,8 @@ serve()
 """
 
 
-def try_out(path: Path, arguments: Mapping[str, Any], function: str = "spectralvae.readers.guard:probe") -> None:
-    """Call a function of a file in another process; by default, the reading of a scene's structure.
+def try_out(path: Path, arguments: Mapping[str, Any], function: str) -> None:
+    """Call a function of a file in another process.
 
     Args:
         path: An existing file or folder.
@@ -72,18 +72,23 @@ def try_out(path: Path, arguments: Mapping[str, Any], function: str = "spectralv
         "bytes": limit,
     }
     line, status = _HELPER.ask(json.dumps(request, default=_plain))
-    remedy = "so it is damaged or hostile; fetch it again"
+    remedy = "it is corrupt or hostile: fetch it again"
     if status is not None:
         how = f"took more than {seconds} s" if status == -signal.SIGALRM else f"crashed the reader (status {status})"
-        raise InputError(f"{path}: reading its structure {how}, {remedy}")
+        raise InputError(f"reading its structure {how}", path=path, remedy=remedy)
     answer = json.loads(line)
     if answer["error"] == _MEMORY:
         _HELPER.end()  # or what it still holds would count against the next file
-        raise InputError(f"{path}: reading its structure needed more than {limit / 2**30:.3g} GiB, {remedy}")
+        problem = f"reading its structure needed more than {limit / 2**30:.3g} GiB"
+        raise InputError(problem, path=path, remedy=remedy)
     if answer["error"] in _ERRORS:
-        raise _ERRORS[answer["error"]](_one_line(answer["message"]))
+        value = answer["parts"].pop("value")  # is shown with its control characters escaped
+        value = value if len(show(value)) <= _MAX_MESSAGE else _one_line(show(value))
+        texts = {name: part and _one_line(part) for name, part in answer["parts"].items()}
+        raise _ERRORS[answer["error"]](**texts, value=value)
     if answer["error"] is not None:
-        unforeseen = InputError(_one_line(f"{path}: reading its structure failed ({answer['message']}), {remedy}"))
+        problem = _one_line(f"reading its structure failed ({answer['message']})")
+        unforeseen = InputError(problem, path=path, remedy=remedy)
         unforeseen.add_note(answer["traceback"])
         raise unforeseen
 
@@ -91,13 +96,13 @@ def try_out(path: Path, arguments: Mapping[str, Any], function: str = "spectralv
 def _limits(path: Path) -> tuple[int, int]:
     """Seconds and bytes that reading the file's structure may take."""
     if path.is_dir():
-        return _SECONDS, _BYTES
+        return SECONDS, _BYTES
     with damage_named(path), path.open("rb") as file:
         loaded_whole = file.read(len(_LOADED_WHOLE)) == _LOADED_WHOLE
     size = path.stat().st_size
     if loaded_whole:
-        return _SECONDS + int(size / _BYTES_PER_SECOND), _BYTES + _INFLATION * size
-    return _SECONDS, _BYTES + size
+        return SECONDS + int(size / _BYTES_PER_SECOND), _BYTES + _INFLATION * size
+    return SECONDS, _BYTES + size
 
 
 def _plain(value: Any) -> Any:
@@ -109,9 +114,9 @@ def _plain(value: Any) -> Any:
     return list(value) if hasattr(value, "__iter__") and hasattr(value, "__len__") else repr(value)
 
 
-def _one_line(message: str) -> str:
+def _one_line(text: str) -> str:
     """Text from a file may hold anything: control characters are escaped, and what is too long is cut."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return line if len(line) <= _MAX_MESSAGE else f"{line[: _MAX_MESSAGE // 2]} ... {line[-_MAX_MESSAGE // 2 :]}"
 
 
@@ -155,10 +160,8 @@ class _Helper:
         )
         assert process.stdout is not None
         if not process.stdout.readline():
-            raise RunError(
-                f"the process that tries out files cannot start (status {process.wait()}); try: {sys.executable} -c"
-                ' "import spectralvae.readers.guard"'
-            )
+            problem = f"the process that tries out files cannot start (status {process.wait()})"
+            raise RunError(problem, remedy=f'try: {sys.executable} -c "import spectralvae.readers.guard"')
         return process
 
     def end(self) -> None:
@@ -210,11 +213,11 @@ def serve() -> None:
         answers.write("ready\n")
         answers.flush()
         for line in sys.stdin.buffer:
-            answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+            answers.write(json.dumps(_answer(json.loads(line)), default=_plain) + "\n")
             answers.flush()
 
 
-def _answer(request: Mapping[str, Any]) -> dict[str, str | None]:
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Try out one file within its limits; the alarm ends this process, whatever library it is in."""
     # Of RLIMIT_DATA, for mapped files and libraries that are only read take no memory.
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -226,9 +229,11 @@ def _answer(request: Mapping[str, Any]) -> dict[str, str | None]:
     try:
         _try(Path(request["path"]), request["arguments"], request["function"])
     except Exception as error:
-        for kind in type(error).__mro__:
-            if kind.__name__ in (*_ERRORS, _MEMORY):
-                return {"error": kind.__name__, "message": str(error)}
+        if isinstance(error, MemoryError):
+            return {"error": _MEMORY}
+        for name, kind in _ERRORS.items():
+            if isinstance(error, kind):
+                return {"error": name, "parts": error.parts()}
         return {"error": _UNFORESEEN, "message": repr(error), "traceback": traceback.format_exc()}
     finally:
         signal.alarm(0)
@@ -243,11 +248,3 @@ def _try(path: Path, arguments: Mapping[str, Any], function: str) -> None:
             hdf5.check_links(path, file)
     module, name = function.split(":")
     getattr(import_module(module), name)(path, **arguments)
-
-
-def probe(path: Path, **arguments: Any) -> None:
-    """Do all that the other process will do with a scene, but for reading samples."""
-    from spectralvae.readers import open_unguarded
-
-    with open_unguarded(path, arguments) as scene:
-        scene.probe()

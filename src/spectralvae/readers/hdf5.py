@@ -50,26 +50,29 @@ def check_links(path: Path, file: h5py.File) -> None:
             place = above + name.decode("utf-8", "replace")
             kind = group.links.get_info(name).type
             if kind not in (h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT):
-                raise InputError(f"{path}: {place} is a link into another file, which is never followed; remove it")
+                problem = "is a link into another file, which is never followed"
+                raise InputError(problem, key=place, path=path, remedy="remove it")
             try:
                 item = h5py.h5o.open(group, name)
             except (KeyError, RuntimeError) as error:
                 if kind == h5py.h5l.TYPE_HARD:
                     raise
-                raise InputError(f"{path}: {place} is a link that leads nowhere; fetch the file again") from error
+                remedy = "fetch the file again"
+                raise InputError("is a link that leads nowhere", key=place, path=path, remedy=remedy) from error
             address = h5py.h5o.get_info(item).addr
             if address not in seen:
                 seen.add(address)
                 if isinstance(item, h5py.h5g.GroupID):
                     groups.append((item, f"{place}/"))
                 elif isinstance(item, h5py.h5d.DatasetID):
-                    _check_own_storage(f"{path}: {place}", item)
+                    _check_own_storage(path, place, item)
 
 
-def _check_own_storage(what: str, variable: h5py.h5d.DatasetID) -> None:
+def _check_own_storage(path: Path, place: str, variable: h5py.h5d.DatasetID) -> None:
     layout = variable.get_create_plist()
     if layout.get_layout() == h5py.h5d.VIRTUAL or layout.get_external_count():
-        raise InputError(f"{what} keeps its data in another file, which is never followed; copy the data into one")
+        problem = "keeps its data in another file, which is never followed"
+        raise InputError(problem, key=place, path=path, remedy="copy the data into one")
 
 
 def check_variables(path: Path, variables: Mapping[str, h5py.Dataset]) -> None:
@@ -88,18 +91,19 @@ def check_variables(path: Path, variables: Mapping[str, h5py.Dataset]) -> None:
     orders: dict[str, str] = {}
     extents = []
     for place, variable in variables.items():
-        what = f"{path}: {place}"
-        _check_type(what, variable)
+        _check_type(path, place, variable)
         if variable.dtype.itemsize > 1:
             orders.setdefault("big-endian" if variable.dtype.byteorder == ">" else "little-endian", place)
         for key in variable.attrs:
             size = variable.attrs.get_id(key).get_storage_size()
             if size > _MAX_ATTRIBUTE_BYTES:
-                raise InputError(f"{what}: attribute {key!r} has {size} bytes; at most {_MAX_ATTRIBUTE_BYTES} are read")
-        extents.append(_chunk_extents(what, variable) if variable.chunks else _plain_extent(what, variable))
+                limit = f"at most {_MAX_ATTRIBUTE_BYTES} bytes"
+                raise InputError(f"its attribute {key!r} has {size} bytes", key=place, path=path, limit=limit)
+        extents.append((_chunk_extents if variable.chunks else _plain_extent)(path, place, variable))
     if len(orders) > 1:
         (one, here), (other, there) = orders.items()
-        raise InputError(f"{path}: {here} is {one}, {there} {other}, so the file is damaged; fetch it again")
+        problem = f"is corrupt: {here} is {one}, {there} {other}"
+        raise InputError(problem, path=path, remedy="fetch it again")
     _check_apart(path, np.concatenate(extents))
 
 
@@ -112,9 +116,8 @@ def check_written(path: Path, place: str, variable: h5py.Dataset) -> None:
         InputError: It wasn't.
     """
     if variable.size > 1 and not variable.id.get_storage_size():
-        raise InputError(
-            f"{path}: {place} declares {variable.nbytes} bytes, but none is stored; fetch it again, or remove {place}"
-        )
+        problem = f"declares {variable.nbytes} bytes, but none is stored"
+        raise InputError(problem, key=place, path=path, remedy="fetch the file again, or remove the variable")
 
 
 def read(variable: h5py.Dataset, *cut: Any) -> NDArray[Any]:
@@ -187,7 +190,7 @@ def _read_chunk(
             # One byte more than there may be, so that what is too long shows without being inflated.
             content = np.frombuffer(inflater.decompress(content.data, size + _CHECKSUM_BYTES + 1), dtype=np.uint8)
             if not inflater.eof or inflater.unused_data:
-                raise ValueError(f"the chunk at {starts} doesn't end where it should")
+                raise ValueError(f"the chunk at {starts} does not end where it should")
         elif content.size % item == 0:
             planes, content = content.reshape(item, -1), np.empty(content.size, dtype=np.uint8)
             for byte, plane in enumerate(planes):
@@ -203,7 +206,7 @@ def _without_checksum(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
     content, stored = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
     number = int.from_bytes(stored.tobytes(), "little")
     if stored.size != _CHECKSUM_BYTES or ((number & 0xFFFF) % 65535, (number >> 16) % 65535) != _fletcher32(content):
-        raise ValueError("a Fletcher-32 checksum doesn't fit its chunk")
+        raise ValueError("a Fletcher-32 checksum does not match its chunk")
     return content
 
 
@@ -233,60 +236,58 @@ def _filters(variable: h5py.Dataset) -> list[tuple[int, tuple[int, ...]]]:
     return [(code, values) for code, _, values, _ in map(layout.get_filter, range(layout.get_nfilters()))]
 
 
-def _check_type(what: str, variable: h5py.Dataset) -> None:
+def _check_type(path: Path, place: str, variable: h5py.Dataset) -> None:
     """Check that numbers are of a standard type and their filters known."""
     stored = variable.id.get_type()
     if not any(stored.equal(number) for number in _NUMBERS):
-        raise InputError(f"{what} holds {variable.dtype} of an odd layout, no standard numbers; fetch it again")
+        problem = f"holds {variable.dtype} of an odd layout, no standard numbers"
+        raise InputError(problem, key=place, path=path, remedy="fetch the file again")
     filters = _filters(variable)
     codes = [code for code, _ in filters]
     for code, values in filters:
         if code not in _FILTERS or codes.count(code) > 1:
             name = _FILTERS.get(code, f"number {code}")
-            raise InputError(
-                f"{what}: filter {name} in {codes}; read are shuffle, deflate and fletcher32, each once: convert it,"
-                " h5repack -f SHUF -f GZIP=4"
-            )
+            limit = "shuffle, deflate and fletcher32, each once"
+            remedy = "convert it: h5repack -f SHUF -f GZIP=4"
+            raise InputError(f"its filters {codes} include {name}", key=place, path=path, limit=limit, remedy=remedy)
         if code == _SHUFFLE and tuple(values) != (variable.dtype.itemsize,):
-            raise InputError(
-                f"{what}: shuffled by {values} bytes, its numbers have {variable.dtype.itemsize}, so it is damaged;"
-                " fetch it again"
-            )
+            problem = f"is corrupt: shuffled by {values} bytes, its numbers have {variable.dtype.itemsize}"
+            raise InputError(problem, key=place, path=path, remedy="fetch the file again")
 
 
-def _plain_extent(what: str, variable: h5py.Dataset) -> NDArray[np.int64]:
+def _plain_extent(path: Path, place: str, variable: h5py.Dataset) -> NDArray[np.int64]:
     """(n, 2) offset and size of what isn't chunked: n = 1, or 0 where nothing was written or it lies in the header."""
     size = variable.id.get_storage_size()
     if size not in (0, variable.nbytes):
-        raise InputError(f"{what} declares {variable.nbytes} bytes, but {size} are stored, so it is damaged")
+        problem = f"is corrupt: it declares {variable.nbytes} bytes, but {size} are stored"
+        raise InputError(problem, key=place, path=path, remedy="fetch the file again")
     offset = variable.id.get_offset()
     return np.array([(offset, size)] if size and offset is not None else [], dtype=np.int64).reshape(-1, 2)
 
 
-def _chunk_extents(what: str, variable: h5py.Dataset) -> NDArray[np.int64]:
+def _chunk_extents(path: Path, place: str, variable: h5py.Dataset) -> NDArray[np.int64]:
     """(n, 2) offset and size of each chunk; refuses an index that is no sound one."""
     size = math.prod(variable.chunks) * variable.dtype.itemsize
     if size > MAX_CHUNK_BYTES:
-        raise InputError(
-            f"{what} has chunks {variable.chunks} of {size} bytes; at most {MAX_CHUNK_BYTES} are read: rewrite it in"
-            " smaller ones, nccopy -c or h5repack -l"
-        )
+        limit = f"at most {MAX_CHUNK_BYTES} bytes"
+        remedy = "rewrite it in smaller chunks: nccopy -c or h5repack -l"
+        problem = f"its chunks {variable.chunks} have {size} bytes"
+        raise InputError(problem, key=place, path=path, limit=limit, remedy=remedy)
     found: list[Any] = []
     variable.id.chunk_iter(found.append)
     if not found:
         return np.empty((0, 2), dtype=np.int64)
-    damaged = ", so its chunk index is damaged; fetch it again"
     grid = math.prod(-(-n // c) for n, c in zip(variable.shape, variable.chunks, strict=True))
     starts = np.array([chunk.chunk_offset for chunk in found], dtype=np.uint64)
     places = np.unique(starts // np.array(variable.chunks, dtype=np.uint64), axis=0)
     aligned = not (starts % np.array(variable.chunks, dtype=np.uint64)).any()
     if len(found) != grid or len(places) != grid or not aligned or (starts >= variable.shape).any():
-        raise InputError(
-            f"{what}: {len(places)} of {grid} chunks are in their places: either the file is damaged, then fetch it"
-            " again, or not all of it was ever written"
-        )
+        problem = f"{len(places)} of {grid} chunks are in their places"
+        remedy = "either the file is corrupt, then fetch it again, or not all of it was ever written"
+        raise InputError(problem, key=place, path=path, remedy=remedy)
     if skipping := sum(chunk.filter_mask != 0 for chunk in found):
-        raise InputError(f"{what}: {skipping} of {grid} chunks skip filters{damaged}")
+        problem = f"its chunk index is corrupt: {skipping} of {grid} chunks skip filters"
+        raise InputError(problem, key=place, path=path, remedy="fetch the file again")
     codes = [code for code, _ in _filters(variable)]
     low = high = size + _CHECKSUM_BYTES * (_FLETCHER32 in codes)
     if _DEFLATE in codes:
@@ -295,9 +296,9 @@ def _chunk_extents(what: str, variable: h5py.Dataset) -> NDArray[np.int64]:
     extents = np.array([(chunk.byte_offset, chunk.size) for chunk in found], dtype=np.int64)
     wrong = (extents[:, 1] < low) | (extents[:, 1] > high)
     if wrong.any():
-        raise InputError(
-            f"{what}: a chunk of {size} bytes is stored in {extents[wrong, 1][0]}, not in {low} to {high}{damaged}"
-        )
+        stored = int(extents[wrong, 1][0])
+        problem = f"its chunk index is corrupt: {size} bytes are stored in {stored}, not in {low} to {high}"
+        raise InputError(problem, key=place, path=path, remedy="fetch the file again")
     return extents
 
 
@@ -307,6 +308,8 @@ def _check_apart(path: Path, extents: NDArray[np.int64]) -> None:
     ends = extents.sum(axis=1)
     total = path.stat().st_size
     if extents.size and (extents[0, 0] < 0 or ends.max() > total):
-        raise InputError(f"{path}: data up to byte {ends.max()}, but the file has {total}: truncated; fetch it again")
+        problem = f"is truncated: its data reach to byte {ends.max()} of {total}"
+        raise InputError(problem, path=path, remedy="fetch it again")
     if (extents[1:, 0] < ends[:-1]).any():
-        raise InputError(f"{path}: two pieces of its data overlap, so its chunk index is damaged; fetch it again")
+        problem = "its chunk index is corrupt: two pieces of its data overlap"
+        raise InputError(problem, path=path, remedy="fetch it again")

@@ -110,10 +110,8 @@ def _open(path: Path) -> _Source:
         with damage_named(path):
             return _Mat73(path)
     if _is_version_4(path):
-        raise InputError(
-            f"{path}: a MATLAB file of version 4, which is not read; load it in MATLAB and save it as version 5,"
-            " save(..., '-v7'), or as 7.3, save(..., '-v7.3')"
-        )
+        remedy = "load it in MATLAB and save it as version 5, save(..., '-v7'), or as 7.3, save(..., '-v7.3')"
+        raise InputError("a MATLAB file of version 4, which is not read", path=path, remedy=remedy)
     return _Mat5(path)
 
 
@@ -135,9 +133,8 @@ class _Mat5:
         try:
             import scipy.io
         except ImportError as error:
-            raise InputError(
-                f'{path}: MATLAB files of version 5 need scipy; install it: pip install "spectralvae[formats]"'
-            ) from error
+            remedy = 'install it: pip install "spectralvae[formats]"'
+            raise InputError("MATLAB files of version 5 need scipy", path=path, remedy=remedy) from error
         self._io = scipy.io
         self._path = path
         self._cube: NDArray[Any] | None = None
@@ -251,7 +248,7 @@ def _known_size(path: Path, source: _Source, listing: Listing, size: Sequence[in
     if size is not None:
         ny, nx = whole_numbers(path, "size", size, "[ny, nx]")
         if min(ny, nx) < 1:
-            raise ConfigError(f"{path}: size is {[ny, nx]}; both must be at least 1, size: [ny, nx]")
+            raise ConfigError(key="size", path=path, value=[ny, nx], limit="[ny, nx], both at least 1")
         return ny, nx
     scalars = {name.lower(): name for name, (shape, kind) in listing.items() if kind in _NUMERIC and set(shape) <= {1}}
     found = {}
@@ -261,10 +258,12 @@ def _known_size(path: Path, source: _Source, listing: Listing, size: Sequence[in
                 values = [source.array(scalars[name]).item() for name in names]
             for name, value in zip(names, values, strict=True):
                 if value < 1 or not float(value).is_integer():
-                    raise InputError(f"{path}: {scalars[name]} is {value}, no size; give it, size: [ny, nx]")
+                    limit, remedy = "a whole number above 0", "give size: [ny, nx]"
+                    raise InputError(key=scalars[name], path=path, value=value, limit=limit, remedy=remedy)
             found[int(values[0]), int(values[1])] = names
     if len(found) > 1:
-        raise InputError(f"{path}: it gives several sizes, {', '.join(map(str, found))}; give one, size: [ny, nx]")
+        problem = f"the file gives several: {', '.join(map(str, found))}"
+        raise InputError(problem, key="size", path=path, remedy="give one, size: [ny, nx]")
     return next(iter(found), None)
 
 
@@ -275,24 +274,29 @@ def _choose_variable(path: Path, listing: Listing, variable: str | None, ny_nx: 
     listed = ", ".join(f"{name} ({shapes[name]})" for name in candidates) or "none"
     if variable is not None:
         if variable not in listing:
-            raise ConfigError(f"{path}: no variable {variable!r} in it; what may be the scene: {listed}")
+            remedy = f"what may be the scene: {listed}"
+            raise ConfigError("no such variable", key="variable", path=path, value=variable, remedy=remedy)
         shape, kind = listing[variable]
         if kind not in _NUMERIC or len(shape) not in (2, 3):
             raise ConfigError(
-                f"{path}: variable {variable!r} is {kind} ({shapes[variable] or 'no array'}); a scene is a real numeric"
-                f" array in 3-D, or in 2-D (bands x pixels); what may be the scene: {listed}"
+                f"is {kind} ({shapes[variable] or 'no array'})",
+                key="variable",
+                path=path,
+                value=variable,
+                limit="a real numeric array in 3-D, or in 2-D (bands x pixels)",
+                remedy=f"what may be the scene: {listed}",
             )
         return variable
     if not candidates:
         everything = ", ".join(f"{name} ({shapes[name]} {kind})" for name, (_, kind) in listing.items())
         known = f"pixels counting {ny_nx[0]} x {ny_nx[1]}" if ny_nx else "more pixels than bands"
-        raise InputError(
-            f"{path}: no array in it may be the scene: none is real, numeric and 3-D, or 2-D (bands x pixels) with"
-            f" {known}; it holds {everything or 'nothing'}"
-        )
+        problem = f"no array may be the scene: it holds {everything or 'nothing'}"
+        limit = f"real, numeric and 3-D, or 2-D (bands x pixels) with {known}"
+        raise InputError(problem, key="variable", path=path, limit=limit)
     if len(candidates) > 1:
         largest = max(candidates, key=lambda name: np.prod(listing[name][0]))
-        raise InputError(f"{path}: {len(candidates)} arrays may be the scene: {listed}; name one, variable: {largest}")
+        problem = f"{len(candidates)} arrays may be the scene: {listed}"
+        raise InputError(problem, key="variable", path=path, remedy=f"name one, variable: {largest}")
     return candidates[0]
 
 
@@ -311,21 +315,16 @@ def _scene_shape(
     text = " x ".join(map(str, shape))
     if len(shape) == 3:
         if from_user and ny_nx != shape[:2]:
-            raise ConfigError(
-                f"{path}: size is {list(ny_nx or ())}, but {name} is {text} (y, x, channel); leave it out"
-            )
+            problem = f"{name} is {text} (y, x, channel)"
+            raise ConfigError(problem, key="size", path=path, value=list(ny_nx or ()), remedy="leave it out")
         return shape[0], shape[1], shape[2]
     if ny_nx is None:
-        raise ConfigError(
-            f"{path}: {name} is {text} (bands x pixels) and nothing says how the {shape[1]} pixels lie;"
-            " give size: [ny, nx]"
-        )
+        problem = f"{name} is {text} (bands x pixels), and nothing says how the {shape[1]} pixels lie"
+        raise ConfigError(problem, key="size", path=path, remedy="give size: [ny, nx]")
     ny, nx = ny_nx
     if ny * nx != shape[1]:
-        raise ConfigError(
-            f"{path}: {name} is {text} (bands x pixels), {shape[1]} pixels, but the size {ny} x {nx} makes {ny * nx};"
-            " give the right size: [ny, nx]"
-        )
+        problem = f"{name} is {text} (bands x pixels), {shape[1]} pixels, but {ny} x {nx} makes {ny * nx}"
+        raise ConfigError(problem, key="size", path=path, remedy="give the right size: [ny, nx]")
     return ny, nx, shape[0]
 
 
@@ -338,15 +337,17 @@ def _wavelengths(
 ) -> NDArray[np.float64]:
     """(nc,) wavelengths in nm, the user's or else the file's."""
     if given is not None:
-        return given_wavelengths(f"{path}: wavelength", given, nc)
+        return given_wavelengths("wavelength", given, nc, path=path)
     names = [n for n, (shape, kind) in listing.items() if n.lower() in WAVELENGTH_NAMES and kind in _NUMERIC]
     remedy = "give them in nm, wavelength: [...] or wavelength: {first: 401, last: 889}"
     if not names:
-        raise InputError(f"{path}: no wavelengths in it for its {nc} channels, and they are never invented; {remedy}")
+        problem = f"no wavelengths for its {nc} channels, and they are never invented"
+        raise InputError(problem, key="wavelength", path=path, remedy=remedy)
     if len(names) > 1:
-        raise InputError(f"{path}: several vectors may be the wavelengths: {', '.join(names)}; {remedy}")
+        problem = f"several vectors may be the wavelengths: {', '.join(names)}"
+        raise InputError(problem, key="wavelength", path=path, remedy=remedy)
     with damage_named(path):
         values = source.array(names[0]).astype(np.float64)
     if max(values.shape, default=1) != values.size:
-        raise InputError(f"{path}: {names[0]} has shape {values.shape}, no vector; {remedy}")
-    return check_wavelengths(f"{path}: {names[0]}", values.ravel(), nc)
+        raise InputError(f"has shape {values.shape}, no vector", key=names[0], path=path, remedy=remedy)
+    return check_wavelengths(names[0], values.ravel(), nc, path=path)

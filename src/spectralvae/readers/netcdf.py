@@ -121,16 +121,17 @@ class NetcdfScene(Scene):
             ny, nx, nc = (axes.size[role] for role in ("y", "x", "channel"))
             self._wavelength: NDArray[np.float64] | _Placed
             if wavelength is not None:
-                self._wavelength = given_wavelengths(f"{path}: wavelength", wavelength, nc)
+                self._wavelength = given_wavelengths("wavelength", wavelength, nc, path=path)
             else:
                 self._wavelength = _find_wavelength(path, variables, chosen, axes)
                 _read_wavelength(path, container, *self._wavelength)
             self._coordinates = _find_coordinates(variables, chosen, axes)
             for name, (found, _) in self._coordinates.items():
-                check_packing(f"{path}: {name}", found)
+                check_packing(path, name, found)
             in_file = text(chosen.attrs.get("units", "")).strip()
             if in_file and units is not None and units != in_file:
-                raise ConfigError(f"{path}: units: {units} was given, but {chosen.name} has {in_file!r}; leave it out")
+                problem = f"{chosen.name} has {in_file!r}"
+                raise ConfigError(problem, key="units", path=path, value=units, remedy="leave it out")
             rows_together = ny if axes.axis["channel"] == 0 else 1
             chunk = (rows_together, nx) if chosen.chunks is None else _chunk(chosen.chunks, axes)
             absent = (FLAG, *(name for name in COORDINATES if name not in self._coordinates))
@@ -227,21 +228,25 @@ def _choose_variable(path: Path, variables: Sequence[Variable], name: str | None
     if name is not None:
         found = [v for v in variables if v.name == name.strip("/")] or [v for v in variables if v.base == name]
         if len(found) != 1:
-            problem = "no variable" if not found else "several variables"
-            raise ConfigError(f"{path}: {problem} {name!r} in it; what may be the scene: {listed}")
+            problem = "no such variable" if not found else "several variables of this name"
+            remedy = f"what may be the scene: {listed}"
+            raise ConfigError(problem, key="variable", path=path, value=name, remedy=remedy)
         if found[0] not in candidates:
             raise ConfigError(
-                f"{path}: variable {found[0]} holds {found[0].dtype}; a scene is real numbers in 3-D; what may be the"
-                f" scene: {listed}"
+                f"{found[0]} holds {found[0].dtype}",
+                key="variable",
+                path=path,
+                limit="real numbers in 3-D",
+                remedy=f"what may be the scene: {listed}",
             )
         return found[0]
     if not candidates:
-        raise InputError(f"{path}: no numeric 3-D variable in it; it holds {_listed(variables) or 'none at all'}")
+        problem = f"no numeric 3-D variable in it; it holds {_listed(variables) or 'none at all'}"
+        raise InputError(problem, key="variable", path=path)
     if len(candidates) > 1:
         largest = max(candidates, key=lambda v: np.prod(v.shape, dtype=np.float64)).name
-        raise InputError(
-            f"{path}: {len(candidates)} variables may be the scene: {listed}; name one, variable: {largest}"
-        )
+        problem = f"{len(candidates)} variables may be the scene: {listed}"
+        raise InputError(problem, key="variable", path=path, remedy=f"name one, variable: {largest}")
     return candidates[0]
 
 
@@ -253,18 +258,20 @@ def _find_axes(path: Path, variable: Variable, dims: Mapping[str, str | int] | N
             role: [i for i, d in enumerate(variable.dims) if d.lower() in USUAL_DIMS[role]] for role in USUAL_DIMS
         }
         if any(len(found) != 1 for found in matches.values()):
-            raise ConfigError(f"{path}: the names of the dimensions don't tell y, x and channel; {remedy}")
+            problem = "the names of the dimensions do not tell y, x and channel"
+            raise ConfigError(problem, key="dims", path=path, remedy=remedy)
         axis = {role: found[0] for role, found in matches.items()}
     else:
         if not isinstance(dims, Mapping) or set(dims) != set(USUAL_DIMS):
-            raise ConfigError(f"{path}: dims is {dims!r}; {remedy}")
+            raise ConfigError(key="dims", path=path, value=dims, limit="a mapping of y, x and channel", remedy=remedy)
         for role, dim in dims.items():
             by_number = isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < 3
             if not by_number and (dim == "?" or variable.dims.count(str(dim)) != 1 or not isinstance(dim, str)):
-                raise ConfigError(f"{path}: dims.{role} is {dim!r}, which is no dimension, or several; {remedy}")
+                problem = "is no dimension, or several"
+                raise ConfigError(problem, key=f"dims.{role}", path=path, value=dim, remedy=remedy)
         axis = {role: dim if isinstance(dim, int) else variable.dims.index(dim) for role, dim in dims.items()}
         if len(set(axis.values())) < 3:
-            raise ConfigError(f"{path}: dims is {dict(dims)!r}, one dimension twice; {remedy}")
+            raise ConfigError("one dimension twice", key="dims", path=path, value=dict(dims), remedy=remedy)
     axis = dict(sorted(axis.items(), key=lambda item: item[1]))
     return _Axes(
         axis,
@@ -274,11 +281,10 @@ def _find_axes(path: Path, variable: Variable, dims: Mapping[str, str | int] | N
 
 
 def _check_numbers(path: Path, variable: Variable) -> None:
-    check_packing(f"{path}: {variable.name}", variable)
+    check_packing(path, variable.name, variable)
     if variable.dtype.kind == "i" and text(variable.attrs.get("_Unsigned", "")).lower() == "true":
-        raise InputError(
-            f"{path}: {variable.name} is _Unsigned, which is not read; save it as {variable.dtype} of type u"
-        )
+        remedy = f"save it as {variable.dtype} of type u"
+        raise InputError("is _Unsigned, which is not read", key=variable.name, path=path, remedy=remedy)
 
 
 def _find_wavelength(path: Path, variables: Sequence[Variable], scene: Variable, axes: _Axes) -> _Placed:
@@ -293,9 +299,11 @@ def _find_wavelength(path: Path, variables: Sequence[Variable], scene: Variable,
     found = [(v, fit) for v, fit in found if v.group == scene.group] or found
     if not found:
         nc = axes.size["channel"]
-        raise InputError(f"{path}: no wavelengths in it for its {nc} channels, and they are never invented; {_REMEDY}")
+        problem = f"no wavelengths for its {nc} channels, and they are never invented"
+        raise InputError(problem, key="wavelength", path=path, remedy=_REMEDY)
     if len(found) > 1:
-        raise InputError(f"{path}: several may be the wavelengths: {_listed([v for v, _ in found])}; {_REMEDY}")
+        problem = f"several may be the wavelengths: {_listed([v for v, _ in found])}"
+        raise InputError(problem, key="wavelength", path=path, remedy=_REMEDY)
     return found[0]
 
 
@@ -303,19 +311,19 @@ def _read_wavelength(
     path: Path, container: Container, variable: Variable, axes: tuple[int, ...]
 ) -> NDArray[np.float64]:
     """Wavelengths of the file in nm, (nc,), or (nx, nc) with NaN where it has fill."""
-    what = f"{path}: {variable.name}"
     units = text(variable.attrs.get("units", "missing"))
     factor = nanometres(units)
     if factor is None:
-        raise InputError(f"{what}: units: {units}; read are nm and um; {_REMEDY}")
-    check_packing(what, variable)
+        raise InputError(f"its units are {units}", key=variable.name, path=path, limit="nm or um", remedy=_REMEDY)
+    check_packing(path, variable.name, variable)
     with damage_named(path):
         raw = _slab(container, variable, axes, (slice(None),) * len(axes))
         values = decode(variable, raw).astype(np.float64) * factor
     if values.ndim == 1:
-        return check_wavelengths(what, values, values.size)
+        return check_wavelengths(variable.name, values, values.size, path=path)
     if (np.diff(values, axis=1) <= 0).any() or (values <= 0).any():
-        raise InputError(f"{what}: wavelengths must be above 0 and increase from channel to channel; {_REMEDY}")
+        limit = "above 0 and increasing from channel to channel"
+        raise InputError(key=variable.name, path=path, limit=limit, remedy=_REMEDY)
     return values
 
 

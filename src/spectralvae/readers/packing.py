@@ -30,11 +30,12 @@ class Attributed(Protocol):
     def attrs(self) -> Mapping[str, Any]: ...
 
 
-def check_packing(what: str, variable: Attributed) -> None:
+def check_packing(path: Path, place: str, variable: Attributed) -> None:
     """Check that the attributes that tell fills and packing are numbers.
 
     Args:
-        what: File and variable, as messages begin.
+        path: The file.
+        place: The variable's, in it.
         variable: With its attributes.
 
     Raises:
@@ -42,7 +43,8 @@ def check_packing(what: str, variable: Attributed) -> None:
     """
     for key in NUMERIC_ATTRIBUTES:
         if np.asarray(value := variable.attrs.get(key, 0)).dtype.kind not in "iuf":
-            raise InputError(f"{what} has {key} = {text(value)!r}, no number; correct or remove it")
+            problem = f"its {key} is {text(value)!r}"
+            raise InputError(problem, key=place, path=path, limit="a number", remedy="correct or remove it")
 
 
 def is_declared_fill(variable: Attributed, raw: NDArray[Any]) -> NDArray[np.bool_]:
@@ -107,7 +109,8 @@ def unix_seconds(path: Path, units: str, values: NDArray[Any]) -> NDArray[np.flo
     """
     base = time_base(units)
     if base is None:
-        raise InputError(f"{path}: time has units {units!r}; needed: seconds (minutes, hours, days) since YYYY-MM-DD")
+        limit = "seconds (minutes, hours, days) since YYYY-MM-DD"
+        raise InputError(f"its units are {units!r}", key="time", path=path, limit=limit)
     return values.astype(np.float64) * _SECONDS[units.strip()[0]] + (base - EPOCH).total_seconds()
 
 

@@ -35,7 +35,7 @@ class ProductFolder:
         self.product = product_spec(product).name
         self.folder = folder
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; correct l2.{product}.folder")
+            raise InputError("no such folder", key=f"l2.{product}.folder", path=folder, remedy="correct it")
         self._paths: dict[tuple[str, str], list[Path]] = {}
         with damage_named(folder):
             names = sorted(os.listdir(folder))  # noqa: PTH208 (names only: thousands of them)
@@ -51,23 +51,20 @@ class ProductFolder:
             ConfigError: The granule's name has no time and scan.
             InputError: There is no such file, or several.
         """
+        key = f"l2.{self.product}"
         match = _GRANULE.search(scene_path.name)
         if match is None:
-            raise ConfigError(
-                f"{scene_path}: no time and scan (YYYYMMDDTHHMMSSZ_SsssGgg) in its name, by which level 2 is found;"
-                f" give the file its original name, or leave out l2.{self.product}"
-            )
+            problem = "no time and scan (YYYYMMDDTHHMMSSZ_SsssGgg) in its name, by which level 2 is found"
+            remedy = "give the file its original name, or leave out the product"
+            raise ConfigError(problem, key=key, path=scene_path, remedy=remedy)
         stamp, scan = match.groups()
         found = self._paths.get((stamp, scan), [])
         if not found:
-            raise InputError(
-                f"{self.folder}: no {self.product} for {scene_path.name}, looked for"
-                f" TEMPO_{self.product}_L2_V*_{stamp}_{scan}*.nc or .nc4; fetch it, or leave out this scene or"
-                f" l2.{self.product}"
-            )
+            problem = f"no TEMPO_{self.product}_L2_V*_{stamp}_{scan}*.nc or .nc4 for {scene_path.name}"
+            remedy = "fetch it, or leave out this scene or the product"
+            raise InputError(problem, key=key, path=self.folder, remedy=remedy)
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
-            raise InputError(
-                f"{self.folder}: {len(found)} files of {self.product} for {scene_path.name}, keep one: {names}"
-            )
+            problem = f"{len(found)} files of {self.product} for {scene_path.name}"
+            raise InputError(problem, key=key, path=self.folder, remedy=f"keep one: {names}")
         return found[0]

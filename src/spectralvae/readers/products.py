@@ -126,7 +126,7 @@ def product_spec(product: str) -> ProductSpec:
         ConfigError: There is no such product.
     """
     if product not in PRODUCTS:
-        raise ConfigError(f"l2: no product {product!r}; choose among {', '.join(PRODUCTS)}")
+        raise ConfigError(key="l2", value=product, limit=f"one of {', '.join(PRODUCTS)}")
     return PRODUCTS[product]
 
 
@@ -198,7 +198,7 @@ def _open_product(path: Path) -> Iterator[h5py.File]:
     """The open file, whose structure another process has tried out."""
     check_file(path)
     if path.is_dir():
-        raise InputError(f"{path}: a folder, not a file of TEMPO level 2; give the file")
+        raise InputError("a folder, not a file of TEMPO level 2", path=path, remedy="give the file")
     guard.try_out(path, {}, f"{__name__}:{check_structure.__name__}")
     with damage_named(path), h5py.File(path, "r") as file:
         yield file
@@ -259,7 +259,8 @@ def _check_product(path: Path, file: h5py.File, product: str) -> None:
     told = _told_products(path, file)
     if product not in told:
         what = f"a file of {' or '.join(sorted(told))}" if told else "a file that does not say of what product it is"
-        raise InputError(f"{path}: {what}, where l2.{product} needs TEMPO {product} level 2; correct the folder")
+        limit = f"a file of TEMPO {product} level 2"
+        raise InputError(what, key=f"l2.{product}", path=path, limit=limit, remedy="correct the folder")
 
 
 def _find_field(path: Path, file: h5py.File, field: str) -> str:
@@ -270,7 +271,7 @@ def _find_field(path: Path, file: h5py.File, field: str) -> str:
     for place in places:
         if place in file and isinstance(file[place], h5py.Dataset):
             return place
-    raise InputError(f"{path}: no field {field!r} in it; its fields: {', '.join(_fields(file)) or 'none'}")
+    raise InputError(f"no field {field!r} in it", path=path, remedy=f"its fields: {', '.join(_fields(file)) or 'none'}")
 
 
 def _fields(file: h5py.File) -> list[str]:
@@ -289,10 +290,10 @@ def _check_variable(path: Path, file: h5py.File, place: str) -> h5py.Dataset:
     variable = file[place]
     if not isinstance(variable, h5py.Dataset) or sorted(dims_of(variable)) != [Y, X]:
         dims = ", ".join(dims_of(variable)) if isinstance(variable, h5py.Dataset) else ""
-        raise InputError(f"{path}: {place} has dimensions ({dims}); needed, in any order: {Y}, {X}")
+        raise InputError(f"has dimensions ({dims})", key=place, path=path, limit=f"{Y}, {X}, in any order")
     if variable.dtype.kind not in "iuf":
-        raise InputError(f"{path}: {place} holds {variable.dtype}, not numbers")
-    check_packing(f"{path}: {place}", variable)
+        raise InputError(f"holds {variable.dtype}, not numbers", key=place, path=path)
+    check_packing(path, place, variable)
     return variable
 
 
@@ -306,10 +307,8 @@ def _check_shapes(
         whose = f"but {places[0]}" if expected and place != places[0] else "but the level-1 granule"
         expected = expected or (ny, nx)
         if (ny, nx) != tuple(expected):
-            raise InputError(
-                f"{path}: {place} has {ny} x {nx} pixels ({Y}, {X}), {whose} has {expected[0]} x {expected[1]};"
-                " they must be equal: fetch both files again"
-            )
+            problem = f"has {ny} x {nx} pixels ({Y}, {X}), {whose} has {expected[0]} x {expected[1]}"
+            raise InputError(problem, key=place, path=path, remedy="fetch both files again")
     assert expected is not None
     return expected
 
@@ -322,24 +321,25 @@ def _limits(
     known = spec.holds_for(place, units)
     if valid_range is None:
         if not known:
-            raise ConfigError(
-                f"{key}: none is known for {place}, which is in {units!r}, not in {spec.units}; give [lowest, highest]"
-            )
+            problem = f"none is known for {place}, which is in {units!r}, not in {spec.units}"
+            raise ConfigError(problem, key=key, remedy="give [lowest, highest]")
         return spec.valid_range
     if len(valid_range) != 2 or not valid_range[0] < valid_range[1]:
-        raise ConfigError(f"{key} is {list(valid_range)}; give [lowest, highest] with lowest < highest")
+        raise ConfigError(key=key, value=list(valid_range), limit="[lowest, highest] with lowest < highest")
     low, high = map(float, valid_range)
     if known and spec.transform == "logit" and not (spec.valid_range[0] <= low and high <= spec.valid_range[1]):
-        raise ConfigError(f"{key} is {[low, high]}; for its transform (logit) it must lie in {list(spec.valid_range)}")
+        limit = f"within {list(spec.valid_range)} for its transform (logit)"
+        raise ConfigError(key=key, value=[low, high], limit=limit)
     return low, high
 
 
 def _check_max_quality(spec: ProductSpec, max_quality: int) -> None:
     key = f"l2.{spec.name}.max_quality"
     if spec.rejected_bits is not None and max_quality != 0:
-        raise ConfigError(f"{key} is {max_quality}, but {spec.quality} holds bits, not levels; leave it out")
+        problem = f"{spec.quality} holds bits, not levels"
+        raise ConfigError(problem, key=key, value=max_quality, remedy="leave it out")
     if max_quality not in (0, 1, 2):
-        raise ConfigError(f"{key} is {max_quality}; give 0 (normal), 1 (suspicious, too) or 2 (bad, too)")
+        raise ConfigError(key=key, value=max_quality, limit="0 (normal), 1 (suspicious, too) or 2 (bad, too)")
 
 
 def _quality(

@@ -194,11 +194,12 @@ def _choose_band(path: Path, file: h5py.File, band: str | None) -> str:
     """The band group to read; refuses a file that is no TEMPO level-1 radiance."""
     bands = sorted(name for name, item in file.items() if _BAND.fullmatch(name) and isinstance(item, h5py.Group))
     if not bands:
-        raise InputError(f"{path}: {_what_it_is(file)}; formats read now: {READABLE}")
+        raise InputError(_what_it_is(file), path=path, remedy=f"formats read now: {READABLE}")
     if band is not None and band not in bands:
-        raise ConfigError(f"{path}: band: no {band!r} in it; its bands: {', '.join(bands)}")
+        limit = f"one of the file's: {', '.join(bands)}"
+        raise ConfigError("no such group", key="band", path=path, value=band, limit=limit)
     if band is None and len(bands) > 1 and DEFAULT_BAND not in bands:
-        raise ConfigError(f"{path}: it holds several bands, name one of them with band: {', '.join(bands)}")
+        raise ConfigError("the file holds several", key="band", path=path, remedy=f"name one: {', '.join(bands)}")
     return band or (DEFAULT_BAND if DEFAULT_BAND in bands else bands[0])
 
 
@@ -225,27 +226,25 @@ def _check_layout(path: Path, file: h5py.File, band: str) -> tuple[dict[str, int
         group = file if name == "time" else file[band]
         if not isinstance(group.get(name), h5py.Dataset) or (name == "time" and "units" not in group[name].attrs):
             if name in _REQUIRED:
-                raise InputError(f"{path}: no variable {place!r} in it, which is required")
+                raise InputError("no such variable in it, which is required", key=place, path=path)
             absent.append(name)
             continue
         variable = group[name]
         found = dims_of(variable)
         accepted = ({X, C}, {C}) if name == "nominal_wavelength" else (set(dims),)
         if set(found) not in accepted or len(set(found)) != len(found):
-            raise InputError(
-                f"{path}: {place} has dimensions ({', '.join(found)}); needed, in any order: {', '.join(dims)}"
-            )
+            problem, limit = f"has dimensions ({', '.join(found)})", f"{', '.join(dims)}, in any order"
+            raise InputError(problem, key=place, path=path, limit=limit)
         if variable.dtype.kind not in "iuf":
-            raise InputError(f"{path}: {place} holds {variable.dtype}, not numbers")
-        check_packing(f"{path}: {place}", variable)
+            raise InputError(f"holds {variable.dtype}, not numbers", key=place, path=path)
+        check_packing(path, place, variable)
         for dim, size in zip(found, variable.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
-                raise InputError(
-                    f"{path}: {place} has {size} along {dim}, but the radiance has {sizes[dim]}; they must be equal"
-                )
+                problem = f"has {size} along {dim}, but the radiance has {sizes[dim]}"
+                raise InputError(problem, key=place, path=path)
     units = text(file[band]["nominal_wavelength"].attrs.get("units", "nm"))
     if nanometres(units) != 1:
-        raise InputError(f"{path}: {band}/nominal_wavelength is in {units!r}; only nm is read")
+        raise InputError(f"is in {units!r}", key=f"{band}/nominal_wavelength", path=path, limit="in nm")
     return sizes, tuple(absent)
 
 
@@ -292,7 +291,8 @@ def _scan_start(path: Path, time: h5py.Dataset | None) -> dt.datetime | None:
         try:
             return dt.datetime.strptime(match[1] + "+0000", "%Y%m%dT%H%M%S%z")
         except ValueError as error:
-            raise InputError(f"{path}: {match[1]}Z in its name is no date and time; correct the name") from error
+            problem = f"{match[1]}Z in its name is no date and time"
+            raise InputError(problem, path=path, remedy="correct the name") from error
     if time is None:
         return None
     seconds = unix_seconds(path, text(time.attrs["units"]), decode(time, hdf5.read(time)))

@@ -66,11 +66,10 @@ class TilesScene(Scene):
         tiles = _load(path)
         n, h, w, nc = tiles.shape
         if wavelength is None:
-            raise InputError(
-                f"{path}: no wavelengths in it for its {nc} channels, and they are never invented; give them in nm,"
-                " wavelength: [...] or wavelength: {first: 290, last: 490}"
-            )
-        self._wavelength = given_wavelengths(f"{path}: wavelength", wavelength, nc)
+            problem = f"no wavelengths for its {nc} channels, and they are never invented"
+            remedy = "give them in nm, wavelength: [...] or wavelength: {first: 290, last: 490}"
+            raise InputError(problem, key="wavelength", path=path, remedy=remedy)
+        self._wavelength = given_wavelengths("wavelength", wavelength, nc, path=path)
         self._mean, self._std = _read_spectra(path, nc)
         self._clip = clip
         # Both (C,), in z.
@@ -81,7 +80,8 @@ class TilesScene(Scene):
         super().__init__(path, (n * h, w, nc), region, absent=(FLAG, *COORDINATES), units=units, chunk=(h, w))
         self.stack = h
         if self.region is not None and (self.region[0] % h or self.region[1] % h):
-            raise ConfigError(f"{path}: region {list(self.region)} cuts tiles; y0 and y1 must be multiples of {h}")
+            limit = f"[y0, y1, x0, x1] with y0 and y1 multiples of {h}"
+            raise ConfigError("cuts tiles", key="region", path=path, value=list(self.region), limit=limit)
         if self._ambiguous.any():
             self.notes = (_note(path, np.flatnonzero(self._ambiguous), nc),)
 
@@ -111,10 +111,8 @@ class TilesScene(Scene):
         with np.errstate(invalid="ignore"):
             largest = float(np.max(np.abs(z), initial=0.0, where=~np.isnan(z)))
         if largest > self._clip * (1 + _ROUNDING):
-            raise InputError(
-                f"{self.path}: it holds {largest:g}, beyond the clip of {self._clip:g}, so its tiles aren't normalised"
-                f" as a legacy folder's are; give the files that they were made of"
-            )
+            problem = f"holds {largest:g}, beyond the clip of {self._clip:g}, so it is no legacy tile file"
+            raise InputError(problem, path=self.path, remedy="give the files that its tiles were made of")
         at_clip = z * np.sign(self._fill) >= self._clip * (1 - _ROUNDING)
         filled = np.where(self._ambiguous, at_clip, np.abs(z - self._fill) <= self._tolerance)
         return np.exp(z * (self._std + _EPSILON) + self._mean), filled, None
@@ -148,14 +146,14 @@ def _load(path: Path) -> Tensor:
     from spectralvae.weights.torchfile import check_size, load_torch_file
 
     tiles = load_torch_file(path, mmap=True)
-    needed = "needed: tiles [N, y, x, channel] in float32"
+    limit = "tiles [N, y, x, channel] in float32, contiguous"
     if not isinstance(tiles, torch.Tensor):
-        raise InputError(f"{path}: holds {type(tiles).__name__}, not a tensor; {needed}")
+        raise InputError(f"holds {type(tiles).__name__}, not a tensor", path=path, limit=limit)
     check_size(path, [tiles])
     plain = tiles.layout == torch.strided and not tiles.is_meta and tiles.is_contiguous()
     if tiles.dtype != torch.float32 or tiles.ndim != 4 or 0 in tiles.shape or not plain:
         layout = "" if plain else ", not contiguous"
-        raise InputError(f"{path}: holds {tiles.dtype} of shape {list(tiles.shape)}{layout}; {needed}, contiguous")
+        raise InputError(f"holds {tiles.dtype} of shape {list(tiles.shape)}{layout}", path=path, limit=limit)
     return tiles.detach()
 
 
@@ -167,15 +165,16 @@ def _read_spectra(path: Path, nc: int) -> tuple[NDArray[np.float64], NDArray[np.
     for name in (MEAN, STD):
         file = path.with_name(name)
         if not file.is_file():
-            raise InputError(f"{path}: no {name} beside it, without which its tiles are no radiance; put it there")
+            problem = f"no {name} beside it, without which its tiles are no radiance"
+            raise InputError(problem, path=path, remedy="put it there")
         spectrum = read_spectrum(file)
         if spectrum.size != nc:
-            raise InputError(f"{file}: {spectrum.size} channels, but {path.name} has {nc}; put the right one there")
+            problem = f"{spectrum.size} channels, but {path.name} has {nc}"
+            raise InputError(problem, path=file, remedy="put the right one there")
         spectra.append(spectrum)
     if (spectra[1] < 0).any():
-        raise InputError(
-            f"{path.with_name(STD)}: negative, so it holds no standard deviations; put the right one there"
-        )
+        problem = "is negative, so it holds no standard deviations"
+        raise InputError(problem, path=path.with_name(STD), remedy="put the right one there")
     return spectra[0], spectra[1]
 
 

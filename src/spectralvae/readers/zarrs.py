@@ -38,16 +38,14 @@ def check_folder(path: Path) -> None:
     """
     for entry in _entries(path):
         if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            raise InputError(
-                f"{path}: {entry.path} is a link or no regular file, which no Zarr folder holds; remove it"
-            )
+            problem = "a link or no regular file, which no Zarr folder holds"
+            raise InputError(problem, path=entry.path, remedy="remove it")
         if entry.name in ("zarr.json", ".zarray"):
             with damage_named(path):
-                problem = next(_problems(_metadata(Path(entry.path))), None)
-            if problem:
-                raise InputError(
-                    f"{path}: {entry.path} has {problem}, which is not read; write it with zarr's defaults"
-                )
+                unread = next(_problems(_metadata(Path(entry.path))), None)
+            if unread:
+                remedy = "write it with zarr's defaults"
+                raise InputError(f"has {unread}, which is not read", path=entry.path, remedy=remedy)
 
 
 def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
@@ -63,7 +61,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     with damage_named(path):
         content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged: no metadata of Zarr; fetch it again")
+        raise InputError("is corrupt: it holds no metadata of Zarr", path=path, remedy="fetch it again")
     return content
 
 

@@ -48,9 +48,8 @@ def no_room_error(error: OSError, path: Path, needed: int | None) -> NoRoomError
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if error.errno == errno.EFBIG and limit != resource.RLIM_INFINITY:  # else it is the file system's
         figures.append(f"{limit:,} bytes are the limit of a file")
-    return NoRoomError(
-        f"{path}: {os.strerror(error.errno)}: {', '.join(figures)}; {NO_ROOM[error.errno]} and start again"
-    )
+    remedy = f"{NO_ROOM[error.errno]} and start again"
+    return NoRoomError(f"{os.strerror(error.errno)}: {', '.join(figures)}", path=path, remedy=remedy)
 
 
 def write_atomic(path: Path, *content: bytes | str) -> None:

@@ -44,21 +44,20 @@ def choose_device(name: str, ranks: Ranks, console: Console, *, key: str = "trai
         return torch.device("cuda", best)
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= n:
-        raise ConfigError(f"{key}: {name} is absent: this machine has {n} CUDA devices; use auto or cpu")
+        raise ConfigError(f"this machine has {n} CUDA devices", key=key, value=name, remedy="use auto or cpu")
     console.print(f"device: {name} (named in the config)")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def _own_device(name: str, n: int, ranks: Ranks, console: Console, key: str) -> torch.device:
     if name not in ("auto", "cuda"):
-        raise ConfigError(f"{key}: {name} cannot be shared by {ranks.world_size} processes; use auto or cuda")
+        problem = f"cannot be shared by {ranks.world_size} processes"
+        raise ConfigError(problem, key=key, value=name, remedy="use auto or cuda")
     # a launcher may show each process its own device only
     index = 0 if n == 1 and ranks.local_rank is not None else ranks.local_rank
     if index is None or index >= n:
-        raise ConfigError(
-            f"{key}: process {ranks.rank} is number {ranks.local_rank} on a machine with {n} CUDA devices; "
-            "start one process a GPU"
-        )
+        problem = f"process {ranks.rank} is number {ranks.local_rank} on a machine with {n} CUDA devices"
+        raise ConfigError(problem, key=key, remedy="start one process a GPU")
     torch.cuda.set_device(index)
     console.print(
         f"device: cuda:{index}, {torch.cuda.get_device_name(index)}; one for each of {ranks.world_size} processes"

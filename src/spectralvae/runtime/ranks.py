@@ -24,6 +24,7 @@ from spectralvae.runtime.signals import Stopped
 
 T = TypeVar("T")
 SLURM_PORTS = range(20_000, 30_000)  # of a job's first node; which one, its number tells
+_LAUNCHERS = "start with torchrun or srun"
 
 
 class Ranks:
@@ -94,7 +95,8 @@ class Ranks:
                 raise
             raise LostPeerError(
                 f"process {self.rank} of {self.world_size}: another process is gone, or has not answered for "
-                f"{self._timeout:g} s (training.peer_timeout); its own output may tell why; start the run again"
+                f"{self._timeout:g} s (training.peer_timeout)",
+                remedy="its own output may tell why; start the run again",
             ) from error
 
     def sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -189,7 +191,7 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
         ranks = _ranks_of(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
         if ranks.world_size > 1 and missing:
-            raise ConfigError(f"environment: {', '.join(missing)} is missing beside RANK: start with torchrun or srun")
+            raise ConfigError(f"is set, but not {' or '.join(missing)}", key="$RANK", remedy=_LAUNCHERS)
         return ranks
     # srun sets SLURM_STEP_NUM_TASKS. A batch script's own shell has SLURM_NTASKS and SLURM_PROCID = 0 as well, and a
     # command started there without srun is alone.
@@ -211,12 +213,12 @@ def _ranks_of(environment: Mapping[str, str], *names: str) -> Ranks:
     for name in names:
         text = environment.get(name)
         if text is not None and not text.isdigit():
-            raise ConfigError(f"environment: {name}={text} is no number: start with torchrun or srun")
+            raise ConfigError(key=f"${name}", value=text, limit="a whole number", remedy=_LAUNCHERS)
         values.append(None if text is None else int(text))
     rank, world_size, local_rank = values
     assert rank is not None and world_size is not None, "the caller has looked"
     if rank >= world_size:
-        raise ConfigError(f"environment: {names[0]}={rank} must be less than {names[1]}={world_size}")
+        raise ConfigError(key=f"${names[0]}", value=rank, limit=f"less than ${names[1]} ({world_size})")
     return Ranks(rank, world_size, local_rank)
 
 
@@ -224,12 +226,14 @@ def _first_node(environment: Mapping[str, str]) -> str:
     """The first of the job step's nodes; scontrol expands lists such as node[3-5,9]."""
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST"))
     if nodes is None:
-        raise ConfigError("environment: SLURM_STEP_NODELIST is missing: start with srun, or set MASTER_ADDR")
+        raise ConfigError("is missing", key="$SLURM_STEP_NODELIST", remedy="start with srun, or set MASTER_ADDR")
     try:
         found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(
-            f"environment: SLURM_STEP_NODELIST={nodes}: scontrol cannot expand it ({error}): set MASTER_ADDR to the "
-            "first node"
+            f"scontrol cannot expand it ({error})",
+            key="$SLURM_STEP_NODELIST",
+            value=nodes,
+            remedy="set MASTER_ADDR to the first node",
         ) from error
     return found.stdout.split()[0]

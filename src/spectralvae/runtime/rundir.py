@@ -26,6 +26,7 @@ from spectralvae.version import __version__
 
 TOOL = "spectralvae"
 State = Literal["running", "stopped", "finished", "failed"]
+_ANOTHER = "choose another directory"
 _BEFORE_RECORD = (".lock", ".run.json.tmp")  # all that a kill leaves of a run before it is known as ours
 
 
@@ -108,10 +109,8 @@ class RunDir:
         if not self.path.exists() or not any(p.name not in _BEFORE_RECORD for p in self.path.iterdir()):
             return
         if record is None or record["command"] != command:
-            made_by = (
-                f"was made by {TOOL} {record['command']}" if record else "is not empty and was not made by this tool"
-            )
-            raise ConfigError(f"output_dir: {self.path} {made_by}: choose another directory (nothing was changed)")
+            problem = f"was made by {TOOL} {record['command']}" if record else f"has files, but none of {TOOL}"
+            raise self._refusal(problem, _ANOTHER)
         if overwrite:
             self._clear = True
             return
@@ -124,26 +123,27 @@ class RunDir:
         refused = [key for key, (a, b) in differing.items() if not may_differ(key, a, b)]
         if refused:
             listed = "; ".join(f"{key}: {differing[key][0]!r} there, {differing[key][1]!r} here" for key in refused)
-            raise ConfigError(
-                f"output_dir: {self.path} holds a run of another config ({listed}): "
-                "choose another directory, or start afresh with --overwrite"
+            raise self._refusal(
+                f"already holds a run with a different config ({listed})", f"{_ANOTHER} or pass --overwrite"
             )
         self.record, self.changed = record, differing
         # a finished run goes on for more steps only: else config.yaml would tell of a run that never was
         self.finished = record["state"] == "finished" and "training.n_steps" not in differing
         self.resuming = not self.finished
         if self.resuming and not resumable:
-            raise ConfigError(
-                f"output_dir: {self.path} holds a run of `{command}` that did not finish "
-                f"(state: {record['state']}): start afresh with --overwrite"
+            raise self._refusal(
+                f"holds an unfinished run of `{command}` (state: {record['state']})", "start afresh with --overwrite"
             )
+
+    def _refusal(self, problem: str, remedy: str | None = None) -> ConfigError:
+        return ConfigError(problem, key="output_dir", value=self.path, remedy=remedy)
 
     def _check_place(self) -> None:
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists() or p.is_symlink())
         if not nearest.is_dir():
-            raise ConfigError(f"output_dir: {self.path}: {nearest} is not a directory: choose another directory")
+            raise self._refusal(f"{nearest} is not a directory", _ANOTHER)
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise ConfigError(f"output_dir: {self.path}: no permission to write in {nearest}: choose another directory")
+            raise self._refusal(f"no permission to write in {nearest}", _ANOTHER)
 
     def _read_record(self) -> dict[str, Any] | None:
         path = self.path / "run.json"
@@ -152,12 +152,12 @@ class RunDir:
         try:
             record = json.loads(path.read_text())
         except ValueError as error:
-            raise ConfigError(f"output_dir: {path} is damaged ({error}): choose another directory") from error
+            raise self._refusal(f"its run.json is corrupt ({error})", _ANOTHER) from error
         if not isinstance(record, dict) or record.get("tool") != TOOL:
             return None
         missing = [key for key in ("command", "config", "state", "starts") if key not in record]
         if missing:
-            raise ConfigError(f"output_dir: {path} is damaged (no {', '.join(missing)}): choose another directory")
+            raise self._refusal(f"its run.json is corrupt (no {', '.join(missing)})", _ANOTHER)
         return record
 
     def __enter__(self) -> Self:
@@ -166,7 +166,7 @@ class RunDir:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = self._take_lock()
         except OSError as error:
-            raise ConfigError(f"output_dir: {self.path} cannot be made or written: {error.strerror}") from error
+            raise self._refusal(f"cannot be made or written: {error.strerror}") from error
         try:
             self._begin()
         except BaseException:
@@ -176,9 +176,7 @@ class RunDir:
 
     def _begin(self) -> None:
         if self._read_record() != self._found:
-            raise ConfigError(
-                f"output_dir: {self.path} was used by another `{self.command}` meanwhile: look at it and start again"
-            )
+            raise self._refusal(f"another `{self.command}` has just used it", "look at it and start again")
         if self._clear:
             self._delete_all()
         starts = self.record.get("starts", [])
@@ -210,7 +208,8 @@ class RunDir:
             ConfigError: it does, and the directory is to be cleared.
         """
         if self._clear and path.resolve().is_relative_to(self.path.resolve()):
-            raise ConfigError(f"{key}: {path} lies in output_dir, {self.path}, which --overwrite would clear: move it")
+            problem = f"lies in output_dir, {self.path}, which --overwrite would clear"
+            raise ConfigError(problem, key=key, path=path, remedy="move it")
 
     def _take_lock(self) -> IO[str]:
         lock = (self.path / ".lock").open("a")
@@ -219,9 +218,8 @@ class RunDir:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
-            raise ConfigError(
-                f"output_dir: {self.path} is in use by another running `{self.command}`: "
-                "wait for it, stop it, or choose another directory"
+            raise self._refusal(
+                f"is in use by another running `{self.command}`", f"wait for it, stop it, or {_ANOTHER}"
             ) from error
         return lock
 
@@ -277,7 +275,7 @@ class RunDir:
                 raise
         except OSError as problem:
             if error is None:
-                raise RunError(f"{self.path / 'run.json'}: cannot be written: {problem}") from problem
+                raise RunError(f"cannot be written: {problem}", path=self.path / "run.json") from problem
         finally:
             assert self._lock is not None
             self._lock.close()

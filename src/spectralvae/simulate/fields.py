@@ -29,7 +29,7 @@ MAX_SCANS_PER_DAY = 12
 HOURS = (15, 18, 21)  # UTC of the scans where a day has one
 HIDING_CLOUD = 0.5  # above this cloud fraction too little of the lowest layer is seen
 
-_PIECE_SAMPLES = 30_000  # samples whose radiance is worked out at a time
+PIECE_SAMPLES = 30_000  # samples whose radiance is worked out at a time
 _N_CITIES = 24
 # Reflectance of ocean, vegetation and bare soil at the short and at the long end of the band
 _SURFACE_ENDS = np.array([(0.075, 0.040), (0.020, 0.050), (0.050, 0.200)])
@@ -249,7 +249,7 @@ def clean_radiance(optics: Optics, place: Place, granule: Granule, rows: slice) 
     channels = optics.wavelength.shape[1]
     light = np.empty((*granule.pixels.ozone[rows].shape, channels))
     # Pieces that fit into the processor's cache: faster, and the dozen intermediate arrays stay small
-    width = max(1, _PIECE_SAMPLES // (light.shape[0] * channels))
+    width = max(1, PIECE_SAMPLES // (light.shape[0] * channels))
     for x in range(0, light.shape[1], width):
         columns = slice(x, x + width)
         local = Optics(**{name: values[columns] for name, values in vars(optics).items()})

@@ -24,7 +24,7 @@ TITLES = {"NO2": "nitrogen dioxide", "HCHO": "formaldehyde", "O3TOT": "total ozo
 PIXEL = ("mirror_step", "xtrack")
 SAMPLE = (*PIXEL, "spectral_channel")
 
-_BLOCK_SAMPLES = 300_000  # spectra of about this many samples are written at a time, and at least one mirror step
+BLOCK_SAMPLES = 300_000  # spectra of about this many samples are written at a time, and at least one mirror step
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def write_level1(path: Path, world: World, granule: fields.Granule, missing: NDA
         _put(band, "nominal_wavelength", SAMPLE[1:], wavelength, long_name="nominal wavelength", units="nm")
         _put_geolocation(band, world.place, granule)
         variables = _create_spectra(band, (steps, xtrack, channels), declare_fill=world.planted.declare_fill)
-        block = max(1, _BLOCK_SAMPLES // (xtrack * channels))
+        block = max(1, BLOCK_SAMPLES // (xtrack * channels))
         for rows, spectra in _spectra(world, granule, missing, counts, block):
             for variable, values in zip(variables, spectra, strict=True):
                 variable[rows] = values

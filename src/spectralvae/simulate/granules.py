@@ -92,28 +92,28 @@ def simulate_granules(
 def _check_counts(seed: int, n_granules: int, scans_per_day: int, shape: tuple[int, int], n_channels: int) -> None:
     """Refuse numbers that cannot be simulated, before anything is written."""
     if seed < 0:
-        raise ConfigError(f"seed: {seed} is negative; give 0 or more")
+        raise ConfigError(key="seed", value=seed, limit="0 or more")
     if not 1 <= n_granules <= MAX_GRANULES:
-        raise ConfigError(f"n_granules: {n_granules} is outside 1 ... {MAX_GRANULES}")
+        raise ConfigError(key="n_granules", value=n_granules, limit=f"from 1 to {MAX_GRANULES}")
     if not 1 <= scans_per_day <= fields.MAX_SCANS_PER_DAY:
-        raise ConfigError(f"scans_per_day: {scans_per_day} is outside 1 ... {fields.MAX_SCANS_PER_DAY}")
+        raise ConfigError(key="scans_per_day", value=scans_per_day, limit=f"from 1 to {fields.MAX_SCANS_PER_DAY}")
     if len(shape) != 2 or min(shape) < 1:
-        raise ConfigError(f"shape: {list(shape)} is not [mirror_step, xtrack] with both 1 or more")
+        raise ConfigError(key="shape", value=list(shape), limit="[mirror_step, xtrack] with both 1 or more")
     if n_channels < MIN_CHANNELS:
-        raise ConfigError(f"n_channels: {n_channels} is too small; give {MIN_CHANNELS} or more")
+        raise ConfigError(key="n_channels", value=n_channels, limit=f"{MIN_CHANNELS} or more")
 
 
 def _check_choices(products: Sequence[str], version: str, invalid_fraction: float) -> None:
     """Refuse products, versions and shares that do not exist."""
     for product in products:
         if product not in PRODUCTS:
-            raise ConfigError(f"products: {product!r} is unknown; choose among {', '.join(PRODUCTS)}")
+            raise ConfigError(key="products", value=product, limit=f"one of {', '.join(PRODUCTS)}")
     if len(set(products)) < len(products):
-        raise ConfigError(f"products: {', '.join(products)} names one twice; give each once")
+        raise ConfigError("names a product twice", key="products", value=list(products), remedy="name each once")
     if version not in VERSIONS:
-        raise ConfigError(f"version: {version!r} is unknown; choose among {', '.join(VERSIONS)}")
+        raise ConfigError(key="version", value=version, limit=f"one of {', '.join(VERSIONS)}")
     if not 0.0 <= invalid_fraction < 1.0:
-        raise ConfigError(f"invalid_fraction: {invalid_fraction} is outside 0 <= f < 1")
+        raise ConfigError(key="invalid_fraction", value=invalid_fraction, limit="from 0 to below 1")
 
 
 def _check_planted(
@@ -122,8 +122,9 @@ def _check_planted(
     """Refuse what cannot be planted in these granules."""
     for night in planted.night:
         if night >= n_granules:
-            raise ConfigError(f"plant.night: {night} is no granule; n_granules is {n_granules}, the first is 0")
+            raise ConfigError(key="plant.night", value=night, limit=f"from 0 to n_granules - 1 ({n_granules - 1})")
     pixels = shape[0] * shape[1]
     n_valid = (pixels - round(invalid_fraction * pixels)) * n_channels
     if any(plant.planted_counts(planted, n_valid).values()) and n_valid >= plant.MAX_SAMPLES:
-        raise ConfigError(f"plant: a granule of {n_valid} samples is too large; the limit is {plant.MAX_SAMPLES - 1}")
+        problem = f"a granule has {n_valid} samples to plant in; the limit is {plant.MAX_SAMPLES - 1}"
+        raise ConfigError(problem, key="plant", remedy="lower shape or n_channels")

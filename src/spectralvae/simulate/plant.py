@@ -33,7 +33,8 @@ def planted_counts(config: PlantConfig, n_valid: int) -> dict[str, int]:
     """
     counts = {kind: round(getattr(config, kind) * n_valid) for kind in PLANTED_KINDS}
     if sum(counts.values()) > n_valid:
-        raise ConfigError(f"plant: its shares are {sum(counts.values())} of {n_valid} valid samples; give smaller ones")
+        problem = f"its shares are {sum(counts.values())} of {n_valid} valid samples"
+        raise ConfigError(problem, key="plant", remedy="give smaller ones")
     return counts
 
 

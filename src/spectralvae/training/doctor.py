@@ -64,7 +64,7 @@ def doctor(config: TrainConfig, *, as_json: bool, console: Console) -> None:
         found = {name: {"ok": c.ok, "text": c.text, "figures": _plain(c.figures)} for name, c in checks.items()}
         console.print_json(json.dumps({"ok": not wrong, "machine": machine, "checks": found}))
     if wrong:
-        raise RunError(f"doctor: not well: {', '.join(wrong)}")
+        raise RunError(f"doctor: failed checks: {', '.join(wrong)}")
 
 
 def _plain(value: Any) -> Any:
@@ -78,7 +78,7 @@ def _admit(config: TrainConfig, scratch: Path) -> Patient:
     """Set up what `train` sets up before it touches its directory: what it refuses is refused here."""
     ranks = find_ranks()
     if ranks.world_size > 1:
-        raise ConfigError(f"doctor: starts its own processes; start it once, not {ranks.world_size} times")
+        raise ConfigError(f"doctor starts its own processes: start it once, not {ranks.world_size} times")
     t = admit(config, ranks, Console(quiet=True))
     if config.training.init_from is not None:
         start_from(t.model, t.settings, config.training.init_from)
@@ -190,14 +190,16 @@ def _check_output_dir(p: Patient) -> Check:
 
     Raises:
         ConfigError: it would not.
-        InputError: its newest checkpoint is damaged.
+        InputError: its newest checkpoint is corrupt.
     """
     path = p.config.output_dir
     run = RunDir("train", p.config, overwrite=False, resumable=True, may_differ=may_change_on_resume)
     if run.in_use():
-        raise ConfigError(f"{path} is in use by a running `train`")
+        raise ConfigError("is in use by a running `train`", key="output_dir", path=path)
     if run.record.get("store_hash", p.store.hash) != p.store.hash:
-        raise ConfigError(f"output_dir: {path} holds a run on another store than {p.store.path} (its hash differs)")
+        raise ConfigError(
+            f"holds a run on a store other than {p.store.path}: its hash differs", key="output_dir", path=path
+        )
     checkpoints = list_checkpoints(path)
     if run.finished:
         return Check(

@@ -57,8 +57,10 @@ def check_shares(config: TrainConfig, ranks: Ranks) -> int:
     parts = ranks.world_size * config.training.gradient_accumulation
     if config.data.batch_size % parts:
         raise ConfigError(
-            f"data.batch_size: {config.data.batch_size} must be a multiple of {parts}: number of processes "
-            f"({ranks.world_size}) times training.gradient_accumulation ({config.training.gradient_accumulation})"
+            key="data.batch_size",
+            value=config.data.batch_size,
+            limit=f"a multiple of {parts}: number of processes ({ranks.world_size}) times "
+            f"training.gradient_accumulation ({config.training.gradient_accumulation})",
         )
     return config.data.batch_size // parts
 
@@ -79,9 +81,11 @@ def out_of_memory(config: TrainConfig, device: torch.device) -> RunError:
     """What to say when the device's memory has run out."""
     kept = "leave data.cache false; or " if config.data.cache else ""
     return RunError(
-        f"{device}: memory ran out (data.batch_size {config.data.batch_size}, training.gradient_accumulation "
-        f"{config.training.gradient_accumulation}): {kept}raise the second or lower the first, in a new output_dir; "
-        f"training.init_from: {config.output_dir} keeps what was learned"
+        f"{device} is out of memory",
+        key="data.batch_size",
+        value=config.data.batch_size,
+        remedy=f"{kept}lower it or raise training.gradient_accumulation ({config.training.gradient_accumulation}), in "
+        f"a new output_dir; training.init_from: {config.output_dir} keeps what was learned",
     )
 
 

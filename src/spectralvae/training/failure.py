@@ -47,9 +47,10 @@ def check_finite(engine: Engine, store: Store, batch: Batch, metrics: Mapping[st
             }
             path = write_report(run, report)
             raise RunError(
-                f"step {report['step']}: {summary(report)}; stopped before the update, nothing was saved; report: "
-                f"{path}; the same step would come again: go on in a new output_dir with training.init_from: {run}, "
-                "and a lower optimizer.lr or a store without that scene"
+                f"step {report['step']}: {summary(report)}; stopped before the update, nothing was saved",
+                path=path,
+                remedy=f"the same step would fail again: continue in a new output_dir with training.init_from: {run}, "
+                "and a lower optimizer.lr or a store without that scene",
             )
 
 

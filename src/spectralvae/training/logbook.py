@@ -23,6 +23,7 @@ from spectralvae.runtime.atomic import write_atomic
 from spectralvae.training.curves import Curve
 
 N_EVENTS = 200  # kept in memory
+REMEDY = "restore the file, or start the run afresh with --overwrite"
 
 
 class Event(NamedTuple):
@@ -63,7 +64,7 @@ class Lines:
             until: the first row of a later step, and all that follow it, are cut off; None keeps all.
 
         Raises:
-            RunError: a line is damaged. The last one alone may be torn, as a kill leaves it: it is cut off.
+            RunError: a line is corrupt. The last one alone may be torn, as a kill leaves it: it is cut off.
         """
         kept = 0  # bytes
         with self.path.open("rb") as file:
@@ -72,9 +73,7 @@ class Lines:
                 if row is None:
                     if not line.endswith(b"\n"):
                         break
-                    raise RunError(
-                        f"{self.path}: line {number} is damaged: mend it, or start the run afresh with --overwrite"
-                    )
+                    raise RunError(f"line {number} is corrupt", path=self.path, remedy=REMEDY)
                 if until is not None and row["step"] > until:
                     break
                 yield row
@@ -148,7 +147,7 @@ class Logbook:
         val_losses: of the checkpoints, by step, where validated.
 
     Raises:
-        RunError: a file is missing or damaged.
+        RunError: a file is missing or corrupt.
     """
 
     def __init__(self, run: Path, step: int, checkpoints: Collection[int] = ()) -> None:
@@ -179,16 +178,11 @@ class Logbook:
     def _replay(self, step: int, checkpoints: frozenset[int]) -> None:
         for file in (self._metrics, self._events):
             if not file.path.is_file():
-                raise RunError(
-                    f"{file.path}: is not there, but the run is to go on from step {step}: "
-                    "put it back, or start afresh with --overwrite"
-                )
+                raise RunError(f"is missing, but the run resumes from step {step}", path=file.path, remedy=REMEDY)
         for row in self._metrics.replay(step):
             if self.last_row and row["step"] <= self.last_row["step"]:
-                raise RunError(
-                    f"{self._metrics.path}: step {row['step']} comes after step {self.last_row['step']}: "
-                    "mend it, or start the run afresh with --overwrite"
-                )
+                problem = f"step {row['step']} follows step {self.last_row['step']}"
+                raise RunError(problem, path=self._metrics.path, remedy=REMEDY)
             self._take(row)
             if row["step"] in checkpoints and "val_loss" in row:
                 self.val_losses[row["step"]] = row["val_loss"]

@@ -36,8 +36,9 @@ def check_batch_fits(batch_size: int, shape: Sequence[int], device: torch.device
     free = available_memory(device)
     if batch_size * tile > free:
         raise ConfigError(
-            f"data.batch_size: {batch_size} tiles of {' x '.join(map(str, shape))} samples need at least "
-            f"{batch_size * tile / 1e9:.0f} GB, {free / 1e9:.0f} GB are free on {device}; at most {free // tile} fit"
+            f"{batch_size} tiles at a time of {' x '.join(map(str, shape))} samples need at least "
+            f"{batch_size * tile / 1e9:.0f} GB, {free / 1e9:.0f} GB are free on {device}; at most {free // tile} fit",
+            key="data.batch_size",
         )
 
 
@@ -71,9 +72,10 @@ def check_cache(
     if fitting < len(sizes):
         copied = f" in {copies} processes" if copies > 1 else ""
         raise ConfigError(
-            f"data.cache: {len(sizes)} training scenes need {copies * sum(sizes) / 1e9:.3g} GB{copied}, "
-            f"{free / 1e9:.3g} GB are free on {device}, {(free - room) / 1e9:.3g} GB of them for the steps; "
-            f"at most {fitting} fit (data.max_scenes), or leave data.cache false"
+            f"{len(sizes)} training scenes need {copies * sum(sizes) / 1e9:.3g} GB{copied}, "
+            f"{free / 1e9:.3g} GB are free on {device}, {(free - room) / 1e9:.3g} GB of them for the steps",
+            key="data.cache",
+            remedy=f"at most {fitting} fit (data.max_scenes), or leave data.cache false",
         )
 
 

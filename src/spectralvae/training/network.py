@@ -37,8 +37,10 @@ def network_settings(config: TrainConfig, store: Store) -> dict[str, Any]:
     shape = [store.normalization.n_channels, config.data.tile_size, config.data.tile_size]
     if settings["shape"] not in (None, shape):
         raise ConfigError(
-            f"model.shape: {settings['shape']} does not follow from store and data.tile_size: "
-            f"these give {shape}; leave it out"
+            key="model.shape",
+            value=settings["shape"],
+            limit=f"{shape}, as the store's channels and data.tile_size give",
+            remedy="leave it out",
         )
     return {**settings, "shape": shape}
 
@@ -55,8 +57,9 @@ def check_forward(settings: dict[str, Any], batch_size: int) -> None:
     except (ValueError, RuntimeError) as error:
         size = settings["shape"][-1]
         raise ConfigError(
-            f"model: it cannot take batches of {batch_size} tiles of {size} x {size} pixels ({error}); "
-            "change data.tile_size, data.batch_size or the model"
+            f"cannot take batches of {batch_size} tiles of {size} x {size} pixels ({error})",
+            key="model",
+            remedy="change data.tile_size, data.batch_size or the model",
         ) from error
 
 
@@ -72,8 +75,8 @@ def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Ar
         The model that they came from, with the path of its checkpoint or file.
 
     Raises:
-        InputError: ``path`` is missing or damaged.
-        ConfigError: it holds another network.
+        InputError: ``path`` is missing or corrupt.
+        ConfigError: it holds a different network.
     """
     source = load_artifact(path, settings if path.is_file() else None)
     differing = [
@@ -88,8 +91,10 @@ def start_from(model: AutoencoderKL, settings: dict[str, Any], path: Path) -> Ar
         differing = _differing_weights(source.model.state_dict(), model.state_dict())
     if differing:
         raise ConfigError(
-            f"training.init_from: {path} is another network ({'; '.join(sorted(differing))}); "
-            "give the settings of the source in `model:`"
+            f"holds a different network ({'; '.join(sorted(differing))})",
+            key="training.init_from",
+            path=path,
+            remedy="give the settings of the source in `model:`",
         )
     model.load_state_dict(source.model.state_dict())
     return source

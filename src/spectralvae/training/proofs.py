@@ -232,8 +232,9 @@ def check_room(p: Patient) -> None:
     needed, free = CHECKPOINTS_AT_ONCE * p.checkpoint_bytes + BESIDE, shutil.disk_usage(p.scratch).free
     if free < needed:
         raise ConfigError(
-            f"{p.scratch.parent}: {in_bytes(free)} are free, temporary files need {in_bytes(needed)}: "
-            "set TMPDIR to a larger disk"
+            f"{in_bytes(free)} are free, temporary files need {in_bytes(needed)}",
+            path=p.scratch.parent,
+            remedy="set TMPDIR to a larger disk",
         )
 
 

@@ -62,7 +62,7 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
         trainer = admit(config, ranks, console)
         store = trainer.store
         if run and run.resuming and run.record.get("store_hash", store.hash) != store.hash:
-            raise ConfigError(f"data.store: {store.path} is not the store of this run (its hash differs)")
+            raise ConfigError("is not the store of this run: its hash differs", key="data.store", path=store.path)
     initial = config.training.init_from
     goes_on = ranks.share(bool(run and run.resuming and list_checkpoints(run.path)))
     begun_with: dict[str, Any] = {}
@@ -236,14 +236,16 @@ class Trainer:
         newest = self.ranks.share(self.ranks.lead(newest_valid, self.path, self.console))
         if newest is None and self.ranks.share(bool(self.run and list_checkpoints(self.path))):
             raise RunError(
-                f"{self.path / 'checkpoints'}: all checkpoints are damaged: put a good one back, or start afresh with "
-                "--overwrite"
+                "all checkpoints are corrupt",
+                path=self.path / "checkpoints",
+                remedy="restore a good one, or start afresh with --overwrite",
             )
         self.engine = Engine(self.model, self.config, self.device, self.ranks, self.supervision)
         if newest is None and self.ranks.share(self.run.record.get("newest_checkpoint") if self.run else None):
             raise RunError(
-                f"{self.path / 'checkpoints'}: no checkpoint is left, but there were some: put one back, or start "
-                "afresh with --overwrite"
+                "every checkpoint of this run is gone",
+                path=self.path / "checkpoints",
+                remedy="restore one, or start afresh with --overwrite",
             )
         state: dict[str, Any] = {}
         with self.ranks.together():
@@ -267,8 +269,9 @@ class Trainer:
                 )
                 if state and state["rows"] != self.watch.log.n_rows:
                     raise RunError(
-                        f"{self.path / 'metrics.jsonl'}: has {self.watch.log.n_rows} rows until step {self.step}, "
-                        f"{state['rows']} were written: put it back, or start afresh with --overwrite"
+                        f"has {self.watch.log.n_rows} rows up to step {self.step}, but {state['rows']} were written",
+                        path=self.path / "metrics.jsonl",
+                        remedy="restore it, or start afresh with --overwrite",
                     )
         self.console.print(f"parameters: {self.n_parameters:,}")
         if self.supervision is not None:

@@ -136,7 +136,8 @@ class Validation:
                 total += part.cpu().numpy()
             if not (np.isfinite(sums[0]).all() and np.isfinite(sums[3]).all()):
                 places = ", ".join(f"{self.store.scenes[c.scene].id} at ({c.y}, {c.x})" for c in crops)
-                raise RunError(f"validation: {metrics_of(sums[0])}: not finite, with the tiles {places}")
+                numbers = ", ".join(f"{key} {value:g}" for key, value in metrics_of(sums[0]).items())
+                raise RunError(f"validation is not finite ({numbers}) on the tiles {places}", path=self.store.path)
         model.train()
         return sums
 

@@ -238,9 +238,8 @@ def verify(folder: Path) -> dict[str, bytes]:
     for name, entry in _read_manifest(folder / MANIFEST).items():
         content = _read_bytes(folder / name)
         if _sha256(content) != entry["sha256"]:
-            raise DamagedError(
-                f"{folder / name}: is damaged: {len(content)} bytes, {entry['bytes']} were written; SHA-256 differs"
-            )
+            problem = f"is corrupt: its SHA-256 differs ({len(content)} bytes, {entry['bytes']} were written)"
+            raise DamagedError(problem, path=folder / name)
         contents[name] = content
     return contents
 
@@ -249,10 +248,10 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise DamagedError(f"{path}: is missing: the folder is incomplete") from error
+        raise DamagedError("is missing: the folder is incomplete", path=path) from error
     except OSError as error:
         kind = DamagedError if error.errno in _DAMAGE else InputError
-        raise kind(f"{path}: cannot be read: {error.strerror}") from error
+        raise kind(f"cannot be read: {error.strerror}", path=path) from error
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -263,19 +262,21 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         del manifest["digest"]
         signed = _signed(manifest)  # the same rule in every format
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
+        raise DamagedError(f"is corrupt ({type(error).__name__}: {error})", path=path) from error
     if content != signed:  # compared as bytes: what JSON may say in many ways counts, too
-        raise DamagedError(f"{path}: is damaged: its digest does not fit")
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{path}: has format {manifest.get('format')}, but this version ({__version__}) reads format {FORMAT}: "
-            "update spectralvae"
-        )
+        raise DamagedError("is corrupt: its digest does not match", path=path)
+    _check_format(path, manifest.get("format"))
     entries: dict[str, dict[str, Any]] = manifest["files"]
     for name in entries:
         if name != Path(name).name:  # a name from a stranger must not lead out of the folder
-            raise InputError(f"{path}: names {name!r}, which is no file of its folder")
+            raise InputError("is no file of its folder", path=path, key="files", value=name)
     return entries
+
+
+def _check_format(path: Path, found: Any) -> None:
+    if found != FORMAT:
+        problem = f"this version ({__version__}) reads format {FORMAT}"
+        raise InputError(problem, path=path, key="format", value=found, remedy="update spectralvae")
 
 
 def read_artifact(folder: Path) -> tuple[Artifact, dict[str, bytes]]:
@@ -290,8 +291,7 @@ def read_artifact(folder: Path) -> tuple[Artifact, dict[str, bytes]]:
     contents = verify(folder)
     try:
         config = json.loads(contents["config.json"])
-        if config["format"] != FORMAT:
-            raise ValueError(f"config.json has format {config['format']}, not {FORMAT}: update spectralvae")
+        _check_format(folder / "config.json", config["format"])
         model = build_model(config["model"])
         model.load_state_dict(load_tensors(contents["model.safetensors"]))
         normalization = None
@@ -308,10 +308,11 @@ def read_artifact(folder: Path) -> tuple[Artifact, dict[str, bytes]]:
             latents=None if latents is None else LatentStatistics.from_values(latents, model.embed_dim),
             provenance=None if provenance is None else Provenance.from_values(provenance),
         ), contents
-    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"{folder}: does not hold a model of this version ({type(error).__name__}: {error})"
-        ) from error
+    except ConfigError as error:
+        raise InputError(**{**error.parts(), "path": folder / "config.json"}) from error
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        problem = f"does not hold a model of this version ({type(error).__name__}: {' '.join(str(error).split())})"
+        raise InputError(problem, path=folder) from error
 
 
 def _unpack_normalization(settings: Mapping[str, Any], arrays: Mapping[str, Any], n_channels: int) -> Normalization:

@@ -142,7 +142,7 @@ def restore(
     """
     artifact, contents = read_artifact(path)
     if "optimizer.safetensors" not in contents:
-        raise InputError(f"{path}: is an export without optimizer state: a run can start from it, but not go on")
+        raise InputError("is an export without optimizer state: a run can start from it, but not resume", path=path)
     model.load_state_dict(artifact.model.state_dict())  # copies into the tensors that are there: layout kept
     optimizer.state.clear()
     _restore_moments(optimizer, model.named_parameters(), tensors_of(contents["optimizer.safetensors"]))

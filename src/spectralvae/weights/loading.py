@@ -48,7 +48,8 @@ def artifact_of(model: AutoencoderKL) -> Artifact:
     """
     artifact = getattr(model, _ARTIFACT, None)
     if not isinstance(artifact, Artifact):
-        raise ConfigError("model: is not from load_model, so nothing tells its normalisation; load it from a folder")
+        problem = "is not from load_model, so its normalisation is unknown"
+        raise ConfigError(problem, key="model", remedy="load it from a folder")
     return artifact
 
 
@@ -63,32 +64,34 @@ def load_artifact(path: str | PathLike[str], model: Mapping[str, Any] | None = N
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError("no such file or folder", path=path)
     if path.is_file():
         network, settings, weights = mltools.load_foreign(path, model)
         return Artifact(network, settings, None, None, path, weights.left_out)
     checkpoints = [] if is_artifact(path) else list_checkpoints(path)
     if not checkpoints and not is_artifact(path):
-        raise InputError(f"{path}: is neither a checkpoint nor an export folder, nor a run with checkpoints/")
+        raise InputError("is neither a checkpoint nor an export folder, nor a run with checkpoints/", path=path)
     if model is not None:
-        raise ConfigError(f"{path}: holds its own model settings; `model` is for mltools files only")
+        problem = "is for mltools files only; this source holds its own settings"
+        raise ConfigError(problem, key="model", path=path, remedy="leave it out")
     folder = checkpoints[-1] if checkpoints else path
     try:
         return read_artifact(folder)[0]
     except InputError as error:
-        raise InputError(f"{error}{_remedy(folder)}") from error
+        remedies = [remedy for remedy in (error.remedy, _remedy(folder)) if remedy]
+        raise error.with_parts(remedy="; ".join(remedies) or None) from error
 
 
-def _remedy(damaged: Path) -> str:
-    """Which older checkpoint of the same run is good; nothing for an export."""
+def _remedy(damaged: Path) -> str | None:
+    """Which older checkpoint of the same run is good; None for an export."""
     damaged = damaged.absolute()
     checkpoints = list_checkpoints(damaged.parent.parent)
     if damaged not in checkpoints:
-        return ""
+        return None
     for checkpoint in reversed(checkpoints[: checkpoints.index(damaged)]):
         try:
             verify(checkpoint)
         except InputError:
             continue
-        return f"; the newest good one before it is {checkpoint}"
-    return "; no older checkpoint is good"
+        return f"the newest good checkpoint before it is {checkpoint}"
+    return "no older checkpoint is good"

@@ -88,15 +88,18 @@ def _listed(keys: list[str]) -> str:
 def _find_state_dict(path: Path, content: Any) -> dict[Any, Any]:
     """The state dict in what a file holds: bare, or inside one of CONTAINERS."""
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict; give a file of weights")
+        problem = f"holds a {type(content).__name__}, not a state dict"
+        raise InputError(problem, path=path, remedy="give a file of weights")
     inside = [name for name in CONTAINERS if name in content]
     if len(inside) > 1:
-        raise InputError(f"{path}: holds two sets of weights, {' and '.join(inside)}; save the wanted one alone")
+        problem = f"holds two sets of weights, {' and '.join(inside)}"
+        raise InputError(problem, path=path, remedy="save the wanted one alone")
     found = content[inside[0]] if inside else content
     if not isinstance(found, dict) or not (inside or any(isinstance(value, Tensor) for value in found.values())):
         raise InputError(
-            f"{path}: holds no state dict, neither bare nor as a dict under {' or '.join(CONTAINERS)}; "
-            f"its keys: {_listed([repr(key) for key in content]) or 'none'}"
+            f"holds no state dict, neither bare nor as a dict under {' or '.join(CONTAINERS)}; "
+            f"its keys: {_listed([repr(key) for key in content]) or 'none'}",
+            path=path,
         )
     return found
 
@@ -104,16 +107,18 @@ def _find_state_dict(path: Path, content: Any) -> dict[Any, Any]:
 def _exact_float32(path: Path, key: str, value: Any) -> Tensor:
     """``value`` as a float32 tensor of the same numbers (float64 is taken only if nothing is lost)."""
     if not isinstance(value, Tensor):
-        raise InputError(f"{path}: key {key!r} of the state dict is a {type(value).__name__}, not a tensor")
+        raise InputError(f"key {key!r} of the state dict is a {type(value).__name__}, not a tensor", path=path)
     if value.layout != torch.strided or value.device.type != "cpu":
-        raise InputError(f"{path}: key {key!r} is not an ordinary tensor with values (sparse, or of device meta)")
+        raise InputError(f"key {key!r} is not an ordinary tensor with values (sparse, or of device meta)", path=path)
     if value.dtype not in (*EXACT_IN_FLOAT32, torch.float64):
-        raise InputError(f"{path}: key {key!r} is of {value.dtype}; weights must be float16, bfloat16 or float32")
+        raise InputError(f"key {key!r} is of {value.dtype}", path=path, limit="float16, bfloat16 or float32")
     if not value.isfinite().all():
-        raise InputError(f"{path}: key {key!r} holds values that are not finite; give a checkpoint from before them")
+        remedy = "give a checkpoint from before them"
+        raise InputError(f"key {key!r} holds values that are not finite", path=path, remedy=remedy)
     exact = value.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if value.dtype == torch.float64 and not torch.equal(exact.double(), value):
-        raise InputError(f"{path}: key {key!r} is of float64 and would lose digits in float32; save it as float32")
+        problem = f"key {key!r} is of float64 and would lose digits in float32"
+        raise InputError(problem, path=path, remedy="save it as float32")
     return exact
 
 
@@ -123,7 +128,7 @@ def _clean_keys(path: Path, state_dict: dict[Any, Any]) -> tuple[dict[str, str],
     left_out: list[str] = []
     for key in state_dict:
         if not isinstance(key, str):
-            raise InputError(f"{path}: key {key!r} of the state dict is of type {type(key).__name__}, not text")
+            raise InputError(f"key {key!r} of the state dict is of type {type(key).__name__}, not text", path=path)
         parts = key.split(".")
         while parts[0] in PREFIXES and len(parts) > 1:
             del parts[0]
@@ -131,7 +136,8 @@ def _clean_keys(path: Path, state_dict: dict[Any, Any]) -> tuple[dict[str, str],
         if parts[0] in HEADS:
             left_out.append(key)
         elif clean in names:
-            raise InputError(f"{path}: {names[clean]!r} and {key!r} are both {clean!r}; save the wanted weights alone")
+            problem = f"{names[clean]!r} and {key!r} are both {clean!r}"
+            raise InputError(problem, path=path, remedy="save the wanted weights alone")
         else:
             names[clean] = key
     return names, tuple(left_out)
@@ -147,10 +153,10 @@ def _structure(path: Path, state_dict: Mapping[str, Tensor]) -> _Structure:
     def shape_of(key: str, ndims: tuple[int, ...]) -> torch.Size:
         if key not in state_dict:
             held = f"it holds {len(state_dict)} keys: {_listed([repr(held) for held in state_dict])}"
-            raise InputError(f"{path}: is not a whole AutoencoderKL: {key!r} is missing; {held}")
+            raise InputError(f"is not a whole AutoencoderKL: {key!r} is missing; {held}", path=path)
         if state_dict[key].ndim not in ndims:
             shape = tuple(state_dict[key].shape)
-            raise InputError(f"{path}: {key!r} has shape {shape}: not a convolution of 2 or 3 axes as the others")
+            raise InputError(f"{key!r} has shape {shape}: not a convolution of 2 or 3 axes as the others", path=path)
         return state_dict[key].shape
 
     def any_key(part: str) -> bool:
@@ -192,7 +198,7 @@ def _check_keys(path: Path, state_dict: Mapping[str, Tensor]) -> list[str]:
     try:
         expected = {key: value.shape for key, value in construct(settings, "meta").state_dict().items()}
     except ValueError as error:
-        raise InputError(f"{path}: the shapes of its weights are of no AutoencoderKL: {error}") from error
+        raise InputError(f"the shapes of its weights are of no AutoencoderKL: {error}", path=path) from error
     misshapen = [
         f"{key!r} is {tuple(value.shape)}, not {tuple(expected[key])}"
         for key, value in state_dict.items()
@@ -203,7 +209,7 @@ def _check_keys(path: Path, state_dict: Mapping[str, Tensor]) -> list[str]:
     wrong = {"stray": stray, "missing": missing, "misshapen": misshapen}
     if any(wrong.values()):
         report = "; ".join(f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in wrong.items() if keys)
-        raise InputError(f"{path}: is not the weights of one AutoencoderKL and nothing else: keys {report}")
+        raise InputError(f"is not the weights of one AutoencoderKL and nothing else: keys {report}", path=path)
     return list(expected)
 
 
@@ -224,26 +230,28 @@ def read_weights(path: str | os.PathLike[str]) -> ForeignWeights:
     return ForeignWeights(path, {key: weights[key] for key in _check_keys(path, weights)}, left_out)
 
 
-def _mismatches(found: _Structure, given: dict[str, Any]) -> list[str]:
+def _mismatches(found: _Structure, given: dict[str, Any]) -> list[ConfigError]:
     """Every setting given that the weights contradict."""
     wrong = [
-        f"{key} is {given[key]}, but the weights hold {value}"
+        ConfigError(f"the weights hold {value}", key=f"model.{key}", value=given[key])
         for key, value in found.told.items()
         if given.get(key, value) != value
     ]
     shape, size = given.get("shape"), given.get("shape", [None, None])[1]
     if shape and (shape[0], len(shape) - 1) != (found.channels, found.dim):
-        wrong.append(f"shape is {shape}, but the weights are of {found.channels} channels and {found.dim} spatial axes")
+        problem = f"the weights are of {found.channels} channels and {found.dim} spatial axes"
+        wrong.append(ConfigError(problem, key="model.shape", value=shape))
     dropout = given.get("dropout_prob")
     if dropout is not None and (dropout > 0) != found.dropout:
         layers = "with a dropout layer" if found.dropout else "without dropout"
-        wrong.append(f"dropout_prob is {dropout}, but the weights hold blocks {layers}")
+        wrong.append(ConfigError(f"the weights hold blocks {layers}", key="model.dropout_prob", value=dropout))
     if size is not None and ("attn_sizes" in given or not found.attended):
         sizes = given.get("attn_sizes", [])
         asked = frozenset(n for n in range(2 * found.n_levels - 1) if size >> n in sizes)
         if asked != found.attended:
             levels = f"{found.level_names(asked)}, but the weights hold it in {found.level_names(found.attended)}"
-            wrong.append(f"attn_sizes is {sizes}, which with shape {shape} asks for attention in {levels}")
+            problem = f"with shape {shape} this asks for attention in {levels}"
+            wrong.append(ConfigError(problem, key="model.attn_sizes", value=sizes))
     return wrong
 
 
@@ -268,7 +276,7 @@ def resolve_settings(weights: ForeignWeights, model: Mapping[str, Any] | None) -
     try:
         given = check_settings({} if model is None else model)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise error.with_parts(path=path) from error
     needed = ["n_attention_heads"] * found.has_attention + ["norm_groups", "act", "conv_padding_mode", "norm_eps"]
     needed += ["dropout_prob"] * found.dropout + ["attn_sizes"] * bool(found.attended)
     missing = [key for key in needed if key not in given]
@@ -276,12 +284,12 @@ def resolve_settings(weights: ForeignWeights, model: Mapping[str, Any] | None) -
         missing.append("shape")  # only a size can say which levels attn_sizes means
     wrong = _mismatches(found, given)
     if wrong:
-        also = f"; missing are {', '.join(missing)}" if missing else ""
-        raise ConfigError(f"{path}: model.{'; model.'.join(wrong)}; correct or leave out what the weights tell{also}")
+        remedies = [*map(str, wrong[1:]), "correct or leave out what the weights tell"]
+        remedies += [f"also give {', '.join(missing)}"] if missing else []
+        raise wrong[0].with_parts(path=path, remedy="; ".join(remedies))
     if missing:
-        raise ConfigError(
-            f"{path}: give also model: {{{', '.join(missing)}}}, which weights cannot tell; inferred {found}"
-        )
+        problem = f"the weights cannot tell {', '.join(missing)} (inferred: {found})"
+        raise ConfigError(problem, path=path, key="model", remedy=f"give also model: {{{', '.join(missing)}}}")
     defaults = {
         "shape": [found.channels, *[None] * found.dim],
         "attn_sizes": [],
@@ -296,7 +304,7 @@ def resolve_settings(weights: ForeignWeights, model: Mapping[str, Any] | None) -
     try:
         construct(settings, "meta")
     except ValueError as error:
-        raise ConfigError(f"{path}: model: {error}") from error
+        raise ConfigError(str(error), path=path, key="model") from error
     return settings
 
 
@@ -349,12 +357,12 @@ def read_spectrum(path: str | os.PathLike[str]) -> np.ndarray[tuple[int], np.dty
     spectrum = load_torch_file(path)
     if not isinstance(spectrum, Tensor) or spectrum.dtype not in (*EXACT_IN_FLOAT32, torch.float64):
         what = str(spectrum.dtype) if isinstance(spectrum, Tensor) else type(spectrum).__name__
-        raise InputError(f"{path}: holds {what}, not one tensor of floating-point numbers, the spectrum (channels,)")
+        raise InputError(f"holds {what}, not one tensor of floating-point numbers, the spectrum (channels,)", path=path)
     check_size(path, [spectrum])
     plain = spectrum.layout == torch.strided and not spectrum.is_meta
     if not plain or spectrum.numel() == 0 or spectrum.numel() != max(spectrum.shape, default=0):
-        raise InputError(f"{path}: a tensor of shape {tuple(spectrum.shape)} is not a spectrum (channels,)")
+        raise InputError(f"a tensor of shape {tuple(spectrum.shape)} is not a spectrum (channels,)", path=path)
     if not spectrum.isfinite().all():
-        raise InputError(f"{path}: the spectrum holds values that are not finite; compute it again")
+        raise InputError("the spectrum holds values that are not finite", path=path, remedy="compute it again")
     values: np.ndarray[tuple[int], np.dtype[np.float64]] = spectrum.detach().to(torch.float64).reshape(-1).numpy()
     return values

@@ -45,7 +45,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_res_blocks": _WHOLE,
     "dropout_prob": ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
     "z_channels": _WHOLE,
-    "double_z": ("true (the network knows nothing else)", lambda value: value is True),
+    "double_z": ("true (the only choice)", lambda value: value is True),
     "n_attention_heads": _WHOLE,
     "norm_groups": _WHOLE,
     "norm_eps": ("a number above 0", lambda value: _is_number(value) and value > 0),
@@ -70,19 +70,19 @@ def check_settings(model: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: for a setting that is unknown or outside its limits.
     """
     if not isinstance(model, Mapping):
-        raise ConfigError(f"model must be a mapping of settings, not a {type(model).__name__}")
+        raise ConfigError(f"is a {type(model).__name__}", key="model", limit="a mapping of settings")
     given: dict[str, Any] = {}
     for key, value in model.items():
         if key not in LIMITS:
             near = difflib.get_close_matches(str(key), LIMITS, n=1) or list(LIMITS)
-            hint = f"did you mean {near[0]}?" if len(near) == 1 else f"the known ones are {', '.join(near)}"
-            raise ConfigError(f"model.{key} is not a setting of the network; {hint}")
+            hint = f"did you mean {near[0]}?" if len(near) == 1 else f"known keys: {', '.join(near)}"
+            raise ConfigError("unknown key", key=f"model.{key}", remedy=hint)
         value = list(value) if isinstance(value, tuple) else value
         if key == "shape" and value is None:
             continue
         limit, is_legal = LIMITS[key]
         if not is_legal(value):
-            raise ConfigError(f"model.{key} = {value!r} must be {limit}")
+            raise ConfigError(key=f"model.{key}", value=value, limit=limit)
         given[key] = value
     return given
 
@@ -118,12 +118,13 @@ def build_model(settings: Mapping[str, Any]) -> AutoencoderKL:
     settings = check_settings(settings)
     missing = [key for key in LIMITS if key not in settings and key != "logvar_init"]
     if missing:
-        raise ConfigError(f"model: {', '.join(missing)} must be given to build the network")
+        raise ConfigError(f"{', '.join(missing)} must be given to build the network", key="model")
     if settings["attn_sizes"] and settings["shape"][1] is None:
-        raise ConfigError(f"model.shape = {settings['shape']} must hold sizes, since attn_sizes is not empty")
+        limit = "given with sizes, since attn_sizes is not empty"
+        raise ConfigError(key="model.shape", value=settings["shape"], limit=limit)
     try:
         model = construct(settings, "cpu")
     except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
+        raise ConfigError(str(error), key="model") from error
     torch.nn.init.constant_(model.logvar, settings.get("logvar_init", 0.0))
     return model

@@ -39,17 +39,17 @@ def _check_zip(path: Path, *, every_byte: bool) -> None:
     with zipfile.ZipFile(path) as archive:
         members = {name.rpartition("/")[2] for name in archive.namelist()}
         if "data.pkl" not in members or "constants.pkl" in members:
-            raise InputError(f"{path}: is a zip file, but not of torch.save (nor may it be TorchScript)")
+            raise InputError("is a zip file, but not of torch.save (nor may it be TorchScript)", path=path)
         # torch.save never compresses; a file that unpacks to more than its size is a trap for memory
         entries = archive.infolist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise InputError(
-                f"{path}: is a compressed archive, which torch.save never writes; save it anew with torch.save"
-            )
+            problem = "is a compressed archive, which torch.save never writes"
+            raise InputError(problem, path=path, remedy="save it anew with torch.save")
         damaged = archive.testzip() if every_byte else None
     if damaged is not None:
-        raise InputError(f"{path}: is damaged: the checksum of {damaged!r} does not match; copy the file again")
+        problem = f"is corrupt: the checksum of {damaged!r} does not match"
+        raise InputError(problem, path=path, remedy="copy the file again")
 
 
 def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
@@ -67,8 +67,8 @@ def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
         InputError: for a file that is missing, damaged, not of torch.save, or needs pickle code, which is not run.
     """
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise InputError(f"{path}: {what}; give a file written by torch.save (.pt, .pth, .ckpt)")
+        problem = "is a directory" if path.is_dir() else "does not exist"
+        raise InputError(problem, path=path, remedy="give a file written by torch.save (.pt, .pth, .ckpt)")
     advice = "save the bare weights in the program that wrote it: torch.save(model.state_dict(), FILE)"
     try:
         with path.open("rb") as file:
@@ -76,11 +76,13 @@ def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
         if magic == b"PK\x03\x04":
             _check_zip(path, every_byte=not mmap)
         elif magic[:1] == b"\x80" and magic[:2] != b"\x80\x02":
-            raise InputError(f"{path}: is a plain pickle, whose code is never run; {advice}")
+            raise InputError("is a plain pickle, whose code is never run", path=path, remedy=advice)
         elif magic[:1] != b"\x80":
-            raise InputError(f"{path}: is not a file of torch.save; give a .pt, .pth or .ckpt written by torch.save")
+            remedy = "give a .pt, .pth or .ckpt written by torch.save"
+            raise InputError("is not a file of torch.save", path=path, remedy=remedy)
         elif mmap:
-            raise InputError(f"{path}: is of the format before PyTorch 1.6, which cannot be mapped; save it anew")
+            problem = "is of the format before PyTorch 1.6, which cannot be mapped"
+            raise InputError(problem, path=path, remedy="save it anew")
         with torch.serialization.safe_globals(_NUMPY_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about oddities of the file; the user gets one line
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -89,9 +91,10 @@ def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         needs = f" ({name[1]})" if name else ""
-        raise InputError(f"{path}: needs pickle code{needs}, which is never run; {advice}") from error
+        raise InputError(f"needs pickle code{needs}, which is never run", path=path, remedy=advice) from error
     except Exception as error:  # damaged bytes make torch and zipfile raise almost any class
-        raise InputError(f"{path}: is damaged or cut short ({type(error).__name__}); copy the file again") from error
+        problem = f"is corrupt or truncated ({type(error).__name__})"
+        raise InputError(problem, path=path, remedy="copy the file again") from error
 
 
 def check_size(path: Path, values: list[Any]) -> None:
@@ -105,7 +108,8 @@ def check_size(path: Path, values: list[Any]) -> None:
         InputError: together they are larger than the file.
     """
     if sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor)) > path.stat().st_size:
-        raise InputError(f"{path}: claims tensors larger than the file; save contiguous copies with torch.save")
+        remedy = "save contiguous copies with torch.save"
+        raise InputError("claims tensors larger than the file", path=path, remedy=remedy)
 
 
 def save_torch_file(content: Any, path: Path) -> None:
