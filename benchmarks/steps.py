@@ -32,6 +32,7 @@ from spectralvae.data.loader import Batch
 from spectralvae.data.sampling import Crop
 from spectralvae.model import AttnBlock, AutoencoderKL
 from spectralvae.training.engine import Engine
+from spectralvae.training.objective import means
 from spectralvae.weights.settings import build_model, construct
 
 T = TypeVar("T")
@@ -111,9 +112,8 @@ def cached_step(engine: Engine, cache: SceneCache, crops: Sequence[Crop], batch:
 
 def our_step(engine: Engine, batch: Batch) -> float:
     """One step as the Trainer makes it; returns the loss before it."""
-    metrics = engine.metrics_of(engine.ranks.sum(engine.gradients(batch)))
-    norm = engine.gradient_norm()
-    metrics["grad_norm"] = float(norm)
+    sums, norm = engine.gradients(batch)
+    metrics = means(engine.ranks.add(sums))
     engine.update(norm, batch.step)
     return metrics["loss"]
 

@@ -16,8 +16,9 @@ from spectralvae.errors import ConfigError
 from spectralvae.model import AttnBlock
 from spectralvae.runtime import placement
 from spectralvae.runtime.ranks import Ranks
-from spectralvae.training.engine import Engine, check_shares, idle_parameters, learning_rate, metrics_of
+from spectralvae.training.engine import Engine, check_shares, idle_parameters, learning_rate
 from spectralvae.training.failure import gradient_norms
+from spectralvae.training.objective import METRICS, means
 
 CPU = torch.device("cpu")
 EVERYWHERE = {**SETTINGS, "attn_sizes": [8, 4]}  # attention after every block, too
@@ -123,10 +124,11 @@ def test_several_steps_are_those_of_a_plain_loop(grad_clip, warmup, decay, layou
         optimizer.step()
         expected_schedule.step()
 
-        metrics = metrics_of(engine.gradients(batch))
-        assert metrics == pytest.approx({key: float(expected[key]) for key in metrics}, rel=1e-6)
-        assert float(engine.gradient_norm()) == pytest.approx(float(norm), rel=1e-5)
-        engine.update(engine.gradient_norm(), step)
+        sums, found_norm = engine.gradients(batch)
+        wanted = {**{key: float(expected[key]) for key in METRICS}, "grad_norm": float(norm)}
+        assert means(sums) == pytest.approx(wanted, rel=1e-5)
+        assert float(found_norm) == means(sums)["grad_norm"]
+        engine.update(found_norm, step)
     moved = 0.0
     start = tiny_model().state_dict()
     for name, weights in model.state_dict().items():
@@ -141,15 +143,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
     model, batch = tiny_model(), make_batch()
     expected = double_gradients(SETTINGS, batch)
     engine = Engine(model, make_config(gradient_accumulation=parts), CPU, Ranks())
-    metrics = metrics_of(engine.gradients(batch))
+    metrics = means(engine.gradients(batch).sums)
     _, whole = plain_loss(tiny_model().double(), batch)
-    assert metrics == pytest.approx({key: float(whole[key]) for key in metrics}, rel=1e-5)
+    assert {key: metrics[key] for key in METRICS} == pytest.approx(
+        {key: float(whole[key]) for key in METRICS}, rel=1e-5
+    )
     names = {id(p): name for name, p in model.named_parameters()}
     for p in engine.parameters:
         want = expected[names[id(p)]]
         torch.testing.assert_close(p.grad.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
     norm = np.sqrt(sum(float(expected[names[id(p)]].square().sum()) for p in engine.parameters))
-    assert float(engine.gradient_norm()) == pytest.approx(norm, rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_shares_must_be_even():
@@ -191,8 +195,7 @@ def test_idle_parameters_stay_as_they_are():
     model = tiny_model(settings=EVERYWHERE)
     engine = Engine(model, make_config(), CPU, Ranks())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine.gradients(make_batch())
-    engine.update(engine.gradient_norm(), 0)
+    engine.update(engine.gradients(make_batch()).norm, 0)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == before.keys() - idle_names(model)
 
@@ -216,7 +219,7 @@ def test_bf16_keeps_posterior_and_loss_in_float32(monkeypatch):
         return loss, metrics
 
     monkeypatch.setattr(model, "loss_of", watched)
-    metrics = metrics_of(engine.gradients(batch))
+    metrics = means(engine.gradients(batch).sums)
     assert (convolutions, seen) == ([torch.bfloat16], [torch.float32] * 11)
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in engine.parameters} == {torch.float32}
     _, whole = plain_loss(tiny_model().double(), batch)
@@ -269,8 +272,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
         engine.ranks = Ranks(rank, 2)
         torch.manual_seed(noise or 0)  # whatever was drawn before must not matter
         same = make_batch()
-        engine.gradients(Batch(step, same.tiles, same.noise, []))
-        return float(engine.gradient_norm())
+        return float(engine.gradients(Batch(step, same.tiles, same.noise, [])).norm)
 
     assert norm() == norm(noise=99)
     assert len({norm(), norm(seed=1), norm(step=4), norm(rank=1)}) == 4
@@ -281,7 +283,7 @@ def test_measuring_leaves_everything_as_it_is():
     engine = Engine(model, make_config(), CPU, Ranks())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.random.get_rng_state()
-    first, second = (metrics_of(engine.measure(make_batch())) for _ in range(2))
+    first, second = (means(engine.measure(make_batch())) for _ in range(2))
     assert first == second
     _, expected = plain_loss(tiny_model(settings={**SETTINGS, "dropout_prob": 0.3}).double().eval(), make_batch())
     assert first == pytest.approx({key: float(expected[key]) for key in first}, rel=1e-5)

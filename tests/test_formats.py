@@ -9,9 +9,11 @@ import pickle
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import h5netcdf
 import h5py
 import numpy as np
 import pytest
@@ -28,8 +30,10 @@ from spectralvae.data.prepare import prepare
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError, UserError
 from spectralvae.readers import RULES, open_reader
+from spectralvae.readers.base import Place
+from spectralvae.readers.containers import open_container
 from spectralvae.readers.netcdf import NetcdfScene
-from spectralvae.readers.tiles import tile_files
+from spectralvae.readers.packing import text
 from spectralvae.runtime.console import new_console
 from spectralvae.runtime.rundir import RunDir
 
@@ -176,9 +180,7 @@ class TestEnvi:
             np.testing.assert_array_equal(open_reader(file, wavelength=GIVEN).wavelength, NM)
         refuse(write_envi(file, cube(), wavelength=None), "wavelength", "4 channels", error=InputError)
         assert open_scene(file, wavelength=NM).wavelength.dims == ("channel",)
-        refuse(file, "wavelength", "2 values", wavelength=[1, 2])
-        for values, word in ((NM[::-1], "3 of 3"), (NM[:3], "3 values"), (um, "micrometres")):
-            refuse(write_envi(file, cube(), wavelength=values), "wavelength", word)
+        refuse(write_envi(file, cube(), wavelength=NM[::-1]), "wavelength", "3 of 3")
         refuse(write_envi(file, cube(), wavelength=[1, 2, 3, "x"]), "wavelength", "'x'", error=InputError)
 
     def test_fill_scale_and_bad_bands(self, tmp_path: Path) -> None:
@@ -214,13 +216,11 @@ class TestEnvi:
             ("byte order = 0", "byte order = 2", "byte order", "'2'"),
             ("byte order = 0", "", "byte order", "missing"),
             ("lines = 6", "lines = 0", "lines", "'0'"),
-            ("lines = 6", "lines = -6", "lines", "'-6'"),
             ("bands = 4", "bands = {4, 4}", "bands", "list"),
             ("samples = 5", "samples = 5.0", "samples", "'5.0'"),
             ("samples = 5", f"samples = {'9' * 5000}", "samples", "999"),
             ("header offset = 0", "header offset = x", "header offset", "'x'"),
             ("ENVI Standard", "ENVI Spectral Library", "file type", "Library"),
-            ("ENVI Standard", "TIFF", "file type", "'TIFF'"),
             ("lines = 6", "lines = 6\nfile compression = 1", "file compression", "compressed"),
             ("lines = 6", "lines = 6\nmajor frame offsets = {0, 8}", "major frame offsets", ""),
             ("lines = 6", "lines = 6\nbbl = {1, 1, 0}", "bbl", "4 finite numbers"),
@@ -245,12 +245,13 @@ class TestEnvi:
         refuse(file, None, f"{2**24} bytes", error=InputError)
 
 
-@pytest.mark.parametrize("name", ["a.hdr", "a.nc"])
-def test_without_the_library(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write_envi(tmp_path / name, cube()) if name == "a.hdr" else write(tmp_path, "classic", scene_variables())
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [write_envi(tmp_path / "a.hdr", cube()), write(tmp_path, "classic", scene_variables()), tmp_path / "a.mat"]
+    scipy.io.savemat(files[2], {"Y": cube()})
     for module in ("spectral.io", "scipy.io"):
         monkeypatch.setitem(sys.modules, module, None)
-    refuse(file, None, "spectralvae[formats]", error=InputError)
+    for file in files:
+        refuse(file, None, "spectralvae[formats]", error=InputError, wavelength=GIVEN)
 
 
 # --- netCDF, HDF5, Zarr ---------------------------------------------------------------------------
@@ -262,21 +263,23 @@ STORED: dict[str, Callable[[tuple[int, ...]], dict[str, Any]]] = {
     **dict.fromkeys(("classic", "offset64"), lambda chunks: {}),
     **dict.fromkeys(("zarr2", "zarr3"), lambda chunks: {"chunks": chunks}),
 }
+ZARRS = pytest.mark.parametrize("kind", ["zarr2", "zarr3"])
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 GROUPED = pytest.mark.parametrize("kind", ["netcdf4", "zarr2", "zarr3"])
 YXC = ("y", "x", "channel")
+PICKLE = {"chunk_shape": [1, 5, 4], "codecs": [{"name": "numcodecs.pickle"}], "index_codecs": []}
 
 
-def write(folder: Path, kind: str, variables: Variables) -> Path:
+def write(folder: Path, kind: str, variables: Variables, name: str = "") -> Path:
     """Write variables, "name" or "group/name", each (dimensions, values, attributes); a chunk is one index of dim 0."""
-    path = folder / KINDS[kind]
+    path = folder / (name or KINDS[kind])
     groups: dict[str, dict[str, xr.Variable]] = {"": {}}
-    for name, (dims, values, attrs) in variables.items():
-        group, _, base = name.rpartition("/")
+    for place, (dims, values, attrs) in variables.items():
+        group, _, base = place.rpartition("/")
         groups.setdefault(group, {})[base] = xr.Variable(tuple(dims), values, dict(attrs))
     for group, content in groups.items():
         encoding = {
-            n: {"_FillValue": v.attrs.pop("_FillValue", None), **STORED[kind]((1, *v.shape[1:]))}
+            n: STORED[kind]((1, *v.shape[1:])) | ({} if "_FillValue" in v.attrs else {"_FillValue": None})
             for n, v in content.items()
         }
         options: dict[str, Any] = {"group": group or None, "mode": "a" if group else "w", "encoding": encoding}
@@ -319,6 +322,13 @@ class TestArrays:
             assert ds.attrs["format"] == ("zarr" if "zarr" in kind else "netcdf")
             angles = {"solar_zenith_angle", "viewing_zenith_angle", "relative_azimuth_angle"}
             assert set(ds.attrs["absent"].split(", ")) == {"pixel_quality_flag"} | angles
+        assert open_reader(file).places == {
+            "radiance": Place("cube", YXC),
+            "wavelength": Place("wavelength", ("channel",)),
+            "latitude": Place("latitude", ("y", "x")),
+            "longitude": Place("longitude", ("x", "y")),
+            "time": Place("time", ("y",)),
+        }
         with open_reader(file, region=[1, 5, 2, 4]) as scene:
             assert str(scene.time) == "2024-01-01 02:00:00+00:00"
             values, counts = scene.read(slice(1, 3), slice(1, 2))
@@ -402,19 +412,15 @@ class TestArrays:
         assert counts == NO_RULE
 
     @EVERY_KIND
-    @pytest.mark.parametrize("key", ["_FillValue", "missing_value"])
-    def test_packed_with_fill(self, tmp_path: Path, kind: str, key: str) -> None:
+    def test_fills_and_packing(self, tmp_path: Path, kind: str) -> None:
         raw = cube("i2")
         raw[0, 0, 0] = raw[3, 2, 1] = -999
-        attrs = {key: np.int16(-999), "scale_factor": 0.5, "add_offset": 10.0}
-        read, counts = open_reader(write(tmp_path, kind, scene_variables(raw, **attrs))).read(slice(None))
-        truth = raw * np.float32(0.5) + 10
-        truth[raw == -999] = np.nan
-        np.testing.assert_array_equal(read, truth)
-        assert counts == NO_RULE | {"fill": 2}
-
-    @EVERY_KIND
-    def test_fills_in_floats(self, tmp_path: Path, kind: str) -> None:
+        truth = np.where(raw == -999, np.nan, raw * 0.5 + 10)
+        for key in ("_FillValue", "missing_value"):
+            attrs = {key: np.int16(-999), "scale_factor": 0.5, "add_offset": 10.0}
+            read, counts = open_reader(write(tmp_path, kind, scene_variables(raw, **attrs))).read(slice(None))
+            np.testing.assert_array_equal(read, truth)
+            assert counts == NO_RULE | {"fill": 2}
         raw = cube()
         raw[0, 0] = (-9999, -1e30, np.nan, np.inf)
         raw[1, 0, :2] = (0, 9.96921e36)
@@ -423,6 +429,9 @@ class TestArrays:
         assert counts == NO_RULE | dict.fromkeys(RULES[:5], 1)
         assert read[1, 0, 0] == 0
         np.testing.assert_array_equal(read[2:], raw[2:])
+        for key in ("missing_value", "scale_factor"):
+            file = write(tmp_path, kind, scene_variables(**{key: "n/a"}))
+            refuse(file, "cube", key, "'n/a'", error=InputError)
 
     @pytest.mark.parametrize("fill", [np.nan, -9999.0, 0.1])
     @pytest.mark.parametrize("dtype", ["f4", "f8"])
@@ -433,12 +442,6 @@ class TestArrays:
         assert open_reader(file).read(slice(None))[1] == NO_RULE | {"fill": 1}
         zarr.open_group(file, mode="a", use_consolidated=False)["cube"].attrs["_FillValue"] = "n/a"
         refuse(file, "cube", "_FillValue", "'n/a'", error=InputError)
-
-    @EVERY_KIND
-    @pytest.mark.parametrize("key", ["missing_value", "scale_factor"])
-    def test_attributes_that_are_no_numbers(self, tmp_path: Path, kind: str, key: str) -> None:
-        file = write(tmp_path, kind, scene_variables(**{key: "n/a"}))
-        refuse(file, "cube", key, "'n/a'", error=InputError)
 
     def test_units(self, tmp_path: Path) -> None:
         file = write(tmp_path, "netcdf4", scene_variables(units="K"))
@@ -478,12 +481,6 @@ class TestArrays:
         dims = dict(zip(YXC, range(3), strict=True))
         refuse(tmp_path / "b.h5", None, "(0, 5, 4)", error=InputError, dims=dims, wavelength=NM)
 
-    def test_arguments_of_other_formats(self, tmp_path: Path) -> None:
-        file = write_envi(tmp_path / "a.hdr", cube())
-        refuse(file, "dims", "netCDF/HDF5, Zarr", dims={"y": 0, "x": 1, "channel": 2})
-        refuse(file, "variable", "MATLAB", variable="a")
-        refuse(file, "band", "TEMPO", band="a")
-
 
 class TestWavelengthsOfArrays:
     @EVERY_KIND
@@ -513,35 +510,23 @@ class TestWavelengthsOfArrays:
         variables["sensor/wavelengths"] = variables.pop("wavelength")
         np.testing.assert_array_equal(open_reader(write(tmp_path, kind, variables)).wavelength, NM)
 
-    @EVERY_KIND
-    @pytest.mark.parametrize("case", ["units", "no units", "numbers of bands", "another dimension", "several"])
-    def test_refused(self, tmp_path: Path, kind: str, case: str) -> None:
-        variables = scene_variables()
-        units: dict[str, str] = {} if case == "no units" else {"units": "cm-1" if case == "units" else "nm"}
-        variables["wavelength"] = (("channel",), np.array(NM), units)
-        key, word = (
-            "wavelength",
-            {"units": "cm-1", "no units": "missing", "several": "wl (channel: 4)"}.get(case, "4 ch"),
-        )
-        if case == "several":
-            variables["wl"] = variables["wavelength"]
-        elif case == "numbers of bands":
-            variables = {"cube": (("y", "x", "band"), cube(), {}), "band": (("band",), np.arange(1.0, 5), {})}
-        elif case == "another dimension":  # of as many, by chance
-            variables["cube"] = (("y", "x", "band"), cube(), {})
-            variables["wavelength"] = (("wavelength",), np.array(NM), units)
-        file = write(tmp_path, kind, variables)
-        refuse(file, key, word, error=InputError)
-        np.testing.assert_array_equal(open_reader(file, wavelength=GIVEN).wavelength, NM)
-
-    @pytest.mark.parametrize("values", [NM[::-1], [400, np.nan, 600, 700], [0.4, 0.5, 0.6, 0.7], [NM[::-1]] * NX])
-    def test_values_refused(self, tmp_path: Path, values: Any) -> None:
-        variables = scene_variables()
-        by_column = np.ndim(values) == 2
-        dims = ("x", "channel")[-np.ndim(values) :]
-        variables["wavelength"] = (dims, np.array(values), {"units": "nm"})
-        error = InputError if by_column else ConfigError
-        refuse(write(tmp_path, "netcdf4", variables), "wavelength", error=error)
+    @pytest.mark.parametrize(
+        ("changed", "word", "error"),
+        [
+            ({"wavelength": (("channel",), NM, {"units": "cm-1"})}, "cm-1", InputError),
+            ({"wavelength": (("channel",), NM, {})}, "missing", InputError),
+            ({"wl": (("channel",), NM, {"units": "nm"})}, "wl (channel: 4)", InputError),
+            # of as many, by chance, and numbers of bands
+            ({"cube": (("y", "x", "b"), cube(), {}), "b": (("b",), NM, {})}, "4 channels", InputError),
+            ({"wavelength": (("x", "channel"), [NM[::-1]] * NX, {"units": "nm"})}, "increasing", InputError),
+            ({"wavelength": (("channel",), NM[::-1], {"units": "nm"})}, "3 of 3", ConfigError),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, changed: Any, word: str, error: type[UserError]) -> None:
+        dims = {"y": 0, "x": 1, "channel": 2}
+        file = write(tmp_path, "netcdf4", scene_variables() | changed)
+        refuse(file, "wavelength", word, error=error, dims=dims)
+        np.testing.assert_array_equal(open_reader(file, wavelength=GIVEN, dims=dims).wavelength, NM)
 
 
 def chunk_file(path: Path, row: int) -> Path:
@@ -549,25 +534,16 @@ def chunk_file(path: Path, row: int) -> Path:
     return path / (f"cube/c/{row}/0/0" if (path / "zarr.json").is_file() else f"cube/{row}.0.0")
 
 
-class TestLaziness:
-    @GROUPED
-    def test_other_rows_are_still_read(self, tmp_path: Path, kind: str) -> None:
-        """With one row's chunk overwritten."""
-        file = write(tmp_path, kind, scene_variables())
-        if kind == "netcdf4":
-            with h5py.File(file) as h5:
-                chunk = h5["cube"].id.get_chunk_info_by_coord((4, 0, 0))
-            with file.open("r+b") as raw:
-                raw.seek(chunk.byte_offset)
-                raw.write(b"\xff" * chunk.size)
-        else:
-            chunk_file(file, 4).write_bytes(b"\xff" * 20)
-        with open_reader(file) as scene:
-            np.testing.assert_array_equal(scene.read(slice(0, 4))[0], cube()[:4])
-            np.testing.assert_array_equal(scene.read(slice(5, 6))[0], cube()[5:])
-            with refused(InputError, path=file):
-                scene.read(slice(4, 5))
+def overwrite_chunk(path: Path, name: str, *start: int) -> None:
+    """Spoil the chunk of an HDF5 variable that begins at an index."""
+    with h5py.File(path) as h5:
+        chunk = h5[name].id.get_chunk_info_by_coord(start)
+    with path.open("r+b") as file:
+        file.seek(chunk.byte_offset)
+        file.write(b"\xff" * chunk.size)
 
+
+class TestDamagedArrays:
     def test_classic(self, tmp_path: Path) -> None:
         """3 GB, nearly all of it a hole."""
         records = 10**6
@@ -585,82 +561,53 @@ class TestLaziness:
             assert scene.read(slice(0, 1))[0].all()
             assert not scene.read(slice(records - 2, records))[0].any()
 
-
-ZARRS = pytest.mark.parametrize("kind", ["zarr2", "zarr3"])
-
-
-class TestDamagedArrays:
     @pytest.mark.parametrize("kind", ["classic", "offset64"])
-    @pytest.mark.parametrize("part", [0.1, 0.3, 0.6, 0.99])
-    def test_truncated_classic(self, tmp_path: Path, kind: str, part: float) -> None:
+    def test_damaged_classic(self, tmp_path: Path, kind: str) -> None:
         file = write(tmp_path, kind, scene_variables())
-        os.truncate(file, int(part * file.stat().st_size))
-        refuse(file, None, "truncated", error=InputError)
-
-    def test_cdf5(self, tmp_path: Path) -> None:
-        (tmp_path / "a.nc").write_bytes(b"CDF\5" + bytes(100))
-        refuse(tmp_path / "a.nc", None, "CDF-5", "nccopy", error=InputError)
+        for part in (0.99, 0.6, 0.3, 0.5):
+            os.truncate(file, int(part * file.stat().st_size))
+            refuse(file, None, "truncated", error=InputError)
+        file.write_bytes(b"CDF\5" + bytes(100))
+        refuse(file, None, "CDF-5", "nccopy", error=InputError)
 
     @ZARRS
-    def test_missing_chunk(self, tmp_path: Path, kind: str) -> None:
+    def test_damaged_chunks(self, tmp_path: Path, kind: str) -> None:
+        """zarr itself reads a chunk that is missing as zeros; the size in a header is not to be believed."""
         file = write(tmp_path, kind, scene_variables())
-        chunk_file(file, 2).unlink()
-        assert zarr.open_group(file, mode="r", use_consolidated=False)["cube"][2].shape == (NX, NC)  # without a word
+        chunk, elsewhere = chunk_file(file, 2), tmp_path / "elsewhere"
+        chunk.rename(elsewhere)
         refuse(file, "cube", "1 of 6", error=InputError)
-
-    @ZARRS
-    def test_damaged_metadata(self, tmp_path: Path, kind: str) -> None:
-        file = write(tmp_path, kind, scene_variables())
-        metadata = file / "cube" / ("zarr.json" if kind == "zarr3" else ".zarray")
-        whole = json.loads(metadata.read_text())
-        empty_chunks = {
-            "chunks": [0, 5, 4],
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 5, 4]}},
-        }
-        for wrong in (
-            json.dumps(whole | {key: value for key, value in empty_chunks.items() if key in whole}),
-            "{",
-            "[1]",
-            json.dumps(whole | {"shape": [6, 5]}),
-            json.dumps(whole | {"filters": 5, "codecs": 5}),
-        ):
-            metadata.write_text(wrong)
-            with refused(InputError, "a.zarr"):
-                open_reader(file)
-
-    def test_damaged_blosc_header(self, tmp_path: Path) -> None:
-        file = write(tmp_path, "zarr2", scene_variables())
-        chunk = chunk_file(file, 2)
-        content = chunk.read_bytes()
-        chunk.write_bytes(content[:4] + b"\xff" * 4 + content[8:])  # the size of what is in it
+        for replace in (lambda: chunk.symlink_to(elsewhere), lambda: os.mkfifo(chunk)):
+            replace()
+            refuse(file, None, "link", error=InputError, at=chunk)
+            chunk.unlink()
+        content = elsewhere.read_bytes()
+        chunk.write_bytes(content[:4] + b"\xff" * 4 + content[8:])
         with open_reader(file) as scene, refused(InputError, path=file):
             scene.read(slice(2, 3))
 
-    def test_pickle_is_never_run(self, tmp_path: Path) -> None:
-        class Trap:
-            def __reduce__(self) -> Any:
-                return Path.touch, (tmp_path / "sprung",)
-
-        path = tmp_path / "a.zarr"
-        values = np.array([Trap()] * 8, dtype=object).reshape(2, 2, 2)
-        zarr.create_array(path, shape=(2, 2, 2), dtype="f8", zarr_format=2, compressors=None, filters=None)
-        metadata = json.loads((path / ".zarray").read_text())
-        metadata |= {"dtype": "|O", "fill_value": 0, "filters": [{"id": "pickle", "protocol": 5}], "chunks": [2, 2, 2]}
-        (path / ".zarray").write_text(json.dumps(metadata))
-        (path / "0.0.0").write_bytes(pickle.dumps([*values.ravel().tolist(), "|O", (2, 2, 2)]))
-        given = {"dims": dict(zip(YXC, range(3), strict=True)), "wavelength": [1, 100]}
-        refuse(path, None, "'pickle'", error=InputError, at=path / ".zarray", **given)
-        (path / ".zarray").write_text(json.dumps(metadata | {"filters": None}))
-        refuse(path, None, "'|O'", error=InputError, at=path / ".zarray", **given)
-        assert not (tmp_path / "sprung").exists()
-
-    def test_unknown_codecs(self, tmp_path: Path) -> None:
-        file = write(tmp_path, "zarr3", scene_variables())
-        metadata = json.loads((file / "cube/zarr.json").read_text())
-        shard = {"chunk_shape": [1, 5, 4], "codecs": [{"name": "numcodecs.pickle"}], "index_codecs": []}
-        metadata["codecs"] = [{"name": "sharding_indexed", "configuration": shard}]
-        (file / "cube/zarr.json").write_text(json.dumps(metadata))
-        refuse(file, None, "'numcodecs.pickle'", error=InputError, at=file / "cube/zarr.json")
+    @pytest.mark.parametrize(
+        ("kind", "change", "word"),
+        [
+            ("zarr2", {"chunks": [0, 5, 4]}, ""),
+            ("zarr3", {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 5, 4]}}}, ""),
+            ("zarr2", {"shape": [6, 5], "filters": 5}, ""),
+            ("zarr3", {"shape": [6, 5]}, ""),
+            ("zarr3", {"codecs": 5}, ""),
+            # what would run programs
+            ("zarr2", {"filters": [{"id": "pickle", "protocol": 5}]}, "'pickle'"),
+            ("zarr2", {"dtype": "|O"}, "'|O'"),
+            ("zarr3", {"codecs": [{"name": "sharding_indexed", "configuration": PICKLE}]}, "'numcodecs.pickle'"),
+        ],
+    )
+    def test_damaged_and_hostile_metadata(self, tmp_path: Path, kind: str, change: Any, word: str) -> None:
+        file = write(tmp_path, kind, scene_variables())
+        metadata = file / "cube" / ("zarr.json" if kind == "zarr3" else ".zarray")
+        changed = json.dumps(json.loads(metadata.read_text()) | change)
+        for content, words in ((changed, [word]), ("{", []), ("[1]", [])):
+            metadata.write_text(content)
+            with refused(InputError, "a.zarr", *words):
+                open_reader(file)
 
     def test_text_beside(self, tmp_path: Path) -> None:
         path = tmp_path / "a.zarr"
@@ -683,16 +630,83 @@ class TestDamagedArrays:
         zarr.create_array(tmp_path / "b.zarr", shape=shape, chunks=shape, **options)
         refuse(tmp_path / "b.zarr", "cube", "4000000000", error=InputError, wavelength={"first": 400, "last": 900})
 
-    @pytest.mark.parametrize("what", ["symlink", "pipe"])
-    def test_links_and_pipes(self, tmp_path: Path, what: str) -> None:
-        file = write(tmp_path, "zarr3", scene_variables())
-        chunk = chunk_file(file, 3)
-        chunk.rename(tmp_path / "elsewhere")
-        if what == "symlink":
-            chunk.symlink_to(tmp_path / "elsewhere")
+
+class TestContainers:
+    @EVERY_KIND
+    def test_attributes_and_groups(self, tmp_path: Path, kind: str) -> None:
+        given = {"units": "W", "number": np.float64(2.5), "vector": np.int32([1, 2]), "_FillValue": np.float32(-1)}
+        inside = "" if kind in ("classic", "offset64") else "a/b/"
+        path = write(tmp_path, kind, {inside + name: of for name, of in scene_variables(cube(), **given).items()})
+        with closing(open_container(path)) as container:
+            found = container.attributes(f"{inside}cube")
+            assert found.keys() == given.keys()
+            for key in given.keys() - {"units"}:
+                np.testing.assert_array_equal(np.ravel(found[key]), given[key])
+            assert text(found["units"]) == "W"
+            assert container.attributes("") == container.attributes(inside.strip("/")) == {}
+            assert container.groups() == (["a", "a/b"] if inside else [])
+            homes = {variable.name: variable.homes for variable in container.variables()}
+        assert homes[f"{inside}cube"] == (f"{inside}y", f"{inside}x", f"{inside}channel")
+
+    def test_attributes_of_hdf5(self, tmp_path: Path) -> None:
+        given = {"text": "ü", "texts": np.array(["a", "b"], object), "bytes": np.bytes_(b"a"), "truth": np.bool_(True),
+                 "empty": h5py.Empty("S1"), "none": np.array([], np.float32), "number": np.int16(3)}  # fmt: skip
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            group = file.create_group("g")
+            for key, value in given.items():
+                group.attrs[key] = value
+            group.attrs["reference"] = group.ref
+            group.attrs["compound"] = np.zeros(1, [("a", "f4")])
+            file["v"] = np.zeros(2)
+            file["v"].make_scale("v")
+        with closing(open_container(tmp_path / "a.h5")) as container:
+            found = container.attributes("g")
+            assert found.keys() == given.keys()
+            assert found["bytes"] == b"a"
+            assert found["texts"].tolist() == ["a", "b"]
+            assert container.attributes("v") == {}
+
+    def test_dimensions_of_one_name(self, tmp_path: Path) -> None:
+        sizes = {"one/a": (2, 5), "one/deep/b": (2, 5), "two/a": (3, 5)}
+        for name, shape in sizes.items():
+            zarr.create_array(tmp_path / "a.zarr", name=name, shape=shape, dtype="f4", dimension_names=("y", "x"))
+        with closing(open_container(tmp_path / "a.zarr")) as container:
+            homes = {variable.name: variable.homes for variable in container.variables()}
+        assert homes == {"one/a": ("one/y", "x"), "one/deep/b": ("one/deep/y", "x"), "two/a": ("two/y", "x")}
+
+    def test_coordinates_with_two_dimensions(self, tmp_path: Path) -> None:
+        with h5netcdf.File(tmp_path / "a.nc", "w") as file:
+            file.dimensions = {"name": 2, "length": 3}
+            file.create_variable("name", ("name", "length"), "S1", data=np.array([list("abc"), list("xyz")], "S1"))
+        with closing(open_container(tmp_path / "a.nc")) as container:
+            (variable,) = container.variables()
+            assert (variable.name, variable.homes) == ("name", ("name", "length"))
+            assert container.read("name", (slice(1, 2), slice(None))).tolist() == [[b"x", b"y", b"z"]]
+
+    @pytest.mark.parametrize("kind", ["netcdf4", "zarr3"])
+    def test_texts(self, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / KINDS[kind]
+        values = np.array(["a", "", "ü"], dtype=object)
+        if kind == "netcdf4":
+            xr.Dataset({"v": ("n", values), "s": ((), "one")}).to_netcdf(path, engine="h5netcdf")
         else:
-            os.mkfifo(chunk)
-        refuse(file, None, "link", error=InputError, at=chunk)
+            config = {"write_empty_chunks": True}
+            zarr.create_array(path, name="v", shape=(3,), dtype=str, config=config)[...] = values
+            zarr.create_array(path, name="s", shape=(), dtype=str, config=config)[...] = "one"
+        with closing(open_container(path)) as container:
+            container.check("v")
+            assert container.read("v", (slice(1, 3),)).tolist() == ["", "ü"]
+            assert container.read("v", (slice(0, 1),)).dtype == object
+            assert container.read("s", ()).item() == "one"
+
+    def test_only_scalars_need_no_value(self, tmp_path: Path) -> None:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.create_dataset("scalar", (), "i4")
+            file.create_dataset("vector", (2,), "i4")
+        with closing(open_container(tmp_path / "a.h5")) as container:
+            container.check("scalar")
+            with refused(InputError, "8 bytes", key="vector", path=tmp_path / "a.h5"):
+                container.check("vector")
 
 
 # --- legacy tiles ---------------------------------------------------------------------------------
@@ -738,7 +752,12 @@ def radiance() -> np.ndarray:
 
 class TestTiles:
     @pytest.mark.parametrize("healthy", [False, True])
-    def test_radiance_comes_back(self, tmp_path: Path, radiance: np.ndarray, healthy: bool) -> None:
+    def test_radiance_comes_back(
+        self, tmp_path: Path, radiance: np.ndarray, healthy: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loaded: dict[str, Any] = {}
+        load = torch.load
+        monkeypatch.setattr(torch, "load", lambda f, **given: loaded.update({Path(f).name: given}) or load(f, **given))
         folder = legacy_folder(tmp_path / "old", radiance, healthy=healthy)
         truth = np.where(radiance < 0, np.nan, radiance).reshape(N * H, W, NC)
         with open_reader(folder / "00000.pt", wavelength=NM, units="photons") as scene:
@@ -754,6 +773,7 @@ class TestTiles:
             assert scene.read(slice(3, 3))[0].shape == (0, W, NC)
             assert len(scene.notes) == healthy and all(" 0-3" in note for note in scene.notes)
             np.testing.assert_array_equal(pickle.loads(pickle.dumps(scene)).read(slice(0, 1))[0], values[:1])
+        assert loaded["00000.pt"]["mmap"] and all(given["weights_only"] for given in loaded.values())
         with open_scene(folder / "00000.pt", wavelength=NM, region=[4, 12, 0, 2]) as ds:
             np.testing.assert_array_equal(ds.radiance.values, values[4:12, :2])
 
@@ -789,23 +809,6 @@ class TestTiles:
         assert counts == NO_RULE | {"fill": 4 * 8 * nc}
         np.testing.assert_array_equal(np.isnan(values), radiance[0].numpy() == 1)
 
-    def test_a_file_is_mapped(self, tmp_path: Path, radiance: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-        folder = legacy_folder(tmp_path / "old", radiance, healthy=False)
-        loaded: list[Any] = []
-        load = torch.load
-        monkeypatch.setattr(torch, "load", lambda f, **k: loaded.append((Path(f).name, k)) or load(f, **k))
-        with open_reader(folder / "00000.pt", wavelength=NM) as scene:
-            scene.read(slice(0, 1))
-        assert all(k["weights_only"] for _, k in loaded)
-        assert all(k["mmap"] for name, k in loaded if name == "00000.pt")
-        assert {name for name, _ in loaded} == {"00000.pt", "mean_spectrum.pt", "std_spectrum.pt"}
-
-    def test_folder(self, tmp_path: Path, radiance: np.ndarray) -> None:
-        folder = legacy_folder(tmp_path / "old", radiance, healthy=False, files=3)
-        assert tile_files(folder) == [folder / f"0000{i}.pt" for i in range(3)]
-        assert tile_files(tmp_path) is None
-        refuse(folder, None, "3 tile files", f"{folder}/[0-9]*.pt", error=InputError, wavelength=NM)
-
     def test_spectra(self, tmp_path: Path) -> None:
         file = save_tiles(tmp_path, torch.zeros(1, 2, 2, NC))
         for spectrum in (tmp_path / "mean_spectrum.pt", tmp_path / "std_spectrum.pt"):
@@ -822,11 +825,11 @@ class TestTiles:
         refuse(file, None, "negative", error=InputError, at=spectrum, wavelength=NM)
 
     def test_arguments(self, tmp_path: Path, radiance: np.ndarray) -> None:
-        file = legacy_folder(tmp_path / "old", radiance, healthy=False) / "00000.pt"
+        folder = legacy_folder(tmp_path / "old", radiance, healthy=False)
+        file = folder / "00000.pt"
+        refuse(folder, None, "1 tile", f"{folder}/[0-9]*.pt", error=InputError, wavelength=NM)
         refuse(file, "wavelength", "4 channels", error=InputError)
-        refuse(file, "wavelength", "3 values", wavelength=NM[:3])
         refuse(file, "region", "multiples of 4", wavelength=NM, region=[0, 6, 0, 3])
-        refuse(file, "region", "<= 20", wavelength=NM, region=[0, 24, 0, 3])
 
     @pytest.mark.parametrize(
         ("content", "word"),
@@ -854,20 +857,17 @@ class TestTiles:
         with open_reader(file, wavelength=NM) as scene, refused(InputError, "11", path=file):
             scene.read(slice(0, 1))
 
-    @pytest.mark.parametrize("cut", [10, 200, 900])
-    def test_truncated(self, tmp_path: Path, radiance: np.ndarray, cut: int) -> None:
+    def test_damaged_and_other_files(self, tmp_path: Path, radiance: np.ndarray) -> None:
         file = legacy_folder(tmp_path / "old", radiance, healthy=False) / "00000.pt"
-        os.truncate(file, file.stat().st_size - cut)
-        with refused(InputError, "00000.pt"):
-            open_reader(file, wavelength=NM)
-
-    def test_other_kinds_of_file(self, tmp_path: Path) -> None:
-        file = tmp_path / "00000.pt"
+        for cut in (10, 190, 700):
+            os.truncate(file, file.stat().st_size - cut)
+            with refused(InputError, "00000.pt"):
+                open_reader(file, wavelength=NM)
         torch.save(torch.zeros(1, 2, 2, NC), file, _use_new_zipfile_serialization=False)
         with refused(InputError, "00000.pt", "1.6"):
             open_reader(file, wavelength=NM)
-        np.savez(file, a=cube())
-        (tmp_path / "00000.pt.npz").rename(file)
+        with file.open("wb") as other:
+            np.savez(other, a=cube())
         refuse(file, None, "unknown format", error=InputError, wavelength=NM)
 
 
@@ -880,18 +880,13 @@ def run_prepare(out: Path, inputs: list[Any], **settings: Any) -> Store:
     return Store(out)
 
 
-@pytest.mark.parametrize("kind", ["envi", "netcdf4", "zarr2", "zarr3"])
-def test_prepare(tmp_path: Path, kind: str) -> None:
+def test_prepare(tmp_path: Path) -> None:
     """A scene with a fill, given by config: the store holds (value - mean) / std of the valid samples."""
     values = cube()
     values[1, 2, 3] = -9999
-    spec: dict[str, Any] = {"wavelength": {"first": 400, "last": 700}, "units": "1"}
-    if kind == "envi":
-        path = write_envi(tmp_path / "a.hdr", values, data_ignore_value=-9999, wavelength=None)
-    else:
-        dims = ("u", "v", "w")
-        path = write(tmp_path, kind, {"cube": (dims, values, {"_FillValue": np.float32(-9999)})})
-        spec |= {"variable": "cube", "dims": {"y": "u", "x": "v", "channel": 2}}
+    path = write(tmp_path, "netcdf4", {"cube": (("u", "v", "w"), values, {"_FillValue": np.float32(-9999)})})
+    spec: dict[str, Any] = {"wavelength": GIVEN, "units": "1", "variable": "cube"}
+    spec["dims"] = {"y": "u", "x": "v", "channel": 2}
     settings = {"normalization": {"transform": "zscore"}, "split": {"val_fraction": 0}, "dtype": "float32"}
     store = run_prepare(tmp_path / "store", [{"path": str(path), **spec}], **settings)
     truth = np.where(values == -9999, np.nan, values).astype(np.float64)

@@ -40,16 +40,14 @@ REASONS = {
     "chunk of 1 GiB": "at most",
     "unknown filter": "32099",
     "shuffle: parameter flipped": "shuffled",
-    "byte order of a type flipped": "big-endian",
+    "byte order that is not the others'": "big-endian",
     "floats of an odd layout": "odd layout",
+    "radiance that was never written": "none is stored",
     "attribute of 8 MiB": "'comment'",
-    "all dimensions of 64 GB, never written": "none is stored",
     "external link in a corner": "notes/more",
     "external storage": "another file",
-    "MATLAB 7.3: external storage": "another file",
     "virtual dataset": "another file",
     "soft link in a circle": "nowhere",
-    "MATLAB 5: cut": "ends at",
     "MATLAB 5: deflated bomb of 3 GiB": "GiB",
     "name with a line break": "rename",
     "text named .nc": "HDF5",
@@ -214,7 +212,6 @@ class TestGoodFiles:
             hdf5.read(file["b"])
 
     def test_arguments_of_any_kind(self, tmp_path: Path, granule: Path) -> None:
-        assert open_reader(granule, region=np.array([1, 4, 2, 5])).shape == (3, 3, NC)
         assert open_reader(granule, region=(1, 4, 2, 5), flag_bits=range(2)).shape == (3, 3, NC)
         path = tmp_path / "a.mat"
         with h5py.File(path, "w") as file:
@@ -242,11 +239,8 @@ class TestChildProcess:
     @pytest.mark.parametrize(
         ("body", "word"),
         [
-            ("import time; time.sleep(100)", "1 s"),
-            ("[0 for _ in iter(int, 1)]", "1 s"),
             ("import ctypes; ctypes.PyDLL(None).pause()", "1 s"),  # holds the interpreter's lock
             ("import os; os.abort()", "status -6"),
-            ("import ctypes; ctypes.string_at(0)", "status -11"),
             ("import os; os._exit(0)", "status 0"),
             ("held = bytearray(3 << 30)", "2 GiB"),
         ],

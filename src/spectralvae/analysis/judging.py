@@ -26,6 +26,7 @@ from spectralvae.errors import RunError
 from spectralvae.model import AutoencoderKL, DiagonalGaussianDistribution
 from spectralvae.plotting.composite import thinning
 from spectralvae.runtime.placement import place
+from spectralvae.training.objective import Objective
 from spectralvae.weights.artifact import Artifact
 from spectralvae.weights.normalization import EPSILON
 
@@ -222,12 +223,13 @@ class Judge:
         self, model: AutoencoderKL, artifact: Artifact, batch: Batch
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """(B, C, t, t) from the posterior's mode, clipped, and the posterior."""
-        posterior = model.encode(batch.x.nan_to_num())
-        x_hat = model.decode(posterior.mode())
-        if not bool(torch.isfinite(x_hat).all()):
+        cells = batch.x.shape[2] // model.scale
+        mode = batch.x.new_zeros(len(batch.x), model.embed_dim, cells, cells)
+        found = Objective(model).reconstruct(batch.x, ~batch.x.isnan(), mode)
+        if not bool(torch.isfinite(found.x_hat).all()):
             places = ", ".join(f"{self.tiles.store.scenes[c.scene].id} at ({c.y}, {c.x})" for c in batch.crops)
             raise RunError(f"its reconstruction is not finite for the tiles {places}", path=artifact.path)
-        return self._clipped(x_hat), posterior
+        return self._clipped(found.x_hat), found.posterior
 
     # --- what is looked at ----------------------------------------------------------------------
 

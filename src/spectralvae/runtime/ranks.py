@@ -17,7 +17,7 @@ from traceback import clear_frames
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from spectralvae.errors import ConfigError, LostPeerError, PeerError
 from spectralvae.runtime.signals import Stopped
@@ -110,6 +110,13 @@ class Ranks:
         with self.listening():
             distributed.all_reduce(total)
         return np.asarray(total.numpy())
+
+    def add(self, named: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float64]]:
+        """The sums over all processes by name, in one reduction; each process gives the same names and shapes."""
+        arrays = {name: np.asarray(values, np.float64) for name, values in named.items()}
+        total = self.sum(np.concatenate([array.ravel() for array in arrays.values()]))
+        parts = np.split(total, np.cumsum([array.size for array in arrays.values()])[:-1])
+        return {name: part.reshape(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
 
     def gather(self, value: T) -> list[T]:
         """What each process gives, by rank."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import NamedTuple, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -21,31 +19,8 @@ from spectralvae.errors import ConfigError, RunError
 from spectralvae.model import AttnBlock, AutoencoderKL
 from spectralvae.runtime.placement import place
 from spectralvae.runtime.ranks import Ranks
+from spectralvae.training.objective import Objective, Outcome, Sums, add, to_host
 from spectralvae.training.supervision import Supervision
-
-METRICS = ("loss", "nll_loss", "kl_loss", "pixel_mse")
-_PER_TILE = METRICS[:-1]  # these are means over tiles, the last one is a mean over valid samples
-
-
-class _Loss(nn.Module):
-    """What DistributedDataParallel and torch.compile wrap: they act on ``forward``."""
-
-    def __init__(self, model: AutoencoderKL, supervision: Supervision | None) -> None:
-        super().__init__()
-        self.model, self.supervision = model, supervision
-
-    def forward(
-        self, x: Tensor, mask: Tensor, noise: Tensor, targets: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.supervision is None:
-            return self.model.get_loss(x, mask, noise)
-        assert targets is not None
-        x = x.masked_fill(~mask, 0.0)
-        posterior = self.model.encode(x)
-        latents = posterior.sample(noise)
-        loss, metrics = self.model.loss_of(x, self.model.decode(latents), posterior, mask)
-        errors = self.supervision(latents, targets)
-        return loss + self.supervision.loss_of(errors, x, latents), {**metrics, "supervision": errors.detach()}
 
 
 def check_shares(config: TrainConfig, ranks: Ranks) -> int:
@@ -89,6 +64,18 @@ def out_of_memory(config: TrainConfig, device: torch.device) -> RunError:
     )
 
 
+class Gradients(NamedTuple):
+    """What a backward pass found; the gradients themselves are in the parameters.
+
+    Attributes:
+        sums: of this process's metrics, on the host.
+        norm: scalar on the device, over all weights, the same in every process.
+    """
+
+    sums: dict[str, tuple[float, float]]
+    norm: Tensor
+
+
 class Engine:
     """A network in training. Weights on which its output does not depend (``idle_parameters``) stay as they are.
 
@@ -120,22 +107,24 @@ class Engine:
         self.supervision = supervision
         if supervision is not None:
             supervision.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self._whole = _Loss(model, supervision)
-        self.parameters = [p for p in self._whole.parameters() if p.requires_grad]
+        self.objective = Objective(model, supervision)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self._whole.parameters(),
+            self.objective.parameters(),
             lr=optimizer.lr,
             betas=(optimizer.betas[0], optimizer.betas[1]),
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
         if training.compile:
-            self._whole.compile()
-        self._loss: _Loss | DistributedDataParallel = self._whole
+            self.objective.compile()
+        self._wrapped: Objective | DistributedDataParallel = self.objective
         if ranks.world_size > 1:
             devices = [device] if device.type == "cuda" else None
             with ranks.listening():
-                self._loss = DistributedDataParallel(self._whole, device_ids=devices, gradient_as_bucket_view=True)
+                self._wrapped = DistributedDataParallel(
+                    self.objective, device_ids=devices, gradient_as_bucket_view=True
+                )
 
     def to_device(self, tiles: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, y, x, C) with NaN -> x (B, C, y, x) float32, mask, noise, on the device; tiles may be there already."""
@@ -147,7 +136,7 @@ class Engine:
         """The precision of the run; posterior and loss are float32 in any case."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16-mixed")
 
-    def gradients(self, batch: Batch) -> NDArray[np.float64]:
+    def gradients(self, batch: Batch) -> Gradients:
         """Forward and backward; the gradients, averaged over all processes, are in the parameters afterwards.
 
         Dropout, if there is any, is a pure function of (seed, step, rank).
@@ -156,33 +145,23 @@ class Engine:
             batch: this process's share of a step.
 
         Returns:
-            (5 + 2 P,) this process's part of the step's metrics, for ``metrics_of`` once they are summed over all
-            processes.
+            The sums of this process's metrics, grad_norm among them, and the norm for ``update``.
 
         Raises:
             LostPeerError: another process is gone.
         """
         torch.manual_seed(sampling.dropout_seed(self.config.seed, batch.step, self.ranks.rank))
         n_parts = self.config.training.gradient_accumulation
-        sums = self._no_sums()
+        sums: Sums = {}
         self.optimizer.zero_grad()
         for i, (tiles, noise, targets) in enumerate(self._parts(batch)):
             with self._synchronized(i == n_parts - 1), self.ranks.listening():
                 with self.autocast():
-                    loss, metrics = self._loss(*self.to_device(tiles, noise), targets)
+                    loss, more = self._wrapped(*self.to_device(tiles, noise), targets)[:2]  # the rest would take memory
                 (loss / n_parts).backward()
-            sums += metric_sums(metrics, 1.0 / (n_parts * self.ranks.world_size))
-        return np.asarray(sums.cpu().numpy())
-
-    def metrics_of(self, sums: NDArray[np.float64]) -> dict[str, float]:
-        """The metrics of which ``gradients`` or ``measure`` gave the sums: `METRICS`, and the head's."""
-        own = len(METRICS) + 1
-        of_head = self.supervision.metrics_of(sums[own:].reshape(-1, 2)) if self.supervision is not None else {}
-        return metrics_of(sums[:own]) | of_head
-
-    def _no_sums(self) -> Tensor:
-        n_products = len(self.supervision.products) if self.supervision is not None else 0
-        return torch.zeros(len(METRICS) + 1 + 2 * n_products, dtype=torch.float64, device=self.device)
+            sums = add(sums, more)
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return Gradients(to_host({**sums, "grad_norm": (norm, 1.0)}), norm)
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Tiles and noise that go through the network at a time, and their targets, which are on the device."""
@@ -200,30 +179,37 @@ class Engine:
         three processes and more are added up follows from their places there: without this, the first step after each
         start would round otherwise than the same step of a run that was not interrupted.
         """
-        if isinstance(self._loss, DistributedDataParallel):
+        if isinstance(self._wrapped, DistributedDataParallel):
             self.gradients(batch)
 
     @torch.no_grad()
-    def measure(self, batch: Batch) -> NDArray[np.float64]:
+    def measure(self, batch: Batch) -> dict[str, tuple[float, float]]:
         """As ``gradients``, of the network in eval mode and without any."""
-        sums = self._no_sums()
-        self.model.eval()
+        sums: Sums = {}
         for tiles, noise, targets in self._parts(batch):
-            with self.autocast():
-                _, metrics = self._whole.forward(*self.to_device(tiles, noise), targets)
-            sums += metric_sums(metrics, len(tiles) / self.config.data.batch_size)
-        self.model.train()
-        return np.asarray(sums.cpu().numpy())
+            sums = add(sums, self.judge(tiles, noise, targets).sums)
+        return to_host(sums)
+
+    @torch.no_grad()
+    def judge(self, tiles: Tensor, noise: Tensor, targets: Tensor | None = None) -> Outcome:
+        """The objective in eval mode.
+
+        Args:
+            tiles: (B, y, x, C) with NaN.
+            noise: (B, E, h, w).
+            targets: (B, P, h, w) on the device; None leaves the head out.
+        """
+        self.objective.eval()
+        with self.autocast():
+            outcome: Outcome = self.objective.forward(*self.to_device(tiles, noise), targets)
+        self.objective.train()
+        return outcome
 
     def _synchronized(self, last: bool) -> AbstractContextManager[None]:
         """Processes average their gradients once a step, after the last part."""
-        if last or not isinstance(self._loss, DistributedDataParallel):
+        if last or not isinstance(self._wrapped, DistributedDataParallel):
             return nullcontext()
-        return cast(AbstractContextManager[None], self._loss.no_sync())
-
-    def gradient_norm(self) -> Tensor:
-        """The norm over all weights, a scalar; the same in every process."""
-        return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return cast(AbstractContextManager[None], self._wrapped.no_sync())
 
     def update(self, norm: Tensor, step: int) -> None:
         """Clip the gradients, whose norm is given, and let the optimizer take its step, after ``step`` others."""
@@ -244,22 +230,3 @@ def learning_rate(optimizer: OptimizerConfig, step: int) -> float:
     if decay is None:
         return optimizer.lr
     return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (decay - warmup)))
-
-
-def metric_sums(metrics: dict[str, Tensor], weight: float) -> Tensor:
-    """What can be added up of a batch's metrics, float64.
-
-    Returns:
-        (5 + 2 P,) means over tiles times ``weight``, squares, samples; of a head, squares and targets by product.
-    """
-    n_valid = metrics["n_valid"].double()
-    own = [*(metrics[key].double() * weight for key in _PER_TILE), metrics["pixel_mse"].double() * n_valid, n_valid]
-    return torch.stack([*own, *metrics["supervision"].double().ravel()] if "supervision" in metrics else own)
-
-
-def metrics_of(sums: NDArray[np.float64]) -> dict[str, float]:
-    """The `METRICS` of which ``metric_sums`` without those of a head were added up; pixel_mse is the mean over all
-    valid samples.
-    """
-    *per_tile, squares, n_valid = (float(value) for value in sums)
-    return {**dict(zip(_PER_TILE, per_tile, strict=True)), "pixel_mse": squares / n_valid}

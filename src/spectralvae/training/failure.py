@@ -79,11 +79,8 @@ def describe_tiles(engine: Engine, store: Store, batch: Batch) -> list[dict[str,
         batch: this process's share.
     """
     described = []
-    model = engine.model.eval()
     for i, crop in enumerate(batch.crops):
-        x, mask, noise = engine.to_device(batch.tiles[i : i + 1], batch.noise[i : i + 1])
-        with engine.autocast():
-            loss, _ = model.get_loss(x, mask, noise)
+        loss, _, found = engine.judge(batch.tiles[i : i + 1], batch.noise[i : i + 1])
         scene = store.scenes[crop.scene]
         described.append(
             {
@@ -92,13 +89,12 @@ def describe_tiles(engine: Engine, store: Store, batch: Batch) -> list[dict[str,
                 "source": scene.source,
                 "y": crop.y,
                 "x": crop.x,
-                "valid_fraction": float(mask.float().mean()),
-                "z_min": float(x.masked_fill(~mask, math.inf).min()),
-                "z_max": float(x.masked_fill(~mask, -math.inf).max()),
+                "valid_fraction": float(found.mask.float().mean()),
+                "z_min": float(found.x.masked_fill(~found.mask, math.inf).min()),
+                "z_max": float(found.x.masked_fill(~found.mask, -math.inf).max()),
                 "loss": float(loss),
             }
         )
-    model.train()
     return described
 
 

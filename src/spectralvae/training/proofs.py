@@ -25,7 +25,7 @@ from spectralvae.config import TrainConfig
 from spectralvae.config.loading import dump_config, to_yaml
 from spectralvae.data.loader import TileStream, make_sampler
 from spectralvae.errors import ConfigError, RunError
-from spectralvae.training.engine import metrics_of
+from spectralvae.training.objective import means
 from spectralvae.training.supervision import supervised_products
 from spectralvae.training.trials import Check, Patient, changed, in_bytes
 from spectralvae.weights.checkpoint import checkpoint_path
@@ -82,19 +82,19 @@ def overfit(p: Patient) -> Check:
     errors: list[float] = []
     with p.progress("overfitting one batch", OVERFIT_STEPS) as advance:
         while True:
-            sums = engine.gradients(batch)
-            errors.append(metrics_of(sums)["pixel_mse"])
+            sums, norm = engine.gradients(batch)
+            errors.append(means(sums)["pixel_mse"])
             if errors[-1] < limit or len(errors) > OVERFIT_STEPS or not np.isfinite(errors[-1]):
                 break
-            engine.update(engine.gradient_norm(), len(errors) - 1)
+            engine.update(norm, len(errors) - 1)
             advance()
     figures = {"first": errors[0], "last": errors[-1], "steps": len(errors) - 1, "limit": limit}
     text = (
         f"pixel MSE of {OVERFIT_TILES} tiles of {size} x {size} pixels: {errors[0]:.4g} -> {errors[-1]:.4g} in "
         f"{len(errors) - 1} steps with lr {OVERFIT_LR:g}"
     )
-    if int(sums[-1]) != n_valid:
-        wrong = f"{int(sums[-1])} samples count, but {n_valid} are valid"
+    if int(sums["pixel_mse"][1]) != n_valid:
+        wrong = f"{int(sums['pixel_mse'][1])} samples count, but {n_valid} are valid"
     elif not np.isclose(errors[0], zero, rtol=1e-3):
         wrong = f"an untrained network must begin with the data's mean square, {zero:.4g}"
     elif not errors[-1] < limit:

@@ -20,8 +20,9 @@ from spectralvae.data.store import Store
 from spectralvae.errors import SpectralvaeError
 from spectralvae.runtime.atomic import write_atomic
 from spectralvae.runtime.ranks import Ranks, find_ranks
-from spectralvae.training.engine import Engine, metrics_of
+from spectralvae.training.engine import Engine
 from spectralvae.training.network import network_settings
+from spectralvae.training.objective import means
 from spectralvae.weights.settings import build_model
 
 WEIGHT_SPREAD = 0.02  # added to all weights: a fresh network ends in zeros, so most gradients would be 0
@@ -56,7 +57,7 @@ def _gradients(config: TrainConfig, store: Store, tile_size: int, ranks: Ranks) 
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    loss = metrics_of(ranks.sum(engine.gradients(next(iter(stream)))))["loss"]
+    loss = means(ranks.add(engine.gradients(next(iter(stream))).sums))["loss"]
     return _Gradients(loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 

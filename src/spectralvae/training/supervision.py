@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spectralvae.config import TrainConfig
@@ -82,16 +80,6 @@ class Supervision(nn.Module):
         """
         n_tiles, samples_of_cell = len(x), x[0].numel() // latents[0, 0].numel()
         return (self.weights * errors[:, 0]).sum() * (samples_of_cell / n_tiles)
-
-    def metrics_of(self, errors: NDArray[np.float64]) -> dict[str, float]:
-        """Mean squared errors by product, from (P, 2) ``errors`` of any tiles added up; those without a valid target
-        are left out. Predicting the mean has 1, but for averaging over cells, which takes some of the variance away.
-        """
-        return {
-            f"supervision_{product}": float(squares / n)
-            for product, (squares, n) in zip(self.products, errors, strict=True)
-            if n
-        }
 
 
 def supervised_products(config: TrainConfig) -> dict[str, float]:

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from spectralvae.training import failure, record
 from spectralvae.training.engine import Engine, check_shares, out_of_memory
 from spectralvae.training.memory import check_batch_fits, check_cache, report_first_step
 from spectralvae.training.network import check_forward, network_settings, start_from
+from spectralvae.training.objective import means
 from spectralvae.training.supervision import build_supervision
 from spectralvae.training.terminal import Stopwatch, summarize, terminal
 from spectralvae.training.validation import Validated, Validation
@@ -40,6 +40,8 @@ from spectralvae.weights.checkpoint import (
     thin_out,
 )
 from spectralvae.weights.settings import build_model
+
+STOP_CODES = sorted(set(EXIT_CODES.values()))
 
 
 def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Console) -> None:
@@ -202,31 +204,52 @@ class Trainer:
                 self.run.record["starts"][-1] |= {"to_step": self.step, "seconds": self.clock.seconds()}
 
     def _run(self, signals: StopSignal) -> None:
-        n_steps = self.config.training.n_steps
+        ranks, engine, n_steps = self.ranks, self.engine, self.config.training.n_steps
         if self.step == 0:
             self._begin()
         first_step, batches = self.step, iter(self._stream(self.config.data.num_workers))
-        with self.ranks.together():
+        following: Batch | None = None
+        with ranks.together():
             if self.run and self.watch:
                 # a kill after the newest checkpoint may have cost what was to follow
                 self._tidy_up(self.run, self.watch)
                 self.watch.draw(self.step, "running" if self.step < n_steps else "finished")
+            if self.step < n_steps:
+                following = next(batches)
         self.clock = Stopwatch()
         with terminal(self.step, n_steps, self.console) as shown:
             while self.step < n_steps:
-                with self.ranks.together(), self.clock.of("waiting for data"):
-                    batch = next(batches)
+                batch, following, lost = following, None, None
+                assert batch is not None, "it was lost, and all have heard of it"
                 if self.step == first_step:
-                    self.engine.settle(batch)
-                metrics, exit_code = self._advance(batch, signals)
+                    engine.settle(batch)
+                sums, norm = engine.gradients(batch)
+                if self.step + 1 < n_steps:
+                    try:
+                        with self.clock.of("waiting for data"):
+                            following = next(batches)
+                    except Exception as error:  # raised below, once all processes know of it
+                        lost = error
+                stops = {f"exit_{code}": float(signals.exit_code == code) for code in STOP_CODES}
+                totals = ranks.add({**sums, **stops, "lost": float(lost is not None)})  # the only reduction of a step
+                exit_code = max((code for code in STOP_CODES if totals.pop(f"exit_{code}")), default=None)
+                any_lost = bool(totals.pop("lost"))
+                metrics = means(totals)
+                failure.check_finite(engine, self.store, batch, metrics)
+                engine.update(norm, self.step)
+                self.step += 1
                 if self.step == first_step + 1:
                     report_first_step(self.device, self.console)
                 self._follow_up(metrics, exit_code is not None)
                 if self.watch:
                     shown.show(self.step, metrics, self.watch.steps_per_second)
                 if exit_code is not None and self.step < n_steps:
-                    self.console.print(f"stopped by a signal, saved at step {self.step}; start it again to go on")
+                    self.console.print(f"stopped by a signal, saved at step {self.step}; start it again to resume")
                     raise Stopped(exit_code)
+                if any_lost:
+                    with ranks.together():
+                        if lost is not None:
+                            raise lost
         if self.watch:
             summarize(self.watch, self.step, self.clock.seconds(), self.console)
 
@@ -297,7 +320,7 @@ class Trainer:
             elif self.watch:
                 self.console.print("no validation scenes: no validation, and no comparison with PCA")
             sums = self.engine.measure(batch)
-        row = self.engine.metrics_of(self.ranks.sum(sums))
+        row = means(self.ranks.add(sums))
         failure.check_finite(self.engine, self.store, batch, row)
         if validated := self._validate():
             row |= validated.metrics
@@ -321,28 +344,6 @@ class Trainer:
             targets=self.targets,
             cache=self.cache,
         )
-
-    def _advance(self, batch: Batch, signals: StopSignal) -> tuple[dict[str, float], int | None]:
-        """One update; whether it is made, and whether to stop after it, all processes decide together.
-
-        Returns:
-            The metrics of the step, and what to exit with after it if a signal came to any process.
-
-        Raises:
-            RunError: loss or gradient is not finite (the weights are still those before the step), or memory ran out.
-        """
-        local = self.engine.gradients(batch)
-        codes = sorted(set(EXIT_CODES.values()))
-        asked = np.array([float(signals.exit_code == code) for code in codes])
-        sums = self.ranks.sum(np.concatenate([local, asked]))
-        metrics = self.engine.metrics_of(sums[: len(local)])
-        norm = self.engine.gradient_norm()
-        metrics["grad_norm"] = float(norm)
-        failure.check_finite(self.engine, self.store, batch, metrics)
-        self.engine.update(norm, self.step)
-        self.step += 1
-        wanted = [code for code, n in zip(codes, sums[len(local) :], strict=True) if n]
-        return metrics, max(wanted, default=None)
 
     # --- what is left behind --------------------------------------------------------------------
 

@@ -22,7 +22,8 @@ from spectralvae.data.store import Store
 from spectralvae.runtime.console import new_progress
 from spectralvae.runtime.device import available_memory, peak_memory
 from spectralvae.runtime.ranks import Ranks
-from spectralvae.training.engine import METRICS, Engine, check_shares, metrics_of
+from spectralvae.training.engine import Engine, check_shares
+from spectralvae.training.objective import METRICS, means
 from spectralvae.training.validation import Validation
 from spectralvae.training.watch import Watch
 from spectralvae.weights.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, step_of
@@ -165,9 +166,8 @@ def _timed_steps(p: Patient, engine: Engine, n_tiles: int, n_steps: int, advance
         clock = [time.perf_counter()]
         batch = next(batches)
         clock.append(time.perf_counter())
-        errors.append(metrics_of(engine.gradients(batch))["pixel_mse"])
-        norm = engine.gradient_norm()
-        float(norm)  # waits for the device
+        sums, norm = engine.gradients(batch)  # waits for the device
+        errors.append(means(sums)["pixel_mse"])
         clock.append(time.perf_counter())
         engine.update(norm, max(i, 0))
         if p.device.type == "cuda":

@@ -21,7 +21,8 @@ from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.model import DiagonalGaussianDistribution
 from spectralvae.plotting.reconstructions import N_TILES, draw_reconstructions
-from spectralvae.training.engine import METRICS, Engine, metric_sums, metrics_of
+from spectralvae.training.engine import Engine
+from spectralvae.training.objective import Sums, add, means, to_host
 from spectralvae.weights.provenance import LatentStatistics
 
 ACTIVE_VARIANCE = 0.01  # a latent channel whose posterior mean varies less says nothing (Burda et al. 2016)
@@ -32,7 +33,7 @@ class Validated(NamedTuple):
     """What a validation found.
 
     Attributes:
-        metrics: `METRICS` and those of a head, named val_*: pixel_mse per valid sample, the others of `METRICS` per
+        metrics: those of the objective, named val_*: pixel_mse per valid sample, the others per
             tile, a head's per valid target.
         description: errors by channel, and what the latents are like, as JSON values (see ``_describe``).
         latents: what to scale latents with.
@@ -100,7 +101,6 @@ class Validation:
                 self._kept[start] = tiles = tiles.to(self.keep_on)
             yield crops, tiles, torch.from_numpy(np.stack(noise))
 
-    @torch.no_grad()
     def run(self, engine: Engine) -> Validated:
         """Judge the network on all tiles; all processes share the work, and each gets the result.
 
@@ -108,47 +108,27 @@ class Validation:
             RunError: a metric is not finite.
         """
         with engine.ranks.together():
-            sums = self._sums(engine)
-        ends = np.cumsum([total.size for total in sums])[:-1]
-        parts = np.split(engine.ranks.sum(np.concatenate([total.ravel() for total in sums])), ends)
-        totals, channels, latents, heads = (part.reshape(total.shape) for part, total in zip(parts, sums, strict=True))
-        totals[: len(METRICS) - 1] /= len(self.crops)
-        found = metrics_of(totals) | (engine.supervision.metrics_of(heads) if engine.supervision is not None else {})
-        metrics = {f"val_{key}": value for key, value in found.items()}
+            sums, channels, latents = self._sums(engine)
+        totals = engine.ranks.add({**sums, "channels": channels, "latents": latents})
+        channels, latents = totals.pop("channels"), totals.pop("latents")
+        metrics = {f"val_{name}": value for name, value in means(totals).items()}
         return Validated(metrics, self._describe(channels, latents), _statistics(latents, len(self.crops)))
 
-    def _sums(self, engine: Engine) -> list[NDArray[np.float64]]:
-        """Of this process's share: of metrics, by channel, by latent channel, and of a head's errors by product."""
-        model = engine.model.eval()
-        n_channels, (n_latents, _, _) = self.store.normalization.n_channels, self.noise_shape
-        n_products = len(engine.supervision.products) if engine.supervision is not None else 0
-        sums = [np.zeros(shape) for shape in (len(METRICS) + 1, (3, n_channels), (6, n_latents), (n_products, 2))]
+    def _sums(self, engine: Engine) -> tuple[Sums, NDArray[np.float64], NDArray[np.float64]]:
+        """Of this process's share: of the metrics, (3, C) by channel, (6, E) by latent channel."""
+        sums: Sums = dict.fromkeys(engine.objective.names, (0.0, 0.0))  # a process may have no batch
+        channels, latents = np.zeros((3, self.store.normalization.n_channels)), np.zeros((6, self.noise_shape[0]))
         for crops, tiles, noise in self._batches(engine):
-            x, mask, noise = engine.to_device(tiles, noise)
-            x = x.masked_fill(~mask, 0.0)
-            with engine.autocast():
-                posterior = model.encode(x)
-                x_hat = model.decode(posterior.sample(noise))
-                _, metrics = model.loss_of(x, x_hat, posterior, mask)
-                heads = self._head_errors(engine, posterior.mode(), crops)
-            parts = (metric_sums(metrics, len(tiles)), _channel_sums(x, x_hat, mask), _latent_sums(posterior, mask))
-            for total, part in zip(sums, (*parts, heads), strict=True):
-                total += part.cpu().numpy()
-            if not (np.isfinite(sums[0]).all() and np.isfinite(sums[3]).all()):
+            targets = self.targets.read_all(crops, self.tile_size).to(engine.device) if self.targets else None
+            _, more, found = engine.judge(tiles, noise, targets)
+            sums = add(sums, to_host(more))
+            channels += _channel_sums(found.x, found.x_hat, found.mask).cpu().numpy()
+            latents += _latent_sums(found.posterior, found.mask).cpu().numpy()
+            if not np.isfinite(list(sums.values())).all():
                 places = ", ".join(f"{self.store.scenes[c.scene].id} at ({c.y}, {c.x})" for c in crops)
-                numbers = ", ".join(f"{key} {value:g}" for key, value in metrics_of(sums[0]).items())
+                numbers = ", ".join(f"{name} {value:g}" for name, value in means(sums).items())
                 raise RunError(f"validation is not finite ({numbers}) on the tiles {places}", path=self.store.path)
-        model.train()
-        return sums
-
-    def _head_errors(self, engine: Engine, latents: Tensor, crops: list[Crop]) -> Tensor:
-        """(P, 2) of a batch, of predictions from the posterior's mean; (0, 2) without a head."""
-        if engine.supervision is None:
-            return torch.zeros(0, 2)
-        assert self.targets is not None
-        targets = self.targets.read_all(crops, self.tile_size).to(engine.device)
-        errors: Tensor = engine.supervision(latents, targets)
-        return errors.double()
+        return sums, channels, latents
 
     def _describe(self, channels: NDArray[np.float64], latents: NDArray[np.float64]) -> dict[str, Any]:
         """From sums to JSON values.
@@ -179,17 +159,12 @@ class Validation:
         validation = (self._read([crop])[0].numpy() for crop in self.crops)
         return reference_errors(training, validation)
 
-    @torch.no_grad()
     def draw(self, engine: Engine, step: int) -> Figure:
         """Reconstructions, from the posterior's mode, of a few of the tiles."""
         crops = self.crops or [self.sampler.crop(i) for i in range(N_TILES)]
         crops = [crops[i] for i in sampling.evenly(len(crops), N_TILES)]
         tiles = self._read(crops)
-        x, mask, _ = engine.to_device(tiles, torch.empty(0))
-        model = engine.model.eval()
-        with engine.autocast():
-            x_hat = model.decode(model.encode(x.masked_fill(~mask, 0.0)).mode())
-        model.train()
+        x_hat = engine.judge(tiles, torch.zeros(len(tiles), *self.noise_shape)).reconstruction.x_hat
         return draw_reconstructions(
             tiles.float().numpy(),
             x_hat.float().permute(0, 2, 3, 1).cpu().numpy(),
