@@ -52,7 +52,8 @@ def test_parts_are_replaced_and_the_others_kept() -> None:
         (np.arange(3), "[0, 1, 2]"),
         ("a", "'a'"),
         (Path("a/b"), "a/b"),
-        (True, "true"),
+        ([True, None, Path("a")], "[true, null, a]"),
+        (np.bool_(True), "true"),
         (0, "0"),
     ],
 )

@@ -21,21 +21,18 @@ import scipy.io
 import torch
 import xarray as xr
 import zarr
+from preparing import run_prepare, z_of
 from refusals import refused
 from spectral.io import envi
 
 from spectralvae import open_scene
 from spectralvae.config import PrepareConfig
-from spectralvae.data.prepare import prepare
-from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError, UserError
 from spectralvae.readers import RULES, open_reader
 from spectralvae.readers.base import Place
 from spectralvae.readers.containers import open_container
 from spectralvae.readers.netcdf import NetcdfScene
 from spectralvae.readers.packing import text
-from spectralvae.runtime.console import new_console
-from spectralvae.runtime.rundir import RunDir
 
 NY, NX, NC = 6, 5, 4
 NM = [400.0, 500.0, 600.0, 700.0]
@@ -106,7 +103,6 @@ class TestEnvi:
             assert scene.files() == [tmp_path / "a.hdr", tmp_path / "a.img"]
             assert (scene.name, scene.units, scene.band, scene.time) == ("a", "W/m^2/sr/um", None, None)
             assert scene.coordinates() == {}
-            assert "latitude" in scene.absent
             np.testing.assert_array_equal(pickle.loads(pickle.dumps(scene)).read(slice(None))[0], cube())
         with open_scene(file) as ds:
             np.testing.assert_array_equal(ds.radiance.values, cube())
@@ -140,32 +136,22 @@ class TestEnvi:
         refuse(tmp_path / "lone.img", None, "unknown format", error=InputError)
 
     @INTERLEAVES
-    def test_only_what_is_asked_for_is_read(self, tmp_path: Path, interleave: str) -> None:
-        """5 GB, nearly all of it a hole: not to be read whole, nor mapped by the process that tries it out."""
-        ny = 10**7
-        file = write_envi(tmp_path / "a.hdr", cube()[:1], interleave=interleave)
+    def test_large_and_truncated(self, tmp_path: Path, interleave: str) -> None:
+        """2 GB, nearly all of it a hole, are not read whole; cut short while open, a map would end the process."""
+        ny, row = 2 * 10**7, NX * NC * 4
+        file, binary = write_envi(tmp_path / "a.hdr", cube()[:1], interleave=interleave), tmp_path / "a.img"
         edit(file, "lines = 1\n", f"lines = {ny}\n")
-        os.truncate(tmp_path / "a.img", ny * NX * NC * 4 + 8 * (ny * NX * NC // 2) // ny)
+        os.truncate(binary, ny * row + 1)
         with open_reader(file) as scene:
             assert scene.shape == (ny, NX, NC)
             assert not scene.read(slice(ny - 2, ny))[0].any()
             if interleave != "bsq":
                 np.testing.assert_array_equal(scene.read(slice(0, 1))[0], cube()[:1])
-
-    def test_truncated(self, tmp_path: Path) -> None:
-        """Also while it is open, where a memory map would end the process by SIGBUS."""
-        file, binary = write_envi(tmp_path / "a.hdr", np.ones((4000, NX, NC), np.float32)), tmp_path / "a.img"
-        size = 4000 * NX * NC * 4
-        os.truncate(binary, size + 1)
-        with open_reader(file) as scene:
-            scene.read(slice(0, 1))
-            os.truncate(binary, 100 * NX * NC * 4)
-            assert scene.read(slice(99, 100))[0].all()
+            os.truncate(binary, ny * row - 1)
             with refused(InputError, path=binary):
-                scene.read(slice(3000, 3001))
-        os.truncate(binary, size - 1)
-        refuse(file, None, f"{size - 1} ", f" {size}", error=InputError, at=binary)
-        edit(file, "lines = 4000", "lines = 60000000000")
+                scene.read(slice(ny - 2, ny))
+        refuse(file, None, f"{ny * row - 1} ", f" {ny * row}", error=InputError, at=binary)
+        edit(file, f"lines = {ny}", "lines = 60000000000")
         refuse(file, None, "60000000000", error=InputError, at=binary)
 
     def test_wavelengths(self, tmp_path: Path) -> None:
@@ -210,13 +196,11 @@ class TestEnvi:
         ("old", "new", "key", "word"),
         [
             ("data type = 4", "data type = 6", "data type", "complex"),
-            ("data type = 4", "data type = 9", "data type", "complex"),
             ("data type = 4", "data type = 7", "data type", "unknown"),
             ("interleave = bil", "interleave = tile", "interleave", "'tile'"),
             ("byte order = 0", "byte order = 2", "byte order", "'2'"),
             ("byte order = 0", "", "byte order", "missing"),
             ("lines = 6", "lines = 0", "lines", "'0'"),
-            ("bands = 4", "bands = {4, 4}", "bands", "list"),
             ("samples = 5", "samples = 5.0", "samples", "'5.0'"),
             ("samples = 5", f"samples = {'9' * 5000}", "samples", "999"),
             ("header offset = 0", "header offset = x", "header offset", "'x'"),
@@ -329,6 +313,7 @@ class TestArrays:
             "longitude": Place("longitude", ("x", "y")),
             "time": Place("time", ("y",)),
         }
+        assert "wavelength" not in open_reader(file, wavelength=NM).places
         with open_reader(file, region=[1, 5, 2, 4]) as scene:
             assert str(scene.time) == "2024-01-01 02:00:00+00:00"
             values, counts = scene.read(slice(1, 3), slice(1, 2))
@@ -342,16 +327,16 @@ class TestArrays:
     @EVERY_KIND
     @pytest.mark.parametrize("dims", list(itertools.permutations(YXC)))
     def test_any_order_of_axes(self, tmp_path: Path, kind: str, dims: tuple[str, ...]) -> None:
-        file = write(tmp_path, kind, scene_variables(dims=dims))
-        with open_reader(file, region=[1, 4, 2, 5]) as scene:
-            np.testing.assert_array_equal(scene.read(slice(None))[0], cube()[1:4, 2:5])
+        """Where all sizes are equal names must count."""
+        values = cube()[:4, :4]
+        variables = scene_variables(values, dims) | {"latitude": (("x", "y"), values[..., 0].T, {})}
+        file = write(tmp_path, kind, variables)
+        with open_scene(file, region=[1, 4, 2, 4]) as ds:
+            np.testing.assert_array_equal(ds.radiance.values, values[1:4, 2:4])
+            np.testing.assert_array_equal(ds.latitude.values, values[1:4, 2:4, 0])
+            np.testing.assert_array_equal(ds.wavelength.values, NM)
         given = {role: dims.index(role) for role in YXC}
-        np.testing.assert_array_equal(open_reader(file, dims=given).read(slice(None))[0], cube())
-
-    @pytest.mark.parametrize("names", ["downtrack crosstrack bands", "lat lon wavelength", "Rows Cols Band"])
-    def test_usual_names(self, tmp_path: Path, names: str) -> None:
-        file = write(tmp_path, "netcdf4", {"cube": (names.split(), cube(), {})})
-        np.testing.assert_array_equal(open_reader(file, wavelength=NM).read(slice(None))[0], cube())
+        np.testing.assert_array_equal(open_reader(file, dims=given).read(slice(None))[0], values)
 
     def test_dims(self, tmp_path: Path) -> None:
         file = write(tmp_path, "netcdf4", {"cube": (("u", "v", "band"), cube(), {})})
@@ -364,12 +349,15 @@ class TestArrays:
             refuse(file, "dims.y", "(u: 6, v: 5, band: 4)", wavelength=NM, dims=dims | {"y": y})
         for wrong in ({"y": "u"}, dims | {"y": "v"}):
             refuse(file, "dims", "(u: 6, v: 5, band: 4)", wavelength=NM, dims=wrong)
+        for names in ("downtrack crosstrack bands", "lat lon wavelength", "Rows Cols Band"):
+            usual = write(tmp_path, "zarr2", {"cube": (names.split(), cube(), {})})
+            np.testing.assert_array_equal(open_reader(usual, wavelength=NM).read(slice(None))[0], cube())
         two = write(tmp_path, "zarr3", {"cube": (("y", "rows", "band"), cube(), {})})
         refuse(two, "dims", "(y: 6, rows: 5, band: 4)", wavelength=NM)
 
     @pytest.mark.parametrize("square", [False, True])
     def test_without_names(self, tmp_path: Path, square: bool) -> None:
-        """HDF5 and Zarr know arrays whose axes have no names; geometry then stands as in the scene."""
+        """HDF5 knows arrays whose axes have no names; geometry then stands as in the scene."""
         values = cube()[:5] if square else cube()
         grid = values[..., 0]
         dims = {"y": 1, "x": 2, "channel": 0}
@@ -378,24 +366,9 @@ class TestArrays:
             file["g/latitude"] = grid
             file["wl"] = np.array(NM)
             file["wl"].attrs["units"] = "nm"
-        root = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
-        root.create_array("g/cube", data=values.transpose(2, 0, 1))
-        root.create_array("g/latitude", data=grid)
-        root.create_array("wl", data=np.array(NM)).attrs["units"] = "nm"
-        for file in (tmp_path / "a.h5", tmp_path / "a.zarr"):
-            refuse(file, "dims", "g/cube (?: 4,")
-            assert open_reader(file, dims=dims).places == {}
-            with open_scene(file, dims=dims) as ds:
-                np.testing.assert_array_equal(ds.radiance.values, values)
-                np.testing.assert_array_equal(ds.latitude.values, grid)
-                np.testing.assert_array_equal(ds.wavelength.values, NM)
-
-    @EVERY_KIND
-    def test_names_count_where_sizes_are_equal(self, tmp_path: Path, kind: str) -> None:
-        values = cube()[:4, :4]
-        grid = values[..., 0]
-        variables = scene_variables(values) | {"latitude": (("x", "y"), grid.T, {})}
-        with open_scene(write(tmp_path, kind, variables)) as ds:
+        refuse(tmp_path / "a.h5", "dims", "g/cube (?: 4,")
+        with open_scene(tmp_path / "a.h5", dims=dims) as ds:
+            np.testing.assert_array_equal(ds.radiance.values, values)
             np.testing.assert_array_equal(ds.latitude.values, grid)
             np.testing.assert_array_equal(ds.wavelength.values, NM)
 
@@ -407,6 +380,7 @@ class TestArrays:
         zarr.create_array(tmp_path / "a.zarr", data=values, zarr_format=version, fill_value=0)
         with open_reader(tmp_path / "a.zarr", dims=dict(zip(YXC, range(3), strict=True)), wavelength=NM) as scene:
             assert (scene.format, scene.name) == ("zarr", "a")
+            assert (len(scene.files()), scene.places) == ({2: 3, 3: 2}[version], {})  # metadata and one chunk
             read, counts = scene.read(slice(None))
         np.testing.assert_array_equal(read, values)
         assert counts == NO_RULE
@@ -421,14 +395,14 @@ class TestArrays:
             read, counts = open_reader(write(tmp_path, kind, scene_variables(raw, **attrs))).read(slice(None))
             np.testing.assert_array_equal(read, truth)
             assert counts == NO_RULE | {"fill": 2}
-        raw = cube()
+        raw = cube("f8")
         raw[0, 0] = (-9999, -1e30, np.nan, np.inf)
-        raw[1, 0, :2] = (0, 9.96921e36)
-        file = write(tmp_path, kind, scene_variables(raw, missing_value=np.float32(-9999)))
-        read, counts = open_reader(file).read(slice(None))
-        assert counts == NO_RULE | dict.fromkeys(RULES[:5], 1)
-        assert read[1, 0, 0] == 0
-        np.testing.assert_array_equal(read[2:], raw[2:])
+        raw[1, 0] = (0, 9.96921e36, 1e39, -9998)
+        attrs = {"missing_value": np.array([-9999.0, -9998]), "scale_factor": 0.5, "add_offset": 10.0}
+        read, counts = open_reader(write(tmp_path, kind, scene_variables(raw, **attrs))).read(slice(None))
+        assert counts == NO_RULE | dict.fromkeys(RULES[:5], 1) | {"fill": 2, "infinite": 2}
+        assert read[1, 0, 0] == 10
+        np.testing.assert_array_equal(read[2:], raw[2:] * 0.5 + 10)
         for key in ("missing_value", "scale_factor"):
             file = write(tmp_path, kind, scene_variables(**{key: "n/a"}))
             refuse(file, "cube", key, "'n/a'", error=InputError)
@@ -473,13 +447,14 @@ class TestArrays:
             refuse(file, "variable", word, variable=name)
 
     def test_no_or_empty_variable(self, tmp_path: Path) -> None:
-        with h5py.File(tmp_path / "a.h5", "w") as file, h5py.File(tmp_path / "b.h5", "w") as empty:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
             file["z"] = cube().astype(complex)
             file["t"] = np.full((2, 2, 2), "a", dtype="S1")
-            empty["cube"] = np.ones((0, 5, 4))
         refuse(tmp_path / "a.h5", "variable", "z (?: 6", error=InputError)
-        dims = dict(zip(YXC, range(3), strict=True))
-        refuse(tmp_path / "b.h5", None, "(0, 5, 4)", error=InputError, dims=dims, wavelength=NM)
+        with h5py.File(tmp_path / "a.h5", "a") as file:
+            file["cube"] = np.ones((0, 5, 4))
+        given = {"dims": dict(zip(YXC, range(3), strict=True)), "wavelength": NM}
+        refuse(tmp_path / "a.h5", None, "(0, 5, 4)", error=InputError, **given)
 
 
 class TestWavelengthsOfArrays:
@@ -488,14 +463,12 @@ class TestWavelengthsOfArrays:
         variables = scene_variables()
         for units, factor in (("nm", 1), ("nanometers", 1), ("um", 1000), ("Micrometers", 1000)):
             variables["wavelength"] = (("channel",), np.array(NM) / factor, {"units": units})
-            (tmp_path / units).mkdir()
-            scene = open_reader(write(tmp_path / units, kind, variables))
-            np.testing.assert_allclose(scene.wavelength, NM, rtol=1e-12)
+            with open_reader(write(tmp_path, kind, variables)) as scene:
+                np.testing.assert_allclose(scene.wavelength, NM, rtol=1e-12)
         values = np.array(NM) + np.arange(NX)[:, None]
         values[1, 1] = -999
         variables["wavelength"] = (("channel", "x"), values.T, {"units": "nm", "_FillValue": -999.0})
-        (tmp_path / "columns").mkdir()
-        with open_reader(write(tmp_path / "columns", kind, variables), region=[0, 6, 1, 4]) as scene:
+        with open_reader(write(tmp_path, kind, variables), region=[0, 6, 1, 4]) as scene:
             np.testing.assert_array_equal(scene.wavelength, np.where(values == -999, np.nan, values)[1:4])
         variables = {"cube": (("y", "x", "band"), cube(), {}), "band": (("band",), np.array(NM), {"units": "nm"})}
         np.testing.assert_array_equal(open_reader(write(tmp_path, kind, variables)).wavelength, NM)
@@ -504,9 +477,8 @@ class TestWavelengthsOfArrays:
     def test_groups(self, tmp_path: Path, kind: str) -> None:
         """Those of the scene's own group come first."""
         variables = scene_variables()
-        (tmp_path / "own").mkdir()
         other = variables | {"other/wavelength": (("channel",), np.array(NM) + 1, {"units": "nm"})}
-        np.testing.assert_array_equal(open_reader(write(tmp_path / "own", kind, other)).wavelength, NM)
+        np.testing.assert_array_equal(open_reader(write(tmp_path, kind, other)).wavelength, NM)
         variables["sensor/wavelengths"] = variables.pop("wavelength")
         np.testing.assert_array_equal(open_reader(write(tmp_path, kind, variables)).wavelength, NM)
 
@@ -609,22 +581,12 @@ class TestDamagedArrays:
             with refused(InputError, "a.zarr", *words):
                 open_reader(file)
 
-    def test_text_beside(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.zarr"
-        root = zarr.open_group(path, mode="w")
-        root.create_array("cube", data=cube(), chunks=(1, 5, 4), dimension_names=YXC)
-        root.create_array("names", data=np.array(["a", "b"], dtype="T"))
-        with open_reader(path, wavelength=NM) as scene:
-            np.testing.assert_array_equal(scene.read(slice(1, 5))[0], cube()[1:5])
-            assert scene.chunk == (1, 5)
-
     def test_shards_and_large_chunks(self, tmp_path: Path) -> None:
         """A chunk that a shard lacks reads as the fill value, 0 by default: as data."""
         options: dict[str, Any] = {"name": "cube", "dtype": "f4", "dimension_names": YXC}
         path = tmp_path / "a.zarr"
         array = zarr.create_array(path, shape=cube().shape, chunks=(1, 5, 4), shards=(2, 5, 4), **options)
         array[::2] = cube()[::2]
-        assert array.nchunks_initialized == array.nchunks
         refuse(path, "cube", "sharded", error=InputError, wavelength=NM)
         shape = (1000, 1000, 1000)
         zarr.create_array(tmp_path / "b.zarr", shape=shape, chunks=shape, **options)
@@ -648,31 +610,20 @@ class TestContainers:
             homes = {variable.name: variable.homes for variable in container.variables()}
         assert homes[f"{inside}cube"] == (f"{inside}y", f"{inside}x", f"{inside}channel")
 
-    def test_attributes_of_hdf5(self, tmp_path: Path) -> None:
-        given = {"text": "ü", "texts": np.array(["a", "b"], object), "bytes": np.bytes_(b"a"), "truth": np.bool_(True),
-                 "empty": h5py.Empty("S1"), "none": np.array([], np.float32), "number": np.int16(3)}  # fmt: skip
-        with h5py.File(tmp_path / "a.h5", "w") as file:
-            group = file.create_group("g")
-            for key, value in given.items():
-                group.attrs[key] = value
-            group.attrs["reference"] = group.ref
-            group.attrs["compound"] = np.zeros(1, [("a", "f4")])
-            file["v"] = np.zeros(2)
-            file["v"].make_scale("v")
-        with closing(open_container(tmp_path / "a.h5")) as container:
-            found = container.attributes("g")
-            assert found.keys() == given.keys()
-            assert found["bytes"] == b"a"
-            assert found["texts"].tolist() == ["a", "b"]
-            assert container.attributes("v") == {}
-
-    def test_dimensions_of_one_name(self, tmp_path: Path) -> None:
-        sizes = {"one/a": (2, 5), "one/deep/b": (2, 5), "two/a": (3, 5)}
-        for name, shape in sizes.items():
-            zarr.create_array(tmp_path / "a.zarr", name=name, shape=shape, dtype="f4", dimension_names=("y", "x"))
-        with closing(open_container(tmp_path / "a.zarr")) as container:
-            homes = {variable.name: variable.homes for variable in container.variables()}
-        assert homes == {"one/a": ("one/y", "x"), "one/deep/b": ("one/deep/y", "x"), "two/a": ("two/y", "x")}
+    def test_hdf5_alone(self, tmp_path: Path) -> None:
+        """Attributes that mean nothing in another file, and what was never written: only a scalar need not be."""
+        path = tmp_path / "a.h5"
+        with h5py.File(path, "w") as file:
+            file.create_dataset("vector", (2,), "i4").make_scale("v")
+            file.create_dataset("scalar", (), "i4")
+            file.attrs.update(empty=h5py.Empty("S1"), texts=["a", "b"], compound=np.zeros(1, [("a", "f4")]))
+            file.attrs["reference"] = file.ref
+        with closing(open_container(path)) as container:
+            assert container.attributes("").keys() == {"empty", "texts"}
+            assert container.attributes("vector") == {}
+            container.check("scalar")
+            with refused(InputError, "8 bytes", key="vector", path=path):
+                container.check("vector")
 
     def test_coordinates_with_two_dimensions(self, tmp_path: Path) -> None:
         with h5netcdf.File(tmp_path / "a.nc", "w") as file:
@@ -685,28 +636,22 @@ class TestContainers:
 
     @pytest.mark.parametrize("kind", ["netcdf4", "zarr3"])
     def test_texts(self, tmp_path: Path, kind: str) -> None:
-        path = tmp_path / KINDS[kind]
-        values = np.array(["a", "", "ü"], dtype=object)
+        """Beside a scene, which is read."""
+        path = write(tmp_path, kind, scene_variables())
+        texts = {"v": ("n", np.array(["a", "", "ü"], dtype=object)), "s": ((), "one")}
         if kind == "netcdf4":
-            xr.Dataset({"v": ("n", values), "s": ((), "one")}).to_netcdf(path, engine="h5netcdf")
+            xr.Dataset(texts).to_netcdf(path, mode="a", engine="h5netcdf")
         else:
-            config = {"write_empty_chunks": True}
-            zarr.create_array(path, name="v", shape=(3,), dtype=str, config=config)[...] = values
-            zarr.create_array(path, name="s", shape=(), dtype=str, config=config)[...] = "one"
+            options = {"dtype": str, "config": {"write_empty_chunks": True}}
+            zarr.create_array(path, name="v", shape=(3,), **options)[...] = texts["v"][1]
+            zarr.create_array(path, name="s", shape=(), **options)[...] = "one"
+        with open_reader(path) as scene:
+            np.testing.assert_array_equal(scene.read(slice(1, 5))[0], cube()[1:5])
         with closing(open_container(path)) as container:
             container.check("v")
             assert container.read("v", (slice(1, 3),)).tolist() == ["", "ü"]
             assert container.read("v", (slice(0, 1),)).dtype == object
             assert container.read("s", ()).item() == "one"
-
-    def test_only_scalars_need_no_value(self, tmp_path: Path) -> None:
-        with h5py.File(tmp_path / "a.h5", "w") as file:
-            file.create_dataset("scalar", (), "i4")
-            file.create_dataset("vector", (2,), "i4")
-        with closing(open_container(tmp_path / "a.h5")) as container:
-            container.check("scalar")
-            with refused(InputError, "8 bytes", key="vector", path=tmp_path / "a.h5"):
-                container.check("vector")
 
 
 # --- legacy tiles ---------------------------------------------------------------------------------
@@ -752,12 +697,7 @@ def radiance() -> np.ndarray:
 
 class TestTiles:
     @pytest.mark.parametrize("healthy", [False, True])
-    def test_radiance_comes_back(
-        self, tmp_path: Path, radiance: np.ndarray, healthy: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        loaded: dict[str, Any] = {}
-        load = torch.load
-        monkeypatch.setattr(torch, "load", lambda f, **given: loaded.update({Path(f).name: given}) or load(f, **given))
+    def test_radiance_comes_back(self, tmp_path: Path, radiance: np.ndarray, healthy: bool) -> None:
         folder = legacy_folder(tmp_path / "old", radiance, healthy=healthy)
         truth = np.where(radiance < 0, np.nan, radiance).reshape(N * H, W, NC)
         with open_reader(folder / "00000.pt", wavelength=NM, units="photons") as scene:
@@ -765,6 +705,7 @@ class TestTiles:
             assert (scene.name, scene.units, scene.chunk) == ("00000", "photons", (H, W))
             assert [file.name for file in scene.files()] == ["00000.pt", "mean_spectrum.pt", "std_spectrum.pt"]
             values, counts = scene.read(slice(None))
+            assert str(folder / "00000.pt") in Path("/proc/self/maps").read_text()  # not loaded
             # log of 3e12 in float32 has steps of 2e-6
             np.testing.assert_allclose(values, truth, rtol=5e-6)
             rule = "ambiguous" if healthy else "fill"
@@ -773,7 +714,6 @@ class TestTiles:
             assert scene.read(slice(3, 3))[0].shape == (0, W, NC)
             assert len(scene.notes) == healthy and all(" 0-3" in note for note in scene.notes)
             np.testing.assert_array_equal(pickle.loads(pickle.dumps(scene)).read(slice(0, 1))[0], values[:1])
-        assert loaded["00000.pt"]["mmap"] and all(given["weights_only"] for given in loaded.values())
         with open_scene(folder / "00000.pt", wavelength=NM, region=[4, 12, 0, 2]) as ds:
             np.testing.assert_array_equal(ds.radiance.values, values[4:12, :2])
 
@@ -783,12 +723,13 @@ class TestTiles:
         z = np.zeros((1, 2, 2, NC), np.float32)
         z[0, 0, 0] = -10
         z[0, 1, 1] = 10
+        z[0, 1, 0, 0] = np.nan
         z[0, 0, 1] = (-mean / (std + 1e-8)).clip(-10, 10)
         file = save_tiles(tmp_path, *map(torch.from_numpy, (z, mean, std)))
         with open_reader(file, wavelength=NM) as scene:
             values, counts = scene.read(slice(None))
             assert " 1, 3" in scene.notes[0]
-        assert counts == NO_RULE | {"fill": 2, "ambiguous": 4}
+        assert counts == NO_RULE | {"fill": 2, "ambiguous": 4, "nan": 1}
         np.testing.assert_array_equal(np.isnan(values[0, 0]), [False, True, False, True])
         assert np.isnan(values[0, 1]).all()
         np.testing.assert_allclose(values[1, 1], np.exp(10 * (std + 1e-8) + mean), rtol=1e-6)
@@ -809,27 +750,16 @@ class TestTiles:
         assert counts == NO_RULE | {"fill": 4 * 8 * nc}
         np.testing.assert_array_equal(np.isnan(values), radiance[0].numpy() == 1)
 
-    def test_spectra(self, tmp_path: Path) -> None:
-        file = save_tiles(tmp_path, torch.zeros(1, 2, 2, NC))
-        for spectrum in (tmp_path / "mean_spectrum.pt", tmp_path / "std_spectrum.pt"):
-            content = spectrum.read_bytes()
-            spectrum.unlink()
-            refuse(file, None, spectrum.name, error=InputError, wavelength=NM)
-            torch.save(torch.ones(NC + 1), spectrum)
-            refuse(file, None, "5 channels", "00000.pt", error=InputError, at=spectrum, wavelength=NM)
-            torch.save(torch.full((NC,), torch.nan), spectrum)
-            with refused(InputError, spectrum.name):
+    @pytest.mark.parametrize("name", ["mean_spectrum.pt", "std_spectrum.pt"])
+    def test_spectra(self, tmp_path: Path, name: str) -> None:
+        file, spectrum = save_tiles(tmp_path, torch.zeros(1, 2, 2, NC), std=-torch.ones(NC)), tmp_path / name
+        refuse(file, None, "negative", error=InputError, at=tmp_path / "std_spectrum.pt", wavelength=NM)
+        for values, words in ((torch.ones(NC + 1), ("5 channels", "00000.pt")), (torch.full((NC,), torch.nan), ())):
+            torch.save(values, spectrum)
+            with refused(InputError, name, *words):
                 open_reader(file, wavelength=NM)
-            spectrum.write_bytes(content)
-        torch.save(-torch.ones(NC), spectrum)
-        refuse(file, None, "negative", error=InputError, at=spectrum, wavelength=NM)
-
-    def test_arguments(self, tmp_path: Path, radiance: np.ndarray) -> None:
-        folder = legacy_folder(tmp_path / "old", radiance, healthy=False)
-        file = folder / "00000.pt"
-        refuse(folder, None, "1 tile", f"{folder}/[0-9]*.pt", error=InputError, wavelength=NM)
-        refuse(file, "wavelength", "4 channels", error=InputError)
-        refuse(file, "region", "multiples of 4", wavelength=NM, region=[0, 6, 0, 3])
+        spectrum.unlink()
+        refuse(file, None, name, error=InputError, wavelength=NM)
 
     @pytest.mark.parametrize(
         ("content", "word"),
@@ -847,18 +777,16 @@ class TestTiles:
         with refused(InputError, "00000.pt", word):
             open_reader(save_tiles(tmp_path, content), wavelength=NM)
 
-    def test_values(self, tmp_path: Path) -> None:
-        """NaN stays; beyond the clip the tiles are no normalised ones."""
-        z = torch.zeros(1, 2, 2, NC)
-        z[0, 0, 0, 0] = torch.nan
-        file = save_tiles(tmp_path, z, torch.full((NC,), 5.0), torch.full((NC,), 5.0))
-        assert open_reader(file, wavelength=NM).read(slice(None))[1] == NO_RULE | {"nan": 1}
-        file = save_tiles(tmp_path, z + 11)
-        with open_reader(file, wavelength=NM) as scene, refused(InputError, "11", path=file):
+    def test_refused(self, tmp_path: Path, radiance: np.ndarray) -> None:
+        folder = legacy_folder(tmp_path / "old", radiance, healthy=False)
+        file = folder / "00000.pt"
+        refuse(folder, None, "1 tile", f"{folder}/[0-9]*.pt", error=InputError, wavelength=NM)
+        refuse(file, "wavelength", "4 channels", error=InputError)
+        refuse(file, "region", "multiples of 4", wavelength=NM, region=[0, 6, 0, 3])
+        (tmp_path / "new").mkdir()
+        beyond = save_tiles(tmp_path / "new", torch.full((1, 2, 2, NC), 11.0))
+        with open_reader(beyond, wavelength=NM) as scene, refused(InputError, "11", path=beyond):
             scene.read(slice(0, 1))
-
-    def test_damaged_and_other_files(self, tmp_path: Path, radiance: np.ndarray) -> None:
-        file = legacy_folder(tmp_path / "old", radiance, healthy=False) / "00000.pt"
         for cut in (10, 190, 700):
             os.truncate(file, file.stat().st_size - cut)
             with refused(InputError, "00000.pt"):
@@ -874,12 +802,6 @@ class TestTiles:
 # --- through prepare ------------------------------------------------------------------------------
 
 
-def run_prepare(out: Path, inputs: list[Any], **settings: Any) -> Store:
-    config = PrepareConfig.model_validate({"output_dir": str(out), "inputs": inputs, **settings})
-    prepare(config, RunDir("prepare", config, overwrite=False, resumable=True), new_console())
-    return Store(out)
-
-
 def test_prepare(tmp_path: Path) -> None:
     """A scene with a fill, given by config: the store holds (value - mean) / std of the valid samples."""
     values = cube()
@@ -891,8 +813,7 @@ def test_prepare(tmp_path: Path) -> None:
     store = run_prepare(tmp_path / "store", [{"path": str(path), **spec}], **settings)
     truth = np.where(values == -9999, np.nan, values).astype(np.float64)
     mean, std = np.nanmean(truth, axis=(0, 1)), np.nanstd(truth, axis=(0, 1))
-    z = zarr.open_array(tmp_path / "store/scenes/a/z", mode="r")[:]
-    np.testing.assert_allclose(z, (truth - mean) / (std + 1e-8), rtol=1e-5)
+    np.testing.assert_allclose(z_of(store, "a"), (truth - mean) / (std + 1e-8), rtol=1e-5)
     np.testing.assert_array_equal(store.normalization.wavelength, NM)
     assert store.normalization.units == "1"
     assert store.scenes[0].invalid["fill"] == 1
@@ -906,10 +827,8 @@ def test_prepare_takes_a_folder_of_tiles(tmp_path: Path, radiance: np.ndarray) -
     logs = np.log(np.where(radiance < 0, np.nan, radiance).astype(np.float64))
     mean, std = (statistic(logs, axis=(0, 1, 2)) for statistic in (np.nanmean, np.nanstd))
     np.testing.assert_allclose(store.normalization.std, std, rtol=1e-5)
-    stored = [zarr.open_array(tmp_path / f"store/scenes/0000{i}/z", mode="r")[:] for i in range(3)]
-    np.testing.assert_allclose(
-        np.concatenate(stored), ((logs - mean) / (std + 1e-8)).reshape(-1, W, NC), rtol=1e-4, atol=1e-4
-    )
+    z = np.concatenate([z_of(store, f"0000{i}") for i in range(3)])
+    np.testing.assert_allclose(z, ((logs - mean) / (std + 1e-8)).reshape(-1, W, NC), rtol=1e-4, atol=1e-4)
     assert sum(scene.invalid["fill"] for scene in store.scenes) == int(np.isnan(logs).sum())
     assert {scene.stack for scene in store.scenes} == {H}
 

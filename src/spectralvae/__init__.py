@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from spectralvae.inference.scenes import decode_scene, encode_scene
     from spectralvae.model import AutoencoderKL
     from spectralvae.readers.dataset import open_scene
-    from spectralvae.weights.loading import load_model
+    from spectralvae.weights.loading import load_artifact, load_model
 
-__all__ = ["AutoencoderKL", "__version__", "decode_scene", "encode_scene", "load_model", "open_scene"]
+__all__ = ["AutoencoderKL", "__version__", "decode_scene", "encode_scene", "load_artifact", "load_model", "open_scene"]
 
 _HOMES = {
     "AutoencoderKL": "spectralvae.model",
     "decode_scene": "spectralvae.inference.scenes",
     "encode_scene": "spectralvae.inference.scenes",
+    "load_artifact": "spectralvae.weights.loading",
     "load_model": "spectralvae.weights.loading",
     "open_scene": "spectralvae.readers.dataset",
 }

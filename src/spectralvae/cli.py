@@ -65,8 +65,8 @@ def _read(
     schema: type[C], path: Path, settings: list[str] | None, print_config: bool = False, *, debug: bool = False
 ) -> C:
     global _config_file
-    config = load_config(schema, path, settings or [], debug=debug)
     _config_file = path
+    config = load_config(schema, path, settings or [], debug=debug)
     if print_config:
         sys.stdout.write(to_yaml(dump_config(config)))
         raise typer.Exit
@@ -307,7 +307,8 @@ def run(arguments: list[str] | None = None) -> int:
             return _fail("interrupted", 130)
         return result if isinstance(result, int) else 0
     except UserError as error:
-        lacks_path = isinstance(error, ConfigError) and error.path is None
+        # what the environment says, or lacks, is not the config's
+        lacks_path = isinstance(error, ConfigError) and error.path is None and (error.key or "$")[0] not in "$"
         return _fail(str(error.with_parts(path=_config_file) if lacks_path else error), 2)
     except PeerError as error:  # the process that failed says so itself, and the first one for all
         return 1 if console.quiet else _fail(str(error), 1)

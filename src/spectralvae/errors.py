@@ -51,31 +51,28 @@ class SpectralvaeError(Exception):
         return joint.join(part for part in (subject, said) if part)
 
     def parts(self) -> dict[str, Any]:
-        """The arguments that make this error again, as plain values."""
-        path = None if self.path is None else str(self.path)
-        return {
-            "problem": self.problem,
-            "key": self.key,
-            "path": path,
-            "value": self.value,
-            "limit": self.limit,
-            "remedy": self.remedy,
-        }
+        """The arguments that make this error again, with paths as text."""
+        return {name: str(part) if isinstance(part, Path) else part for name, part in self._parts().items()}
 
     def with_parts(self, **parts: Any) -> Self:
         """The same error with other parts; ``raise error.with_parts(path=path) from error``."""
-        return type(self)(**{**self.parts(), **parts})
+        return type(self)(**{**self._parts(), **parts})
+
+    def _parts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("problem", "key", "path", "value", "limit", "remedy")}
 
 
 def show(value: Any) -> str:
     """A value as a config would hold it: numpy's numbers as numbers, texts in quotes, paths as they are."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, bool):
-        return str(value).lower()
     if hasattr(value, "tolist"):  # numpy's arrays and scalars
         value = value.tolist()
-    return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(show, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    return str(value) if isinstance(value, Path) else repr(value)
 
 
 class UserError(SpectralvaeError):

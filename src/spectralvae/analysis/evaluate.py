@@ -164,7 +164,9 @@ def _read_record(path: Path) -> tuple[dict[str, Any], DataConfig]:
     try:
         return run_record, DataConfig.model_validate(run_record["config"]["data"])
     except (KeyError, TypeError, ValueError) as error:
-        problem = "its config.data is missing or invalid, so it is corrupt or from another version"
+        problem = (
+            f"its config.data is missing or invalid ({' '.join(str(error).split())}); corrupt, or another version's"
+        )
         raise InputError(problem, key="run", path=path / "run.json") from error
 
 

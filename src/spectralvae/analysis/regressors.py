@@ -25,7 +25,7 @@ try:
     from sklearn.preprocessing import StandardScaler
 except ImportError as error:
     remedy = 'install it: pip install "spectralvae[analysis]"'
-    raise ConfigError(f"needs scikit-learn ({error})", key="probe", remedy=remedy) from error
+    raise ConfigError(f"probe needs scikit-learn ({error})", remedy=remedy) from error
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

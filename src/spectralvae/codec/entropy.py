@@ -224,7 +224,7 @@ class IntegerDecoder:
         try:
             return np.asarray(self._coder.decode(model, n), np.int32)
         except AssertionError as error:  # how constriction tells
-            raise ValueError(f"coded integers are damaged: {error}") from error
+            raise ValueError(f"coded integers are corrupt: {error}") from error
 
     def _escaped(self) -> int:
         n_bits = int(self._decode(_Uniform(64), 1)[0])
@@ -245,4 +245,4 @@ class IntegerDecoder:
             ValueError: there is.
         """
         if not self._coder.maybe_exhausted():
-            raise ValueError("coded integers are damaged: something is left over")
+            raise ValueError("coded integers are corrupt: something is left over")

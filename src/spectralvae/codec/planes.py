@@ -108,7 +108,7 @@ def decode_planes(data: bytes, shape: tuple[int, int, int], step: float, valid: 
     n, n_y, n_x = shape
     way, decoder = data[:1], IntegerDecoder(data[1:])
     if way not in (_WAVELET, _PLAIN):
-        raise ValueError(f"coded images are damaged: they begin with {way!r}")
+        raise ValueError(f"coded images are corrupt: they begin with {way!r}")
     valid = np.ones(shape[1:], np.bool_) if valid is None else valid
     plain_sizes = [("", 1, int(valid.sum()))]
     sizes = subband_sizes(n_y, n_x, n_levels_of(n_y, n_x)) if way == _WAVELET else plain_sizes
@@ -117,7 +117,7 @@ def decode_planes(data: bytes, shape: tuple[int, int, int], step: float, valid: 
     def code(_: Integers, levels: Levels) -> Integers:
         values = decoder.decode(levels)
         if values.size and not -_LARGEST <= values.min() <= values.max() <= _LARGEST:
-            raise ValueError("coded images are damaged: a coefficient is too large")
+            raise ValueError("coded images are corrupt: a coefficient is too large")
         return values
 
     (_walk if way == _WAVELET else _walk_noise)(quantised, code)
@@ -183,7 +183,7 @@ def _walk_noise(samples: list[tuple[str, Integers]], code: _Code) -> None:
     means = _UNIT * np.abs(values).sum((1, 2)) // max(1, values[0].size) + (values != 0).any((1, 2))
     means = code(means, np.full(len(means), levels_of(np.array([_UNIT]), 1)[0]))
     if means.size and means.min() < 0:
-        raise ValueError("coded images are damaged: a mean magnitude is negative")
+        raise ValueError("coded images are corrupt: a mean magnitude is negative")
     for image, mean in zip(values, means, strict=True):
         flat, first, n = image.reshape(-1), 0, _FIRST_CHUNK
         level = levels_of(np.array([mean]), _UNIT)[0]
@@ -205,7 +205,7 @@ def _coded_sizes(values: Integers, before: Integers, code: _Code) -> Integers:
     levels = levels_of(np.where(before == 0, 1, 8), 8)
     sizes_coded = before + code(np.array(sizes, np.int64) - before, levels)
     if not 0 <= sizes_coded.min() <= sizes_coded.max() <= _MAX_SIZE:
-        raise ValueError("coded images are damaged: a subband's size is out of range")
+        raise ValueError("coded images are corrupt: a subband's size is out of range")
     return sizes_coded
 
 

@@ -79,7 +79,7 @@ class _Way:
             and 0 <= self.start <= _CAP
             and (not self.weights or (len(self.weights) == len(_TAPS) + 1 and _may_have_weights(shape)))
         ):
-            raise ValueError(f"coded integers are damaged: {self} for a table of {shape}")
+            raise ValueError(f"coded integers are corrupt: {self} for a table of {shape}")
 
 
 def pack_table(table: Integers) -> tuple[dict[str, Any], bytes]:
@@ -122,7 +122,7 @@ def _split_parts(data: bytes) -> tuple[bytes, bytes, bytes]:
     """Holes, lowest bytes and the rest."""
     sizes = _SIZES.unpack_from(data) if len(data) >= _SIZES.size else (0, 0, 0)
     if len(data) != _SIZES.size + sum(sizes):
-        raise ValueError(f"coded integers are damaged: {len(data):,} of {_SIZES.size + sum(sizes):,} bytes")
+        raise ValueError(f"coded integers are corrupt: {len(data):,} of {_SIZES.size + sum(sizes):,} bytes")
     first, second = _SIZES.size + sizes[0], _SIZES.size + sizes[0] + sizes[1]
     return data[_SIZES.size : first], data[first:second], data[second:]
 
@@ -130,7 +130,7 @@ def _split_parts(data: bytes) -> tuple[bytes, bytes, bytes]:
 def _inflate(data: bytes, n_bytes: int) -> bytes:
     content = inflate(data, n_bytes)
     if len(content) != n_bytes:
-        raise ValueError(f"coded integers are damaged: {len(content):,} of {n_bytes:,} bytes")
+        raise ValueError(f"coded integers are corrupt: {len(content):,} of {n_bytes:,} bytes")
     return content
 
 
@@ -143,7 +143,7 @@ def _from_values(values: Any) -> _Way:
     try:
         return _Way(**{"x": 0, "y": 0, **values, "weights": tuple(values.get("weights", ()))})
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"coded integers are damaged: {error}") from error
+        raise ValueError(f"coded integers are corrupt: {error}") from error
 
 
 # --- holes ------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ class ResidualDecoder:
         if self._knowledge is None:
             mean = int(self._coder.decode(np.zeros(1, np.uint8))[0])
             if not 0 <= mean <= _LARGEST << _BITS:
-                raise ValueError(f"coded rows are damaged: they start with a mean magnitude of {mean}")
+                raise ValueError(f"coded rows are corrupt: they start with a mean magnitude of {mean}")
             self._knowledge = _Knowledge(*self._shape, mean)
         for part in self._knowledge.parts():
             coded = valid[part]

@@ -108,10 +108,10 @@ class RateConfig(Section):
 
 
 def _exactly_one(section: Section) -> None:
-    n = sum(value is not None for _, value in section)
-    if n != 1:
+    given = [key for key, value in section if value is not None]
+    if len(given) != 1:
         keys = ", ".join(type(section).model_fields)
-        raise refusal(f"gives {n or 'none'} of {keys}", remedy="give exactly one of them")
+        raise refusal(f"gives {' and '.join(given) or 'none of its keys'}", remedy=f"give exactly one of {keys}")
 
 
 class CompressConfig(ScenesConfig):

@@ -100,10 +100,15 @@ def load_config(schema: type[C], path: Path, settings: Sequence[str] = (), *, de
         return schema.model_validate(data)
     except ValidationError as error:
         first, *others = describe_errors(schema, error)
-        source = "given by --set" if any(f"{first.key}.".startswith(f"{key}.") for key in set_keys) else None
+        source = "given by --set" if any(_related(first.key or "", key) for key in set_keys) else None
         more = f"and {len(others) - 4} more errors" if len(others) > 4 else None
         remedies = [remedy for remedy in (first.remedy, source, *map(str, others[:4]), more) if remedy]
         raise first.with_parts(path=path, remedy="; ".join(remedies) or None) from error
+
+
+def _related(key: str, other: str) -> bool:
+    """Whether one key is the other or inside it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _set(data: dict[str, Any], key: str, value: Any, name: str) -> None:
@@ -154,28 +159,28 @@ def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details:
     if message.startswith("Input should be "):
         limit = message.removeprefix("Input should be ").replace("a valid list", "a list: [...]")
         limit = re.sub(r"a valid dictionary or .*", "a mapping of keys to values", limit).replace("True", "true")
-        return ConfigError(key=key, value=value, limit=limit)
+        return ConfigError("is null" if details["input"] is None else "", key=key, value=value, limit=limit)
     return ConfigError(f"{message[0].lower()}{message[1:]}", key=key, value=value)
 
 
 def _place_of(schema: type[BaseModel], location: tuple[str | int, ...]) -> str:
     """Where an unknown key belongs: its section, a similar key beside it, or the keys there are."""
     name = str(location[-1])
-    if sections := list(_sections_with(schema, name)):
-        return f"it belongs inside {' or '.join(sections)}"
+    if places := [*(["at the top level"] if name in schema.model_fields else []), *_places_with(schema, name)]:
+        return f"it belongs {' or '.join(places)}"
     known = _known_keys(schema, location[:-1])
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
 
 
-def _sections_with(schema: type[BaseModel], name: str, place: str = "") -> Iterator[str]:
-    """The places of all sections that have a key: "data", "an entry of inputs"."""
+def _places_with(schema: type[BaseModel], name: str, place: str = "") -> Iterator[str]:
+    """All sections that have a key: "inside data", "inside an entry of inputs"."""
     for key, field in schema.model_fields.items():
         for section in _sections(field.annotation):
-            here = f"{place}{key}"
+            here, several = f"{place}{key}", get_origin(field.annotation) in (list, dict)
             if name in section.model_fields:
-                yield f"an entry of {here}" if get_origin(field.annotation) in (list, dict) else here
-            yield from _sections_with(section, name, f"{here}.")
+                yield f"inside an entry of {here}" if several else f"inside {here}"
+            yield from _places_with(section, name, f"{here}[]." if several else f"{here}.")
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -191,7 +196,7 @@ def _known_keys(schema: type[BaseModel], location: Sequence[str | int]) -> list[
     section = schema
     for part in location:
         if part in section.model_fields:  # else it is the number or name of an entry
-            section = next(_sections(section.model_fields[str(part)].annotation))
+            section = next(_sections(section.model_fields[str(part)].annotation), section)
     return list(section.model_fields)
 
 

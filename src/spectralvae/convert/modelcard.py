@@ -190,7 +190,7 @@ def _latents(latents: LatentStatistics | None) -> list[str]:
         "sqrt(var(mean) + mean(variance)). A diffusion model wants latents of mean 0 and standard deviation 1:",
         "",
         "```python",
-        "from spectralvae.weights.loading import load_artifact",
+        "from spectralvae import load_artifact",
         "",
         'statistics = load_artifact("path/to/this/folder").latents',
         "scaled = (latents.latent.values - statistics.mean[:, None, None]) / statistics.std[:, None, None]",

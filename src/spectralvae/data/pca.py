@@ -45,7 +45,7 @@ class PixelPCA:
             total = total + pixels.sum(axis=0)
             products = products + pixels.T @ pixels
         if n <= n_components:
-            raise InputError(f"too few pixels ({n}) to fit a PCA of {n_components} components", key="tiles")
+            raise InputError(f"too few pixels ({n}) to fit a PCA of {n_components} components")
         mean = np.asarray(total / n)
         covariance = products / n - np.outer(mean, mean)
         return cls(mean, np.linalg.eigh(covariance)[1].T[::-1][:n_components])
@@ -84,5 +84,5 @@ def reference_errors(
         for k in components:
             squares[f"pca_{k}"] += float(((pca.reconstruct(tile, k)[valid] - z) ** 2).sum())
     if not n_valid:
-        raise InputError("these tiles hold no valid sample to evaluate the baselines on", key="validation")
+        raise InputError("these tiles hold no valid sample to evaluate the baselines on")
     return {name: total / n_valid for name, total in squares.items()}

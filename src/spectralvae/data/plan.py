@@ -54,24 +54,24 @@ def plan_scenes(config: PrepareConfig, console: Console) -> tuple[list[PlannedSc
     return planned, wavelength
 
 
-def expand(pattern: str) -> list[Path]:
-    """The files that a path, a glob or a folder means.
+def expand(pattern: str, key: str = "inputs") -> list[Path]:
+    """The files that a path, a glob or a folder means; ``key`` is the config's, for errors.
 
     Raises:
         InputError: none.
     """
     if "://" in pattern:
-        raise InputError("is a URL; only local files are read", key="inputs", value=pattern, remedy="download it first")
+        raise InputError("is a URL; only local files are read", key=key, value=pattern, remedy="download it first")
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 (pathlib's raises over an unknown user)
     if Path(pattern).exists() or not glob.has_magic(pattern):
-        return _scenes_of(Path(pattern)) if Path(pattern).is_dir() else [Path(pattern)]
+        return _scenes_of(Path(pattern), key) if Path(pattern).is_dir() else [Path(pattern)]
     paths = sorted(Path(path) for path in glob.iglob(pattern, recursive=True))  # noqa: PTH207
     if not paths:
-        raise InputError("matches no file", key="inputs", value=pattern)
+        raise InputError("matches no file", key=key, value=pattern)
     return paths
 
 
-def _scenes_of(folder: Path) -> list[Path]:
+def _scenes_of(folder: Path, key: str) -> list[Path]:
     """The scenes of a folder: itself where it is a Zarr group, else its tiles or its level-1 granules."""
     if is_zarr(folder):
         return [folder]
@@ -79,7 +79,7 @@ def _scenes_of(folder: Path) -> list[Path]:
     if not paths:
         raise InputError(
             "this folder holds no TEMPO_RAD*_L1_*.nc and no tiles NNNNN.pt, and is no Zarr group",
-            key="inputs",
+            key=key,
             path=folder,
             remedy="give its files, by a glob for example",
         )

@@ -73,6 +73,7 @@ class Job(Protocol):
 
     @property
     def n_pixels(self) -> int: ...
+
     def do(self, advance: Advance) -> dict[str, Any]:
         """Make it; returns facts for run.json, with `text` for people.
 

@@ -56,7 +56,7 @@ def decode(config: DecodeConfig, run: RunDir | None, ranks: Ranks, console: Cons
     with ranks.together():
         coder = open_coder(config, run, ranks, console)
         inputs = [(path, None) for pattern in config.inputs for path in expand(_in_folder(pattern))]
-        sources = [path for pattern in config.sources for path in expand(pattern)]
+        sources = [path for pattern in config.sources for path in expand(pattern, "sources")]
         if run:
             for path in sources:
                 run.refuse_inside("sources", path)

@@ -101,9 +101,9 @@ def open_unguarded(path: Path, arguments: Mapping[str, Any]) -> Scene:
     for key in arguments:
         if key not in found.arguments:
             takers = ", ".join(other.label for other in FORMATS.values() if key in other.arguments)
-            why = "which has its own wavelengths" if key == "wavelength" else f"only to {takers} files"
+            why = "which has its own wavelengths" if key == "wavelength" else f"only to {takers}"
             raise ConfigError(
-                f"does not apply to a {found.label} file, {why}", key=key, path=path, remedy="leave it out"
+                f"does not apply to {found.label} files, {why}", key=key, path=path, remedy="leave it out"
             )
     module, name = found.reader
     reader = getattr(import_module(f"spectralvae.readers.{module}"), name)

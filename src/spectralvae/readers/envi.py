@@ -169,7 +169,7 @@ class _Numbers:
         try:
             return values.astype(np.float64)
         except ValueError as error:
-            raise InputError(key=key, path=self._path, value=self._header[key], limit="numbers") from error
+            raise InputError(str(error), key=key, path=self._path, limit="numbers") from error
 
 
 def find_header(path: Path) -> Path | None:
@@ -287,6 +287,5 @@ def _wavelengths(path: Path, header: Header, nc: int) -> NDArray[np.float64]:
     try:
         values = np.atleast_1d(header["wavelength"]).astype(np.float64)
     except ValueError as error:
-        value = header["wavelength"]
-        raise InputError(key="wavelength", path=path, value=value, limit="numbers", remedy=_REMEDY) from error
+        raise InputError(str(error), key="wavelength", path=path, limit="numbers", remedy=_REMEDY) from error
     return check_wavelengths("wavelength", values * factor, nc, path=path)

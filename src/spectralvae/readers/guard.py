@@ -1,4 +1,4 @@
-"""Files are first opened in a sandboxed child process, with limits on time and memory.
+"""Files are first opened in a child process with limits on time and memory.
 
 A corrupt or hostile file may hang a library, crash it, or make it ask for all memory there is. What the child process
 survives, this one repeats on the same bytes.

@@ -1,4 +1,4 @@
-"""Which device a run takes, and whether it fits."""
+"""Which device a run uses, and how much memory it has."""
 
 from __future__ import annotations
 

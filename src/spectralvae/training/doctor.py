@@ -195,10 +195,10 @@ def _check_output_dir(p: Patient) -> Check:
     path = p.config.output_dir
     run = RunDir("train", p.config, overwrite=False, resumable=True, may_differ=may_change_on_resume)
     if run.in_use():
-        raise ConfigError("is in use by a running `train`", key="output_dir", path=path)
+        raise ConfigError("is in use by a running `train`", key="output_dir", value=path)
     if run.record.get("store_hash", p.store.hash) != p.store.hash:
         raise ConfigError(
-            f"holds a run on a store other than {p.store.path}: its hash differs", key="output_dir", path=path
+            f"holds a run on a store other than {p.store.path}: its hash differs", key="output_dir", value=path
         )
     checkpoints = list_checkpoints(path)
     if run.finished:

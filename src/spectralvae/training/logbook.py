@@ -23,7 +23,7 @@ from spectralvae.runtime.atomic import write_atomic
 from spectralvae.training.curves import Curve
 
 N_EVENTS = 200  # kept in memory
-REMEDY = "restore the file, or start the run afresh with --overwrite"
+_REMEDY = "restore the file, or start the run afresh with --overwrite"
 
 
 class Event(NamedTuple):
@@ -73,7 +73,7 @@ class Lines:
                 if row is None:
                     if not line.endswith(b"\n"):
                         break
-                    raise RunError(f"line {number} is corrupt", path=self.path, remedy=REMEDY)
+                    raise RunError(f"line {number} is corrupt", path=self.path, remedy=_REMEDY)
                 if until is not None and row["step"] > until:
                     break
                 yield row
@@ -178,11 +178,11 @@ class Logbook:
     def _replay(self, step: int, checkpoints: frozenset[int]) -> None:
         for file in (self._metrics, self._events):
             if not file.path.is_file():
-                raise RunError(f"is missing, but the run resumes from step {step}", path=file.path, remedy=REMEDY)
+                raise RunError(f"is missing, but the run resumes from step {step}", path=file.path, remedy=_REMEDY)
         for row in self._metrics.replay(step):
             if self.last_row and row["step"] <= self.last_row["step"]:
                 problem = f"step {row['step']} follows step {self.last_row['step']}"
-                raise RunError(problem, path=self._metrics.path, remedy=REMEDY)
+                raise RunError(problem, path=self._metrics.path, remedy=_REMEDY)
             self._take(row)
             if row["step"] in checkpoints and "val_loss" in row:
                 self.val_losses[row["step"]] = row["val_loss"]

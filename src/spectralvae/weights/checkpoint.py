@@ -110,7 +110,7 @@ def newest_valid(run: Path, console: Console) -> Path | None:
         try:
             verify(path)
         except DamagedError as error:
-            warn(console, f"damaged checkpoint passed over: {error}")
+            warn(console, f"corrupt checkpoint passed over: {error}")
             damaged.append(path)
             continue
         for bad in damaged:
