@@ -234,3 +234,11 @@ def test_overwrite_deletes_nothing_before_all_is_known_to_be_good(
     assert result.code == 2
     assert all(word in result.message for word in words), result.message
     assert snapshot(data) == before
+
+
+def test_no_control_character_reaches_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "simulate.yaml"
+    config.write_text('output_dir: a\n"bad\\nkey\\e[31m": 1\n')
+    assert cli.run(["simulate", str(config)]) == 2
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1 and line.strip().isprintable() and "key" in line

@@ -166,7 +166,7 @@ def test_finished_run_is_left_as_it_is_but_for_more_steps(path: Path) -> None:
 def test_other_config_is_refused_with_all_differences(path: Path) -> None:
     stop(path, training={"n_steps": 200}, model={"chs": [16, 8]})
     before = snapshot(path)
-    words = ["training.n_steps: 200", "100", "model.chs: [16, 8]", "[8, 16]", "training.init_from: None", "'other'"]
+    words = ["training.n_steps: 200", "100", "model.chs: [16, 8]", "[8, 16]", "training.init_from: null", "'other'"]
     with refused(ConfigError, *words, "--overwrite", key="output_dir", value=path) as caught:
         train_dir(path, training={"n_steps": 100, "init_from": "other", "log_every": 1}, model={"chs": [8, 16]})
     assert "log_every" not in str(caught.value), "that one may differ"

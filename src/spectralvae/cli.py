@@ -293,7 +293,9 @@ def _options(
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"spectralvae: error: {' '.join(message.split())}", file=sys.stderr)
+    # one line, whatever stands in a key or the name of a file; an escape would reach the terminal
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
+    print(f"spectralvae: error: {line}", file=sys.stderr)
     return code
 
 

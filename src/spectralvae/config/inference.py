@@ -81,7 +81,7 @@ class DecodeConfig(InferenceConfig):
 class BoundConfig(Section):
     """The largest error of any valid sample; one of the two."""
 
-    z: Annotated[float, Field(gt=0)] | None = Field(None, description="absolute, in z, beyond the clip, too")
+    z: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="absolute, in z, beyond the clip, too")
     relative: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="of radiance, as a share of its true value; of models with log_zscore only"
     )

@@ -144,7 +144,7 @@ def _is_key(part: str) -> bool:
 
 
 def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details: ErrorDetails) -> ConfigError:
-    key = ".".join(map(str, location)) or None
+    key = ".".join(map(str, location)) if location else None
     value = None if isinstance(details["input"], (dict, BaseModel)) else details["input"]
     if details["type"] == "missing":
         return ConfigError("this key is required", key=key)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from spectralvae.config import CommandConfig
 from spectralvae.config.loading import dump_config, to_yaml
-from spectralvae.errors import ConfigError, LostPeerError, NoRoomError, RunError
+from spectralvae.errors import ConfigError, LostPeerError, NoRoomError, RunError, show
 from spectralvae.runtime.atomic import NO_ROOM, no_room_error, room_for, write_atomic
 from spectralvae.runtime.signals import Stopped
 from spectralvae.version import __version__
@@ -122,7 +122,9 @@ class RunDir:
         }
         refused = [key for key, (a, b) in differing.items() if not may_differ(key, a, b)]
         if refused:
-            listed = "; ".join(f"{key}: {differing[key][0]!r} there, {differing[key][1]!r} here" for key in refused)
+            listed = "; ".join(
+                f"{key}: {show(differing[key][0])} there, {show(differing[key][1])} here" for key in refused
+            )
             raise self._refusal(
                 f"already holds a run with a different config ({listed})", f"{_ANOTHER} or pass --overwrite"
             )
