@@ -566,8 +566,7 @@ class TestDamagedArrays:
             ("zarr2", {"shape": [6, 5], "filters": 5}, ""),
             ("zarr3", {"shape": [6, 5]}, ""),
             ("zarr3", {"codecs": 5}, ""),
-            # what would run programs
-            ("zarr2", {"filters": [{"id": "pickle", "protocol": 5}]}, "'pickle'"),
+            ("zarr2", {"filters": [{"id": "pickle", "protocol": 5}]}, "'pickle'"),  # would run programs
             ("zarr2", {"dtype": "|O"}, "'|O'"),
             ("zarr3", {"codecs": [{"name": "sharding_indexed", "configuration": PICKLE}]}, "'numcodecs.pickle'"),
         ],
@@ -576,9 +575,10 @@ class TestDamagedArrays:
         file = write(tmp_path, kind, scene_variables())
         metadata = file / "cube" / ("zarr.json" if kind == "zarr3" else ".zarray")
         changed = json.dumps(json.loads(metadata.read_text()) | change)
-        for content, words in ((changed, [word]), ("{", []), ("[1]", [])):
+        where = {"path": metadata} if word else {}
+        for content, words, parts in ((changed, [word], where), ("{", [], {}), ("[1]", [], {})):
             metadata.write_text(content)
-            with refused(InputError, "a.zarr", *words):
+            with refused(InputError, "a.zarr", *words, **parts):
                 open_reader(file)
 
     def test_shards_and_large_chunks(self, tmp_path: Path) -> None:
