@@ -27,11 +27,6 @@ DARK = np.full((12, 16, N_CHANNELS), FILL, np.float32)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("model") / "export", step=12)
-
-
-@pytest.fixture(scope="module")
 def compressed(model: Path, write_granule: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with several components."""
     folder = tmp_path_factory.mktemp("compressed")
@@ -41,12 +36,6 @@ def compressed(model: Path, write_granule: Callable[..., Path], tmp_path_factory
     config = write_config(folder / "a.yaml", folder / "results", model, [source], bound={"z": 0.1})
     assert cli.run(["compress", str(config)]) == 0
     return folder / "results" / "a.svae"
-
-
-@pytest.fixture
-def make(write_granule: Callable[..., Path], tmp_path: Path) -> Make:
-    """A function that writes a granule into tmp_path."""
-    return lambda name, *size, **changes: granule(write_granule, tmp_path / name, *size, **changes)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from spectralvae.config import (
     prepare_may_change_on_resume,
 )
 from spectralvae.config.loading import dump_config, load_config, to_yaml
-from spectralvae.errors import ConfigError, PeerError, RunError, UserError
+from spectralvae.errors import ConfigError, PeerError, RunError, UserError, printable
 from spectralvae.runtime.console import new_console
 from spectralvae.runtime.rundir import RunDir
 from spectralvae.runtime.signals import Stopped
@@ -293,9 +293,7 @@ def _options(
 
 
 def _fail(message: str, code: int) -> int:
-    # one line, whatever stands in a key or the name of a file; an escape would reach the terminal
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
-    print(f"spectralvae: error: {line}", file=sys.stderr)
+    print(f"spectralvae: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -309,9 +307,11 @@ def run(arguments: list[str] | None = None) -> int:
             return _fail("interrupted", 130)
         return result if isinstance(result, int) else 0
     except UserError as error:
-        # what the environment says, or lacks, is not the config's
-        lacks_path = isinstance(error, ConfigError) and error.path is None and (error.key or "$")[0] not in "$"
-        return _fail(str(error.with_parts(path=_config_file) if lacks_path else error), 2)
+        # an error without a key, or about a $VARIABLE, is about the environment
+        of_config = isinstance(error, ConfigError) and error.key is not None and not error.key.startswith("$")
+        if of_config and error.path is None:
+            error = error.with_parts(path=_config_file)
+        return _fail(str(error), 2)
     except PeerError as error:  # the process that failed says so itself, and the first one for all
         return 1 if console.quiet else _fail(str(error), 1)
     except RunError as error:

@@ -75,6 +75,11 @@ def show(value: Any) -> str:
     return str(value) if isinstance(value, Path) else repr(value)
 
 
+def printable(text: str) -> str:
+    """Text with its control characters escaped: names may hold anything, and an escape sequence acts on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(SpectralvaeError):
     """The user can mend it; exit code 2."""
 

@@ -24,7 +24,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from spectralvae.errors import ConfigError, InputError, RunError, UserError, show
+from spectralvae.errors import ConfigError, InputError, RunError, UserError, printable, show
 from spectralvae.readers import hdf5
 from spectralvae.readers.base import damage_named
 
@@ -115,8 +115,8 @@ def _plain(value: Any) -> Any:
 
 
 def _one_line(text: str) -> str:
-    """Text from a file may hold anything: control characters are escaped, and what is too long is cut."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Text from a file, which may hold anything, with control characters escaped and cut if it is too long."""
+    line = printable(text)
     return line if len(line) <= _MAX_MESSAGE else f"{line[: _MAX_MESSAGE // 2]} ... {line[-_MAX_MESSAGE // 2 :]}"
 
 

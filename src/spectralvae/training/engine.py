@@ -161,7 +161,7 @@ class Engine:
                 (loss / n_parts).backward()
             sums = add(sums, more)
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        return Gradients(to_host({**sums, "grad_norm": (norm, 1.0)}), norm)
+        return Gradients(to_host({**sums, "grad_norm": (norm, torch.ones_like(norm))}), norm)
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Tiles and noise that go through the network at a time, and their targets, which are on the device."""

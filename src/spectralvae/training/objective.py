@@ -17,8 +17,9 @@ from spectralvae.training.supervision import Supervision
 
 METRICS = ("loss", "nll_loss", "kl_loss", "pixel_mse")  # of every run; a supervised one has one more a product
 
-# A metric by its name, as the sum over what it is a mean of, and how many there are: both add up over batches and
-# processes. loss, nll_loss and kl_loss are means over tiles, pixel_mse over valid samples, supervision_* over targets.
+# A metric by its name, as the sum over what it is a mean of, and how many there are: tensors on the device until
+# `to_host`, then numbers. Both add up over batches and processes. loss, nll_loss and kl_loss are means over tiles,
+# pixel_mse over valid samples, supervision_* over targets.
 Sums = dict[str, tuple[Any, Any]]
 
 
@@ -94,7 +95,8 @@ class Objective(nn.Module):
         """
         found = self.reconstruct(x, mask, noise)
         loss, parts = self.model.loss_of(found.x, found.x_hat, found.posterior, mask)
-        n_tiles, n_valid = len(x), parts["n_valid"]
+        n_valid = parts["n_valid"]
+        n_tiles = torch.full_like(n_valid, len(x))
         sums: Sums = {name: (parts[name].double() * n_tiles, n_tiles) for name in ("loss", "nll_loss", "kl_loss")}
         sums["pixel_mse"] = (parts["pixel_mse"].double() * n_valid, n_valid)
         if self.supervision is not None and targets is not None:
@@ -117,11 +119,8 @@ def add(first: Sums, second: Sums) -> Sums:
 
 def to_host(sums: Sums) -> dict[str, tuple[float, float]]:
     """Sums as numbers; waits for the device once."""
-    values = [value for pair in sums.values() for value in pair]
-    tensors = [value.double() for value in values if isinstance(value, Tensor)]
-    fetched = iter(torch.stack(tensors).tolist() if tensors else [])
-    numbers = iter([next(fetched) if isinstance(value, Tensor) else float(value) for value in values])
-    return {name: (next(numbers), next(numbers)) for name in sums}
+    values = torch.stack([value.double() for pair in sums.values() for value in pair]).tolist()
+    return dict(zip(sums, zip(values[::2], values[1::2], strict=True), strict=True))
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:
