@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig, run: RunDir, console: Console) -> None:
     """
     subject = _admit(config, console)
     for key, path in (("run", config.run), ("run", subject.store.path)):
-        _refuse_place(config.output_dir, key, path)
+        run.refuse_within(key, path)
         run.refuse_inside(key, path)
     device = choose_device(config.device, Ranks(), console, key="device")
     tiles = Tiles(subject.store, subject.data.tile_size, subject.data.max_invalid_fraction)
@@ -219,12 +219,6 @@ def _load(checkpoint: Path, store: Store) -> Artifact:
         problem = f"its normalisation is not that of {store.path}: it belongs to another run"
         raise InputError(problem, key="run", path=checkpoint)
     return artifact
-
-
-def _refuse_place(output_dir: Path, key: str, path: Path) -> None:
-    if output_dir.resolve().is_relative_to(path.resolve()):
-        problem = f"lies in {path} ({key}), which must not change"
-        raise ConfigError(problem, key="output_dir", value=output_dir, remedy="choose another directory")
 
 
 # --- the work -------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from spectralvae.analysis.regressors import Fitted, fit_linear, fit_mlp
 from spectralvae.config import ProbeConfig
 from spectralvae.data.prepare import Stages
 from spectralvae.data.store import Store
-from spectralvae.errors import ConfigError, InputError
+from spectralvae.errors import InputError
 from spectralvae.inference.coder import Coder
 from spectralvae.runtime.console import new_progress, warn
 from spectralvae.runtime.device import choose_device
@@ -148,9 +148,7 @@ def _plan(config: ProbeConfig, run: RunDir, console: Console) -> Study:
     """Check all that can be checked without the network."""
     for key, path in (("model", config.model), ("store", config.store)):
         run.refuse_inside(key, path)
-        if run.path.resolve().is_relative_to(path.resolve()):
-            problem = f"lies in {path} ({key}), which must not change"
-            raise ConfigError(problem, key="output_dir", value=run.path, remedy="choose another directory")
+        run.refuse_within(key, path)
     store = Store(config.store)
     artifact = load_artifact(config.model)
     roles = assign_roles(store, artifact.provenance, artifact.path)

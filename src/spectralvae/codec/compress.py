@@ -65,7 +65,7 @@ def compress(config: CompressConfig, run: RunDir | None, ranks: Ranks, console: 
     def make(path: Path, spec: InputSpec) -> Job:
         scene = open_scene_for(path, spec, coder.normalization)
         with scene:
-            check_scene(str(path), scene, coder.normalization)
+            check_scene(path, scene, coder.normalization)
         return _Compressing(scene, spec, coder, config, target)
 
     def report(run: RunDir) -> None:

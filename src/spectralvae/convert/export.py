@@ -100,7 +100,7 @@ def _wavelengths(given: list[float] | Wavelengths | Path | None, band: str | Non
 
     if isinstance(given, Path):
         with open_reader(given, band=band) as scene:
-            means = channel_means(str(given), scene.wavelength)
+            means = channel_means(given, scene.wavelength)
         return check_wavelengths("normalization.wavelength", means, n_channels, path=given)
     plain = given.model_dump() if isinstance(given, Wavelengths) else given
     return given_wavelengths("normalization.wavelength", plain, n_channels)

@@ -272,4 +272,4 @@ def check_wavelengths(planned: Sequence[PlannedScene], reference: PlannedScene, 
 
 def _channel_means(scene: Scene) -> Float64:
     with scene:
-        return channel_means(str(scene.path), scene.wavelength)
+        return channel_means(scene.path, scene.wavelength)

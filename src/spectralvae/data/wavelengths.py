@@ -12,11 +12,11 @@ from spectralvae.readers.arguments import check_wavelengths
 from spectralvae.weights.normalization import Float64
 
 
-def channel_means(name: str, wavelength: NDArray[np.float64]) -> Float64:
+def channel_means(path: Path | None, wavelength: NDArray[np.float64]) -> Float64:
     """One wavelength a channel.
 
     Args:
-        name: of the scene's file.
+        path: of the scene's file, for errors; None for a scene in memory.
         wavelength: (channel) or (x, channel), nm, NaN where unknown.
 
     Returns:
@@ -29,9 +29,9 @@ def channel_means(name: str, wavelength: NDArray[np.float64]) -> Float64:
     wavelength = wavelength.reshape(-1, wavelength.shape[-1])
     known = np.isfinite(wavelength).any(axis=0)
     if not known.all():
-        raise InputError(f"channel {int(np.argmin(known))} has no wavelength anywhere", path=name)
+        raise InputError(f"channel {int(np.argmin(known))} has no wavelength anywhere", path=path)
     means = np.asarray(np.nanmean(wavelength, axis=0), np.float64)
-    return check_wavelengths("wavelength", means, len(means), path=Path(name))
+    return check_wavelengths("wavelength", means, len(means), path=path)
 
 
 def wavelength_gap(found: Float64, expected: Float64) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def encode(config: EncodeConfig, run: RunDir | None, ranks: Ranks, console: Cons
     def make(path: Path, spec: InputSpec) -> Job:
         scene = open_scene_for(path, spec, coder.normalization)
         with scene:
-            check_scene(str(path), scene, coder.normalization)
+            check_scene(path, scene, coder.normalization)
         return _Encoding(scene, spec, coder, config)
 
     work_through(plan(inputs, make, run, ranks, console), "encoding", coder, run, ranks, console)
@@ -72,7 +72,7 @@ def open_scene_for(path: Path, spec: InputSpec, normalization: Normalization) ->
         return open_input(path, spec, spec.region, band=band, flag_bits=flag_bits)
     except ConfigError:  # without that band; the wavelengths that it has say more than a name
         with scene:
-            check_scene(str(path), scene, normalization)
+            check_scene(path, scene, normalization)
         raise
 
 

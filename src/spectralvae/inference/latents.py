@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,11 @@ GEOLOCATION = ("latitude", "longitude")
 Write = Callable[[str, tuple[slice, ...], NDArray[Any]], None]  # variable, part, values
 
 
-def check_scene(name: str, source: Source, normalization: Normalization) -> None:
+def check_scene(path: Path | None, source: Source, normalization: Normalization) -> None:
     """Check that a scene is one of those that a model is for.
 
     Args:
-        name: of the scene: its file, if it has one.
+        path: of its file, for errors; None for a scene in memory.
         source: the scene.
         normalization: the model's.
 
@@ -48,25 +49,25 @@ def check_scene(name: str, source: Source, normalization: Normalization) -> None
         raise InputError(
             f"has {n_channels} channels, but the model takes {normalization.n_channels} "
             f"({span(normalization.wavelength)})",
-            path=name,
+            path=path,
             remedy="give scenes like those it was trained on",
         )
-    found = channel_means(name, source.wavelength)
+    found = channel_means(path, source.wavelength)
     worst, limit = wavelength_gap(found, normalization.wavelength)
     if worst > limit:
         raise InputError(
             f"its wavelengths ({span(found)}) differ by up to {worst:.3f} nm from those of the training "
             f"({span(normalization.wavelength)}); at most one channel ({limit:.3f} nm) is allowed",
-            path=name,
+            path=path,
             remedy="give scenes of that band, or a model of this one",
         )
     if None not in (source.units, normalization.units) and source.units != normalization.units:
-        raise InputError(f"its radiance is in {source.units!r}, but the model takes {normalization.units!r}", path=name)
+        raise InputError(f"its radiance is in {source.units!r}, but the model takes {normalization.units!r}", path=path)
     if normalization.max_solar_zenith is not None and "solar_zenith_angle" not in source.coordinates():
         raise InputError(
             "has no solar_zenith_angle, but the model was trained on pixels of at most "
             f"{normalization.max_solar_zenith:g} degrees only",
-            path=name,
+            path=path,
         )
 
 

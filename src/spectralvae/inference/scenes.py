@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,11 +70,11 @@ def encode_scene(
     with _coder(model, overlap, batch_size) as coder:
         source = _Scene(scene, coder)
         try:
-            check_scene(source.name, source, coder.normalization)
+            check_scene(source.path, source, coder.normalization)
         except ConfigError as error:
-            raise error.with_parts(key=f"scene.{error.key}", path=source.path) from error
+            raise error.with_parts(key=f"scene.{error.key}") from error
         except InputError as error:
-            raise error.with_parts(key="scene", path=source.path) from error
+            raise error.with_parts(key="scene") from error
         return _encoded(source, coder, log_variance)
 
 
@@ -194,7 +195,8 @@ class _Scene:
     """A scene in memory, or opened lazily, as `spectralvae.inference.reading.Source`."""
 
     def __init__(self, scene: xr.Dataset | NDArray[Any], coder: Coder) -> None:
-        self.name, self.path = "scene", None
+        self.name = "scene"
+        self.path: Path | None = None
         assert coder.normalization.wavelength is not None
         if isinstance(scene, str | PathLike):
             raise InputError("is a path", key="scene", value=str(scene), remedy="open it with open_scene")
@@ -209,7 +211,8 @@ class _Scene:
             if scene.sizes["channel"] == coder.normalization.n_channels:
                 scene = scene.assign_coords(wavelength=("channel", coder.normalization.wavelength))
         elif "source" in scene.attrs:
-            self.name = self.path = str(scene.attrs["source"])
+            self.name = str(scene.attrs["source"])
+            self.path = Path(self.name)
         if "radiance" not in scene or set(scene.radiance.dims) != set(DIMS):
             has = f"has radiance {scene.radiance.dims}" if "radiance" in scene else "has no radiance"
             raise InputError(f"{has}; needed: radiance (y, x, channel), as of open_scene", key="scene", path=self.path)

@@ -213,6 +213,15 @@ class RunDir:
             problem = f"lies in output_dir, {self.path}, which --overwrite would clear"
             raise ConfigError(problem, key=key, path=path, remedy="move it")
 
+    def refuse_within(self, key: str, path: Path) -> None:
+        """Refuse an output directory that lies in an input, which must not change.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if self.path.resolve().is_relative_to(path.resolve()):
+            raise self._refusal(f"lies in {path} ({key}), which must not change", _ANOTHER)
+
     def _take_lock(self) -> IO[str]:
         lock = (self.path / ".lock").open("a")
         try:
