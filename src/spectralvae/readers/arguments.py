@@ -9,11 +9,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralvae.errors import ConfigError
+from spectralvae.errors import ConfigError, InputError
 
 Window = tuple[int, int, int, int]
 
+GIVE_WAVELENGTHS = "give them in nm, wavelength: [...] or wavelength: {first: 401, last: 889}"
 _MICROMETRES_BELOW = 20.0
+
+
+def no_wavelengths(path: Path, nc: int) -> InputError:
+    """What to raise for a file without wavelengths for its nc channels."""
+    problem = f"no wavelengths for its {nc} channels, and they are never invented"
+    return InputError(problem, key="wavelength", path=path, remedy=GIVE_WAVELENGTHS)
 
 
 def check_region(path: Path, region: Sequence[int], ny: int, nx: int) -> Window:

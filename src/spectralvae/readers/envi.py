@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import InputError
-from spectralvae.readers.arguments import Window, check_wavelengths, given_wavelengths
+from spectralvae.readers.arguments import GIVE_WAVELENGTHS, Window, check_wavelengths, given_wavelengths, no_wavelengths
 from spectralvae.readers.base import COORDINATES, FLAG, Coordinate, Scene, damage_named
 from spectralvae.readers.packing import equals_fill, nanometres, scaled
 
@@ -21,7 +21,6 @@ _MAX_HEADER_BYTES = 2**24
 _SUFFIXES = ("img", "dat", "raw", "bin", "hyspex", "bil", "bip", "bsq")
 _REQUIRED = ("lines", "samples", "bands", "data type", "interleave", "byte order")
 _COMPLEX = ("6", "9")
-_REMEDY = "give them in nm, wavelength: [...] or wavelength: {first: 401, last: 889}"
 
 Header = dict[str, Any]  # text, or a list of texts for what stands in braces
 
@@ -277,15 +276,14 @@ def _bad_bands(path: Path, good: NDArray[np.float64] | None) -> NDArray[np.bool_
 def _wavelengths(path: Path, header: Header, nc: int) -> NDArray[np.float64]:
     """(nc,) wavelengths in nm of a header."""
     if "wavelength" not in header:
-        problem = f"no wavelengths for its {nc} channels, and they are never invented"
-        raise InputError(problem, key="wavelength", path=path, remedy=_REMEDY)
+        raise no_wavelengths(path, nc)
     units = str(header.get("wavelength units", "missing"))
     factor = nanometres(units)
     if factor is None:
         limit = "Nanometers or Micrometers"
-        raise InputError(key="wavelength units", path=path, value=units, limit=limit, remedy=_REMEDY)
+        raise InputError(key="wavelength units", path=path, value=units, limit=limit, remedy=GIVE_WAVELENGTHS)
     try:
         values = np.atleast_1d(header["wavelength"]).astype(np.float64)
     except ValueError as error:
-        raise InputError(str(error), key="wavelength", path=path, limit="numbers", remedy=_REMEDY) from error
+        raise InputError(str(error), key="wavelength", path=path, limit="numbers", remedy=GIVE_WAVELENGTHS) from error
     return check_wavelengths("wavelength", values * factor, nc, path=path)

@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import hdf5
-from spectralvae.readers.arguments import Window, check_wavelengths, given_wavelengths, whole_numbers
+from spectralvae.readers.arguments import (
+    GIVE_WAVELENGTHS,
+    Window,
+    check_wavelengths,
+    given_wavelengths,
+    no_wavelengths,
+    whole_numbers,
+)
 from spectralvae.readers.base import COORDINATES, FLAG, WAVELENGTH_NAMES, Coordinate, Scene, damage_named
 
 _NUMERIC = {"double", "single", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
@@ -339,15 +346,13 @@ def _wavelengths(
     if given is not None:
         return given_wavelengths("wavelength", given, nc, path=path)
     names = [n for n, (shape, kind) in listing.items() if n.lower() in WAVELENGTH_NAMES and kind in _NUMERIC]
-    remedy = "give them in nm, wavelength: [...] or wavelength: {first: 401, last: 889}"
     if not names:
-        problem = f"no wavelengths for its {nc} channels, and they are never invented"
-        raise InputError(problem, key="wavelength", path=path, remedy=remedy)
+        raise no_wavelengths(path, nc)
     if len(names) > 1:
         problem = f"several vectors may be the wavelengths: {', '.join(names)}"
-        raise InputError(problem, key="wavelength", path=path, remedy=remedy)
+        raise InputError(problem, key="wavelength", path=path, remedy=GIVE_WAVELENGTHS)
     with damage_named(path):
         values = source.array(names[0]).astype(np.float64)
     if max(values.shape, default=1) != values.size:
-        raise InputError(f"has shape {values.shape}, no vector", key=names[0], path=path, remedy=remedy)
+        raise InputError(f"has shape {values.shape}, no vector", key=names[0], path=path, remedy=GIVE_WAVELENGTHS)
     return check_wavelengths(names[0], values.ravel(), nc, path=path)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.readers.arguments import Window, check_wavelengths, given_wavelengths
+from spectralvae.readers.arguments import GIVE_WAVELENGTHS, Window, check_wavelengths, given_wavelengths, no_wavelengths
 from spectralvae.readers.base import COORDINATES, FLAG, WAVELENGTH_NAMES, Coordinate, Place, Scene, damage_named
 from spectralvae.readers.containers import Container, Variable, open_container
 from spectralvae.readers.packing import (
@@ -35,8 +35,6 @@ USUAL_DIMS = {
     "x": {"x", "col", "cols", "column", "columns", "sample", "samples", "lon", "longitude", "crosstrack"},
     "channel": {"channel", "channels", "band", "bands", "wavelength", "wavelengths", "wl", "lambda"},
 }
-
-_REMEDY = "give them in nm, wavelength: [...] or wavelength: {first: 401, last: 889}"
 
 
 # A variable, and which axes of it are those wanted, in their order.
@@ -298,12 +296,10 @@ def _find_wavelength(path: Path, variables: Sequence[Variable], scene: Variable,
             found.append((variable, fit))
     found = [(v, fit) for v, fit in found if v.group == scene.group] or found
     if not found:
-        nc = axes.size["channel"]
-        problem = f"no wavelengths for its {nc} channels, and they are never invented"
-        raise InputError(problem, key="wavelength", path=path, remedy=_REMEDY)
+        raise no_wavelengths(path, axes.size["channel"])
     if len(found) > 1:
         problem = f"several may be the wavelengths: {_listed([v for v, _ in found])}"
-        raise InputError(problem, key="wavelength", path=path, remedy=_REMEDY)
+        raise InputError(problem, key="wavelength", path=path, remedy=GIVE_WAVELENGTHS)
     return found[0]
 
 
@@ -314,7 +310,9 @@ def _read_wavelength(
     units = text(variable.attrs.get("units", "missing"))
     factor = nanometres(units)
     if factor is None:
-        raise InputError(f"its units are {units}", key=variable.name, path=path, limit="nm or um", remedy=_REMEDY)
+        raise InputError(
+            f"its units are {units}", key=variable.name, path=path, limit="nm or um", remedy=GIVE_WAVELENGTHS
+        )
     check_packing(path, variable.name, variable)
     with damage_named(path):
         raw = _slab(container, variable, axes, (slice(None),) * len(axes))
@@ -323,7 +321,7 @@ def _read_wavelength(
         return check_wavelengths(variable.name, values, values.size, path=path)
     if (np.diff(values, axis=1) <= 0).any() or (values <= 0).any():
         limit = "above 0 and increasing from channel to channel"
-        raise InputError(key=variable.name, path=path, limit=limit, remedy=_REMEDY)
+        raise InputError(key=variable.name, path=path, limit=limit, remedy=GIVE_WAVELENGTHS)
     return values
 
 

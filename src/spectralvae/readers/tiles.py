@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.readers.arguments import Window, given_wavelengths
+from spectralvae.readers.arguments import Window, given_wavelengths, no_wavelengths
 from spectralvae.readers.base import COORDINATES, FLAG, Coordinate, Scene, damage_named, invalidate
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class TilesScene(Scene):
         tiles = _load(path)
         n, h, w, nc = tiles.shape
         if wavelength is None:
-            problem = f"no wavelengths for its {nc} channels, and they are never invented"
-            remedy = "give them in nm, wavelength: [...] or wavelength: {first: 290, last: 490}"
-            raise InputError(problem, key="wavelength", path=path, remedy=remedy)
+            raise no_wavelengths(path, nc)
         self._wavelength = given_wavelengths("wavelength", wavelength, nc, path=path)
         self._mean, self._std = _read_spectra(path, nc)
         self._clip = clip
