@@ -171,10 +171,11 @@ def resumable_scratch(planned: Sequence[PlannedScene], statistics: str | None, r
     Raises:
         ConfigError: a file is new, gone or changed since the preparation began.
     """
-    plan: dict[str, Any] = {
-        f"inputs: scene {p.id}": [p.split, *(_identity(path) for path in (*p.scene.files(), *p.products.values()))]
-        for p in planned
-    }
+    plan: dict[str, Any] = {}
+    for p in planned:
+        files = [(path, path.stat()) for path in (*p.scene.files(), *p.products.values())]
+        identities = [[str(path.absolute()), status.st_size, status.st_mtime_ns] for path, status in files]
+        plan[f"inputs: scene {p.id}"] = [p.split, *identities]
     plan["normalization.statistics: the source"] = statistics
     plan["spectralvae: the version"] = [__version__, FORMAT]
     begun = scratch / "plan.json"
@@ -204,11 +205,6 @@ def resumable_scratch(planned: Sequence[PlannedScene], statistics: str | None, r
     return folder
 
 
-def _identity(path: Path) -> list[Any]:
-    status = path.stat()
-    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
-
-
 def fit_targets(bench: Bench, training: Sequence[PlannedScene]) -> dict[str, TargetTransform]:
     """The transform of every level-2 product, with statistics of the training scenes.
 
@@ -233,12 +229,13 @@ def _written_arrays(written: Sequence[Written], statistics: Statistics) -> dict[
     Raises:
         RunError: not the samples were written that had been measured.
     """
-    count = sum((w.n_valid for w in written if w.record and w.record.split == "train"), np.int64(0))
+    training = [w for w in written if w.record and w.record.split == "train"]
+    count = sum((w.n_valid for w in training), np.int64(0))
     if "count" in statistics.more and not np.array_equal(count, statistics.more["count"]):
         problem = "a file changed between the statistics and the writing"
         raise RunError(problem, key="inputs", remedy="start afresh with --overwrite")
     n_valid = sum((w.n_valid for w in written), np.int64(0))
-    lost = np.sum([w.lost for w in written if w.record and w.record.split == "train"], axis=0)
+    lost = np.sum([w.lost for w in training], axis=0)
     return {
         "count": count,
         "n_clipped": sum((w.n_clipped for w in written), np.int64(0)),

@@ -1,7 +1,7 @@
 """What is done with each scene: measured for the statistics, then normalised and written.
 
-Both work on one scene alone and leave their result in a scratch folder. So scenes can be done by any worker and in
-any order, and a preparation that was interrupted goes on from what is there.
+Each step works on one scene alone and leaves its result in a scratch folder. So any worker can do any scene in any
+order, and an interrupted preparation resumes with the scenes that are not done.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -141,11 +142,11 @@ def measure(bench: Bench, p: PlannedScene, advance: Advance) -> None:
     Raises:
         InputError: it cannot be read, or has no valid sample.
     """
-    kept = _measured_file(bench, p)
+    kept = _result_file(bench, p, "measured")
     if bench.measured and not kept.is_file():
         nc = p.scene.shape[2]
         moments, noise, n_small = Moments.empty(nc), RatioHistogram.empty(nc), 0
-        counts: Counts = {}
+        counts: Counter[str] = Counter()
         with p.scene:
             for block in blocks(p.scene, bench.validity, noise=True):
                 moments = moments.merge(Moments.of(transform_values(block.values, bench.validity.transform)))
@@ -153,7 +154,7 @@ def measure(bench: Bench, p: PlannedScene, advance: Advance) -> None:
                     with np.errstate(all="ignore"):
                         noise = noise.merge(RatioHistogram.of(block.noise / block.values))
                 n_small += block.counts[BELOW_MINIMUM]
-                counts = _add(counts, block.counts)
+                counts.update(block.counts)
                 advance(block.n_pixels)
         if not moments.count.any() and not bench.leave_out:
             raise _all_invalid(p, counts)
@@ -161,14 +162,14 @@ def measure(bench: Bench, p: PlannedScene, advance: Advance) -> None:
     else:
         advance(p.scene.shape[0] * p.scene.shape[1])
     for product in bench.products:
-        kept = _product_file(bench, p, product)
+        kept = _result_file(bench, p, product)
         if not kept.is_file():
             _save(kept, values=product_field(bench, p, product).values)
 
 
 def load_measured(bench: Bench, p: PlannedScene) -> Measured:
     """What `measure` found."""
-    with np.load(_measured_file(bench, p)) as saved:
+    with np.load(_result_file(bench, p, "measured")) as saved:
         moments = Moments(**{name: saved[name] for name in Moments.__dataclass_fields__})
         noise = RatioHistogram(saved["noise"])
         return Measured(moments, noise if noise.counts.any() else None, int(saved["n_small"]))
@@ -176,14 +177,13 @@ def load_measured(bench: Bench, p: PlannedScene) -> Measured:
 
 def load_product_values(bench: Bench, p: PlannedScene, product: str) -> NDArray[np.float32]:
     """The level-2 field that `measure` read: (y, x) float32, NaN = invalid."""
-    with np.load(_product_file(bench, p, product)) as saved:
+    with np.load(_result_file(bench, p, product)) as saved:
         return np.asarray(saved["values"], np.float32)
 
 
 def product_field(bench: Bench, p: PlannedScene, product: str) -> ProductField:
     """Read a level-2 field on the pixels of a scene."""
     wanted = bench.products[product]
-    full = p.scene.full_shape
     return read_product(
         p.products[product],
         product,
@@ -191,16 +191,12 @@ def product_field(bench: Bench, p: PlannedScene, product: str) -> ProductField:
         max_quality=wanted.max_quality,
         valid_range=wanted.valid_range,
         region=p.scene.region,
-        expected_shape=(full[0], full[1]),
+        expected_shape=p.scene.full_shape[:2],
     )
 
 
-def _measured_file(bench: Bench, p: PlannedScene) -> Path:
-    return bench.scratch / f"{p.id}.measured.npz"
-
-
-def _product_file(bench: Bench, p: PlannedScene, product: str) -> Path:
-    return bench.scratch / f"{p.id}.{product}.npz"
+def _result_file(bench: Bench, p: PlannedScene, what: str) -> Path:
+    return bench.scratch / f"{p.id}.{what}.npz"
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -240,7 +236,7 @@ def write(
         InputError: it cannot be read, or has no valid sample.
     """
     folder = scene_folder(bench.root, p.id)
-    kept = _written_file(bench, p)
+    kept = _result_file(bench, p, "written")
     if kept.is_file() and (folder.is_dir() or load_written(bench, p).record is None):
         advance(p.scene.shape[0] * p.scene.shape[1])
         return
@@ -251,20 +247,19 @@ def write(
         coordinates = p.scene.coordinates()
         written, n_invalid, counts, z_sha256 = _write_z(bench, normalization, p, attempt, list(coordinates), advance)
         wavelength = p.scene.wavelength
-    record: dict[str, Any] | None = None
+    record: SceneRecord | None = None
     if written.n_valid.any():
         arrays: dict[str, NamedArray] = {
             **coordinates,
             "wavelength": (("x", "channel")[-wavelength.ndim :], wavelength),
         }
         products = {product: _write_product(bench, p, product, target, attempt) for product, target in targets.items()}
-        made = _record(p, source_digest.result(), counts, int(n_invalid.sum()), z_sha256, products)
+        record = _record(p, source_digest.result(), counts, int(n_invalid.sum()), z_sha256, products)
         write_n_invalid(attempt, n_invalid, p.scene.shape[2])
-        made = write_scene_group(attempt, made, arrays)
-        record = asdict(made)
+        record = write_scene_group(attempt, record, arrays)
     elif not bench.leave_out:
         raise _all_invalid(p, counts)
-    _save(kept, **{**vars(written), "record": json.dumps(record)})
+    _save(kept, **{**vars(written), "record": json.dumps(record and asdict(record))})
     if record is None:
         shutil.rmtree(attempt)
         return
@@ -279,7 +274,7 @@ def write(
 
 def load_written(bench: Bench, p: PlannedScene) -> Written:
     """What `write` left."""
-    with np.load(_written_file(bench, p)) as saved:
+    with np.load(_result_file(bench, p, "written")) as saved:
         record = json.loads(str(saved["record"]))
         return Written(**{**saved, "record": None if record is None else SceneRecord(**record)})
 
@@ -297,7 +292,7 @@ def _write_z(
     n_invalid = np.zeros((ny, nx), np.int64)
     n_valid, n_clipped = np.zeros((2, nc), np.int64)
     written = Written(None, n_valid, n_clipped, np.zeros(nc), np.zeros(nc), np.zeros((2, nc)))
-    counts: Counts = {}
+    counts: Counter[str] = Counter()
     attributes = {"long_name": f"normalised radiance ({normalization.transform})", "units": "1"}
     if coordinates:
         attributes["coordinates"] = " ".join(coordinates)  # CF
@@ -319,11 +314,11 @@ def _write_z(
             clipped -= back
             np.maximum(written.rounding_max, np.abs(clipped).max(axis=(0, 1)), out=written.rounding_max)
             written.rounding_sum[:] += np.einsum("yxc,yxc->c", clipped, clipped)
-            dead = int(n_missing.sum()) - sum(block.counts.values())
-            counts = _add(counts, {**block.counts, NO_STATISTICS: dead})
+            counts.update(block.counts)
+            counts[NO_STATISTICS] += int(n_missing.sum()) - sum(block.counts.values())
             advance(block.n_pixels)
     assert sum(counts.values()) == n_invalid.sum()
-    return written, n_invalid, counts, writer.sha256
+    return written, n_invalid, dict(counts), writer.sha256
 
 
 def _write_product(
@@ -374,14 +369,6 @@ def _record(
         version=p.scene.version,
         products=products,
     )
-
-
-def _written_file(bench: Bench, p: PlannedScene) -> Path:
-    return bench.scratch / f"{p.id}.written.npz"
-
-
-def _add(a: Counts, b: Counts) -> Counts:
-    return {rule: a.get(rule, 0) + n for rule, n in b.items()}
 
 
 def _all_invalid(p: PlannedScene, counts: Counts) -> InputError:

@@ -89,18 +89,15 @@ def split_scenes(
 
 def _split_by_lists(planned: Sequence[PlannedScene], train: Sequence[str], val: Sequence[str]) -> None:
     for p in planned:
-        named = [
-            split
-            for split, patterns in (("train", train), ("val", val))
-            if any(_matches(p, pattern) for pattern in patterns)
-        ]
-        if len(named) != 1:
-            problem = f"scene {p.id} is in {'both' if named else 'neither'} of train and val"
+        in_train, in_val = (any(_matches(p, pattern) for pattern in patterns) for patterns in (train, val))
+        if in_train == in_val:
+            problem = f"scene {p.id} is in {'both' if in_train else 'neither'} of train and val"
             raise ConfigError(problem, key="split", remedy="name it in exactly one")
-        p.split = "train" if named == ["train"] else "val"
-    for key, pattern in [("train", pattern) for pattern in train] + [("val", pattern) for pattern in val]:
+        p.split = "train" if in_train else "val"
+    for split, pattern in [("train", pattern) for pattern in train] + [("val", pattern) for pattern in val]:
         if not any(_matches(p, pattern) for p in planned):
-            raise ConfigError("matches no scene", key=f"split.{key}", value=pattern, remedy="correct it or take it out")
+            remedy = "correct it or take it out"
+            raise ConfigError("matches no scene", key=f"split.{split}", value=pattern, remedy=remedy)
 
 
 def _matches(p: PlannedScene, pattern: str) -> bool:
@@ -122,7 +119,17 @@ def _split_by_dates(planned: Sequence[PlannedScene], val_dates: Sequence[str]) -
 
 
 def _split_by_groups(planned: Sequence[PlannedScene], split: SplitConfig, console: Console) -> None:
-    groups = _groups(planned, split, console)
+    """By day or by scene, neither of which is ever divided between training and validation."""
+    groups = [p.id for p in planned]
+    if split.by == "day" or (split.by is None and all(p.scene.format == "tempo" for p in planned)):
+        days = [str(_day(p, "split.by")) for p in planned]
+        if len(set(days)) == 1 and split.by is None:
+            warn(
+                console,
+                f"all scenes are of {days[0]}: split by scan, so validation sees places and weather that training saw",
+            )
+        else:
+            groups = days
     names = sorted(set(groups))
     if len(names) == 1:
         raise ConfigError(
@@ -136,21 +143,6 @@ def _split_by_groups(planned: Sequence[PlannedScene], split: SplitConfig, consol
     chosen = {names[i] for i in order[:n_val]}
     for p, group in zip(planned, groups, strict=True):
         p.split = "val" if group in chosen else "train"
-
-
-def _groups(planned: Sequence[PlannedScene], split: SplitConfig, console: Console) -> list[str]:
-    """What is never divided between training and validation: a day or a scene."""
-    by = split.by or ("day" if all(p.scene.format == "tempo" for p in planned) else "scene")
-    if by == "scene":
-        return [p.id for p in planned]
-    days = [str(_day(p, "split.by")) for p in planned]
-    if len(set(days)) == 1 and split.by is None:
-        warn(
-            console,
-            f"all scenes are of {days[0]}: split by scan, so validation sees places and weather that training saw",
-        )
-        return [p.id for p in planned]
-    return days
 
 
 def _day(p: PlannedScene, key: str) -> date:

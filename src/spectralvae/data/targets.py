@@ -178,7 +178,9 @@ def median(passes: Passes) -> float:
     for rank, b in zip(ranks, bins, strict=True):
         _check_unchanged(int(upper[b]), int(lower[b].sum()))
         within = rank - int(up_to[b] - upper[b])
-        middle += _value(b << 16 | int(np.searchsorted(np.cumsum(lower[b]), within, side="right"))) / 2
+        key = b << 16 | int(np.searchsorted(np.cumsum(lower[b]), within, side="right"))
+        bits = key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF  # the inverse of `_keys`
+        middle += float(np.uint32(bits).view(np.float32)) / 2
     return middle
 
 
@@ -201,12 +203,6 @@ def _keys(values: NDArray[np.float32]) -> NDArray[np.uint32]:
     bits = valid.view(np.uint32)
     # Negative numbers have the sign bit and grow downwards, positive ones don't.
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-
-
-def _value(key: int) -> float:
-    """The value of a key."""
-    bits = key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF
-    return float(np.uint32(bits).view(np.float32))
 
 
 def _check_unchanged(before: int, now: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether a store still is what was written: digests, counts and statistics, all computed anew from its files."""
+"""Whether a store still holds what was written: digests, counts and statistics are computed again from its files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spectralvae.data.statistics import Moments
 from spectralvae.data.store import Store, beside_digest, scene_folder, shard_file
@@ -36,34 +35,16 @@ def verify_store(store: Store, advance: Callable[[int], None]) -> list[str]:
     problems: list[str] = []
     training = Moments.empty(store.normalization.n_channels)
     for i, record in enumerate(store.scenes):
-        folder = scene_folder(store.path, record.id)
         try:
-            found = _read_scene(store, i, advance)
+            wrong, moments = _check_scene(store, i, advance)
         except InputError as error:
             problems.append(str(error))
             continue
-        if found.z_sha256 != record.z_sha256:
-            problems.append(f"{shard_file(folder)}: z has changed (its SHA-256 is not the table's)")
-        if not found.index_is_sound:
-            problems.append(f"{shard_file(folder)}: the shard's index has changed")
-        try:
-            n_invalid = store.n_invalid(i)
-        except InputError as error:
-            problems.append(str(error))
-        else:
-            if not np.array_equal(n_invalid, found.n_invalid):
-                problems.append(f"{folder / 'n_invalid'}: does not count the invalid samples of z")
-        if beside_digest(folder) != record.beside_sha256:
-            problems.append(f"{folder}: an array beside z has changed (the SHA-256 is not the table's)")
-        if not _is_as_written(folder / "zarr.json", partial(group_json, folder, scene_attributes(record))):
-            problems.append(f"{folder / 'zarr.json'}: the group's metadata have changed")
+        problems += wrong
         if record.split == "train":
-            training = training.merge(found.moments)
+            training = training.merge(moments)
     if not problems:
-        attributes = {**store.attributes, "scenes": [asdict(record) for record in store.scenes]}
-        if not _is_as_written(store.path / "zarr.json", partial(root_json, store.path, attributes, store.scenes)):
-            problems.append(f"{store.path / 'zarr.json'}: the metadata of arrays or scenes have changed")
-        problems += _check_statistics(store, training)
+        problems += _check_root(store, training)
     return problems
 
 
@@ -75,23 +56,20 @@ def _is_as_written(path: Path, content: Callable[[], str]) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Found:
-    z_sha256: str
-    index_is_sound: bool
-    n_invalid: NDArray[np.int64]
-    moments: Moments
+def _check_scene(store: Store, scene: int, advance: Callable[[int], None]) -> tuple[list[str], Moments]:
+    """What is wrong with a scene, and the moments of its z, which is read past zarr, a few rows at a time.
 
-
-def _read_scene(store: Store, scene: int, advance: Callable[[int], None]) -> _Found:
-    """Read z past zarr, a few rows at a time."""
+    Raises:
+        InputError: z cannot be read.
+    """
     store.check_files(scene)
     record = store.scenes[scene]
-    path: Path = shard_file(scene_folder(store.path, record.id))
+    folder = scene_folder(store.path, record.id)
+    path: Path = shard_file(folder)
     ny, nx, nc = record.shape
     row_bytes = nx * nc * store.dtype.itemsize
     digest = hashlib.sha256()
-    n_invalid = np.zeros((ny, nx), np.int64)
+    counted = np.zeros((ny, nx), np.int64)
     moments = Moments.empty(nc)
     height = max(1, _BLOCK_BYTES // row_bytes)
     try:
@@ -100,23 +78,41 @@ def _read_scene(store: Store, scene: int, advance: Callable[[int], None]) -> _Fo
                 content = file.read(row_bytes * min(height, ny - y))
                 digest.update(content)
                 z = np.frombuffer(content, store.dtype).reshape(-1, nx, nc)
-                n_invalid[y : y + len(z)] = np.count_nonzero(np.isnan(z), axis=-1)
+                counted[y : y + len(z)] = np.count_nonzero(np.isnan(z), axis=-1)
                 moments = moments.merge(Moments.of(z))
                 advance(len(z) * nx)
-            index_is_sound = file.read() == shard_index(ny, row_bytes)
+            index = file.read()
     except (OSError, ValueError) as error:
         problem = f"cannot be read: {os.strerror(getattr(error, 'errno', None) or 5)}"
         raise InputError(problem, path=path) from error
-    return _Found(digest.hexdigest(), index_is_sound, n_invalid, moments)
+    problems = []
+    if digest.hexdigest() != record.z_sha256:
+        problems.append(f"{path}: z has changed (its SHA-256 is not the table's)")
+    if index != shard_index(ny, row_bytes):
+        problems.append(f"{path}: the shard's index has changed")
+    try:
+        if not np.array_equal(store.n_invalid(scene), counted):
+            problems.append(f"{folder / 'n_invalid'}: does not count the invalid samples of z")
+    except InputError as error:
+        problems.append(str(error))
+    if beside_digest(folder) != record.beside_sha256:
+        problems.append(f"{folder}: an array beside z has changed (the SHA-256 is not the table's)")
+    if not _is_as_written(folder / "zarr.json", partial(group_json, folder, scene_attributes(record))):
+        problems.append(f"{folder / 'zarr.json'}: the group's metadata have changed")
+    return problems, moments
 
 
-def _check_statistics(store: Store, training: Moments) -> list[str]:
-    """z of the training scenes must have as many samples as were counted, mean 0 and mean square 1.
+def _check_root(store: Store, training: Moments) -> list[str]:
+    """What is wrong with the root's metadata and with the statistics of the training scenes.
 
-    What rounding and clipping took from both stands in the store. With std + 1e-8 in the denominator of z, its mean
-    square is (std / (std + 1e-8))^2. A store that took its statistics from another one has other means.
+    z must have the stored number of samples, mean 0 and mean square (std / (std + 1e-8))^2, since std + 1e-8 is the
+    denominator of z; the store records what rounding and clipping change in both. A store that takes its statistics
+    from another one has other means.
     """
     problems = []
+    attributes = {**store.attributes, "scenes": [asdict(record) for record in store.scenes]}
+    if not _is_as_written(store.path / "zarr.json", partial(root_json, store.path, attributes, store.scenes)):
+        problems.append(f"{store.path / 'zarr.json'}: the metadata of arrays or scenes have changed")
     if not np.array_equal(training.count, store.arrays["count"]):
         wrong = np.flatnonzero(training.count != store.arrays["count"])
         problems.append(f"{store.path / 'count'}: is wrong in {len(wrong)} channels, first in {wrong[0]}")

@@ -34,7 +34,12 @@ def workers(cluster: str | None, n_workers: int | None) -> Iterator[Runner]:
         RunError: workers died again and again over one scene, or the scheduler did.
     """
     if cluster is None:
-        yield _run_here
+
+        def run_here(work: Work, scenes: Sequence[PlannedScene], advance: Callable[[int], None]) -> None:
+            for p in scenes:
+                work(p, advance)
+
+        yield run_here
         return
     try:
         import distributed
@@ -68,37 +73,30 @@ def workers(cluster: str | None, n_workers: int | None) -> Iterator[Runner]:
         yield run
 
 
-def _run_here(work: Work, scenes: Sequence[PlannedScene], advance: Callable[[int], None]) -> None:
-    for p in scenes:
-        work(p, advance)
-
-
 def _work_there(work: Work, p: PlannedScene) -> None:
     work(p, lambda n_pixels: None)
 
 
 @contextmanager
 def _client(distributed: Any, cluster: str, n_workers: int | None) -> Iterator[Any]:
-    if cluster == "local":
-        with _local_cluster(distributed, n_workers) as local, distributed.Client(local) as client:
+    if cluster != "local":
+        try:
+            client = distributed.Client(cluster, timeout=CONNECT_SECONDS)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no Dask scheduler answers there ({error})", key="cluster", value=cluster) from error
+        with client:
             yield client
         return
-    try:
-        client = distributed.Client(cluster, timeout=CONNECT_SECONDS)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no Dask scheduler answers there ({error})", key="cluster", value=cluster) from error
-    with client:
-        yield client
-
-
-def _local_cluster(distributed: Any, n_workers: int | None) -> Any:
-    """Processes on this machine. Signals that ask to stop are meant for this one, which then ends them."""
+    # Signals that ask to stop are meant for this process, which then ends its workers: they inherit that these are
+    # ignored.
     signals = (signal.SIGINT, signal.SIGUSR1)
-    before = [signal.signal(number, signal.SIG_IGN) for number in signals]  # what processes that start now inherit
+    before = [signal.signal(number, signal.SIG_IGN) for number in signals]
     try:
-        return distributed.LocalCluster(
+        local = distributed.LocalCluster(
             n_workers=n_workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL
         )
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+    with local, distributed.Client(local) as client:
+        yield client

@@ -10,11 +10,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
+import h5py
 from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import envi, guard, tiles
 from spectralvae.readers.base import READABLE, RULES, Scene, check_file, damage_named
+from spectralvae.readers.tempo import is_tempo
 
 __all__ = ["RULES", "Scene", "Wavelength", "open_reader"]
 
@@ -119,14 +121,21 @@ def probe(path: Path, **arguments: Any) -> None:
 def _format_of(path: Path) -> str:
     """The key in `FORMATS`; refuses what is none of them. A file's name matters only where its content doesn't tell."""
     if path.is_dir():
-        return _format_of_folder(path)
+        from spectralvae.readers.containers import is_zarr
+
+        if is_zarr(path):
+            return "zarr"
+        if found := tiles.tile_files(path):
+            raise InputError(f"a folder of {len(found)} tile files", path=path, remedy=f"give these: {path}/[0-9]*.pt")
+        raise InputError("a folder that is no Zarr array or group", path=path, remedy=f"formats read now: {READABLE}")
     with damage_named(path), path.open("rb") as file:
         head = file.read(4096)
     suffix = path.suffix.lower()
     if head.startswith((b"MATLAB 5.0", b"MATLAB 7.3")) or suffix == ".mat":
         return "matlab"
     if any(head.startswith(_HDF5, offset) for offset in (0, 512, 1024, 2048)):
-        return _format_of_hdf5(path)
+        with damage_named(path), h5py.File(path, "r") as hdf5:
+            return "tempo" if is_tempo(hdf5) else "netcdf"
     if head.startswith(b"CDF"):
         return "netcdf"
     if head.startswith(envi.MAGIC):
@@ -138,22 +147,3 @@ def _format_of(path: Path) -> str:
     if envi.find_header(path):
         return "envi"
     raise InputError("a file of unknown format", path=path, remedy=f"formats read now: {READABLE}")
-
-
-def _format_of_hdf5(path: Path) -> str:
-    import h5py
-
-    from spectralvae.readers.tempo import is_tempo
-
-    with damage_named(path), h5py.File(path, "r") as file:
-        return "tempo" if is_tempo(file) else "netcdf"
-
-
-def _format_of_folder(path: Path) -> str:
-    from spectralvae.readers.containers import is_zarr
-
-    if is_zarr(path):
-        return "zarr"
-    if found := tiles.tile_files(path):
-        raise InputError(f"a folder of {len(found)} tile files", path=path, remedy=f"give these: {path}/[0-9]*.pt")
-    raise InputError("a folder that is no Zarr array or group", path=path, remedy=f"formats read now: {READABLE}")

@@ -100,6 +100,7 @@ class Scene(ABC):
         time: dt.datetime | None = None,
         version: str | None = None,
         chunk: tuple[int, int] | None = None,
+        wavelength: NDArray[np.float64] | None = None,
     ) -> None:
         self.full_shape = ny, nx, nc = full_shape
         if 0 in full_shape:
@@ -116,6 +117,7 @@ class Scene(ABC):
         self.version = version
         self.absent = absent
         self.chunk = chunk or (1, nx)
+        self._wavelength = wavelength
         self._handle: Any = None
 
     @property
@@ -154,11 +156,11 @@ class Scene(ABC):
         return {}
 
     @property
-    @abstractmethod
     def wavelength(self) -> NDArray[np.float64]:
         """Wavelengths in nm, (nc,) or (nx, nc), NaN where the file has fill."""
+        assert self._wavelength is not None
+        return self._wavelength
 
-    @abstractmethod
     def coordinates(self) -> dict[str, Coordinate]:
         """Read geometry and time, of this scene's region.
 
@@ -166,6 +168,7 @@ class Scene(ABC):
             For each of `COORDINATES` that the file has: its dimensions, ("y", "x") or ("y",), and the float array,
             NaN where invalid; degrees, and for `time` seconds since 1970-01-01 UTC.
         """
+        return {}
 
     def probe(self) -> None:
         """Read everything but the samples, so that what is wrong with the file shows.
@@ -350,6 +353,20 @@ def check_file(path: Path) -> None:
         raise InputError("neither a file nor a folder", path=path, remedy=f"formats read now: {READABLE}")
     if path.stat().st_size == 0:
         raise InputError("is empty (0 bytes), so it is truncated", path=path, remedy="fetch it again")
+
+
+@contextmanager
+def formats_extra(path: Path, problem: str) -> Iterator[None]:
+    """Turn a failed import of an optional library into an InputError that says how to install it.
+
+    Args:
+        path: The file that needs the library.
+        problem: What needs which library.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(problem, path=path, remedy='install it: pip install "spectralvae[formats]"') from error
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import InputError
 from spectralvae.readers import hdf5, zarrs
-from spectralvae.readers.base import damage_named
+from spectralvae.readers.base import damage_named, formats_extra
 from spectralvae.readers.hdf5 import MAX_CHUNK_BYTES
 from spectralvae.readers.packing import NUMERIC_ATTRIBUTES, text
 
@@ -139,21 +139,19 @@ class _Hdf5:
             if text(item.attrs.get("NAME", "")).startswith(_NO_VARIABLE):
                 continue
             attributes = {key: item.attrs[key] for key in _ATTRIBUTES if key in item.attrs}
-            homes = self._homes(name, item, numbered)
+            homes: tuple[str, ...]
+            # Dimensions are scales attached to the axes; a scale is its own first dimension, and may number the others.
+            if item.is_scale and item.ndim == 1:
+                homes = (name,)
+            elif item.is_scale and "_Netcdf4Coordinates" in item.attrs:
+                homes = tuple(numbered.get(int(number), "?") for number in item.attrs["_Netcdf4Coordinates"])
+            else:
+                scales = [axis[len(axis) - 1].name if len(axis) else None for axis in item.dims]
+                homes = tuple("?" if scale is None else str(scale).strip("/") for scale in scales)
             dims = tuple(home.rpartition("/")[2] for home in homes)
             place = name.replace(_NAMED_AS_DIMENSION, "")
             found.append(Variable(place, dims, item.shape, item.dtype, attributes, homes, item.chunks))
         return found
-
-    @staticmethod
-    def _homes(name: str, item: Any, numbered: Mapping[int, str]) -> tuple[str, ...]:
-        """Dimensions are scales attached to the axes; a scale is its own first dimension, and may number the others."""
-        if item.is_scale and item.ndim == 1:
-            return (name,)
-        if item.is_scale and "_Netcdf4Coordinates" in item.attrs:
-            return tuple(numbered.get(int(number), "?") for number in item.attrs["_Netcdf4Coordinates"])
-        scales = [axis[len(axis) - 1].name if len(axis) else None for axis in item.dims]
-        return tuple("?" if scale is None else str(scale).strip("/") for scale in scales)
 
     def groups(self) -> list[str]:
         return list(self._items(h5py.Group))
@@ -164,8 +162,14 @@ class _Hdf5:
         return self._file[hidden if hidden in self._file else name or "/"]
 
     def attributes(self, name: str) -> dict[str, Any]:
-        attributes = self._item(name).attrs
-        return {key: value for key in attributes if _is_plain(value := attributes[key]) and key not in _BOOKKEEPING}
+        """Text and numbers: references and compounds mean nothing in another file."""
+        plain = {}
+        for key, value in self._item(name).attrs.items():
+            array = np.asarray(value)
+            texts = array.dtype.kind == "O" and all(isinstance(item, str) for item in array.ravel())
+            if key not in _BOOKKEEPING and (texts or array.dtype.kind in "iufbSU" or isinstance(value, h5py.Empty)):
+                plain[key] = value
+        return plain
 
     def check(self, name: str) -> None:
         with damage_named(self.path):
@@ -188,11 +192,8 @@ class _Classic:
     """netCDF-3, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        with formats_extra(path, "netCDF-3 files need scipy"):
             import scipy.io
-        except ImportError as error:
-            remedy = 'install it: pip install "spectralvae[formats]"'
-            raise InputError("netCDF-3 files need scipy", path=path, remedy=remedy) from error
         self.path = path
         with path.open("rb") as file:
             version = file.read(4)[3:]
@@ -243,19 +244,26 @@ class _Zarr:
                 (self._arrays if isinstance(item, zarr.Array) else self._groups)[name] = item
 
     def variables(self) -> list[Variable]:
-        dims = {name: self._dims(array) for name, array in self._arrays.items()}
-        homes = _shared_homes({name: (dims[name], array.shape) for name, array in self._arrays.items()})
-        return [
-            Variable(name, dims[name], a.shape, np.dtype(a.dtype), self._packing(name), homes[name], a.chunks)
-            for name, a in self._arrays.items()
-        ]
-
-    @staticmethod
-    def _dims(array: Any) -> tuple[str, ...]:
-        named: Any = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
-        if not isinstance(named, list | tuple) or len(named) != array.ndim:
-            return ("?",) * len(array.shape)
-        return tuple("?" if name is None else str(name) for name in named)
+        dims: dict[str, tuple[str, ...]] = {}
+        sizes: dict[str, set[int]] = {}
+        groups: dict[str, list[str]] = {}
+        for name, array in self._arrays.items():
+            named: Any = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+            if not isinstance(named, list | tuple) or len(named) != array.ndim:
+                named = [None] * array.ndim
+            dims[name] = tuple("?" if dim is None else str(dim) for dim in named)
+            for dim, size in zip(dims[name], array.shape, strict=True):
+                sizes.setdefault(dim, set()).add(size)
+                groups.setdefault(dim, []).append("/" + name.rpartition("/")[0])
+        shared = {dim: os.path.commonpath(groups[dim]) for dim in groups if len(sizes[dim]) == 1}
+        found = []
+        for name, array in self._arrays.items():
+            own = name.rpartition("/")[0]
+            homes = tuple("?" if dim == "?" else f"{shared.get(dim, own)}/{dim}".strip("/") for dim in dims[name])
+            packing = {key: value for key, value in self.attributes(name).items() if key in _ATTRIBUTES}
+            dtype = np.dtype(array.dtype)
+            found.append(Variable(name, dims[name], array.shape, dtype, packing, homes, array.chunks))
+        return found
 
     def groups(self) -> list[str]:
         return [name for name in self._groups if name]
@@ -271,11 +279,12 @@ class _Zarr:
             attributes.setdefault("_FillValue", array.fill_value)
         fill = attributes.get("_FillValue")
         if isinstance(fill, str) and np.dtype(array.dtype).kind == "f":
-            attributes["_FillValue"] = _float(fill)
+            # In Zarr 3, xarray writes a float's eight bytes in base64.
+            try:
+                attributes["_FillValue"] = struct.unpack("<d", base64.b64decode(fill, validate=True))[0]
+            except (ValueError, struct.error):
+                attributes["_FillValue"] = float("nan") if fill == "NaN" else fill
         return attributes
-
-    def _packing(self, name: str) -> dict[str, Any]:
-        return {key: value for key, value in self.attributes(name).items() if key in _ATTRIBUTES}
 
     def check(self, name: str) -> None:
         """Zarr reads a chunk that is not there as its fill value, lost or never written."""
@@ -302,33 +311,6 @@ class _Zarr:
         pass
 
 
-def _shared_homes(arrays: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]) -> dict[str, tuple[str, ...]]:
-    """Where the dimensions of arrays are at home, of which only names and sizes are known."""
-    sizes: dict[str, set[int]] = {}
-    groups: dict[str, list[str]] = {}
-    for place, (dims, shape) in arrays.items():
-        for dim, size in zip(dims, shape, strict=True):
-            sizes.setdefault(dim, set()).add(size)
-            groups.setdefault(dim, []).append("/" + place.rpartition("/")[0])
-
-    def home(place: str, dim: str) -> str:
-        if dim == "?":
-            return dim
-        own = place.rpartition("/")[0]
-        return f"{own if len(sizes[dim]) > 1 else os.path.commonpath(groups[dim])}/{dim}".strip("/")
-
-    return {place: tuple(home(place, dim) for dim in dims) for place, (dims, _) in arrays.items()}
-
-
-def _is_plain(attribute: Any) -> bool:
-    """Is an attribute of HDF5 text or numbers? References and compounds mean nothing in another file."""
-    if isinstance(attribute, str | h5py.Empty):
-        return True
-    array = np.asarray(attribute)
-    texts = array.dtype.kind == "O" and all(isinstance(item, str) for item in array.ravel())
-    return texts or array.dtype.kind in "iufbS"
-
-
 def _texts(values: NDArray[Any]) -> NDArray[Any]:
     """Texts of any library as an array of `str`; numbers and single characters as they are."""
     if values.dtype.kind not in "SUTO" or values.dtype == "S1":
@@ -337,11 +319,3 @@ def _texts(values: NDArray[Any]) -> NDArray[Any]:
     for index, value in np.ndenumerate(values):
         texts[index] = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
     return texts
-
-
-def _float(fill: str) -> Any:
-    """A float's _FillValue in Zarr 3: xarray writes its eight bytes in base64. Other texts come back as they are."""
-    try:
-        return struct.unpack("<d", base64.b64decode(fill, validate=True))[0]
-    except (ValueError, struct.error):
-        return float("nan") if fill == "NaN" else fill

@@ -76,7 +76,11 @@ def open_scene(
         wavelengths = scene.wavelength
         coordinates: dict[str, Any] = {"wavelength": (("x", "channel")[-wavelengths.ndim :], wavelengths)}
         for name, (axes, values) in scene.coordinates().items():
-            coordinates[name] = axes, (_datetimes(values) if name == "time" else values)
+            if name == "time":
+                # To the microsecond, which is what float64 holds of seconds since 1970; NaN becomes NaT.
+                coordinates[name] = axes, np.round(values * 1e6).astype("datetime64[us]").astype("datetime64[ns]")
+            else:
+                coordinates[name] = axes, values
     radiance = {"long_name": "radiance"} | ({"units": scene.units} if scene.units else {})
     dataset = xr.Dataset(
         {"radiance": (("y", "x", "channel"), indexing.LazilyIndexedArray(_LazyRadiance(scene)), radiance)},
@@ -116,12 +120,3 @@ class _LazyRadiance(BackendArray):
             values, _ = self.scene.read(slice(rows[0], rows[-1] + 1))
             result[start : start + block] = values[:, *rest]
         return result if isinstance(y, slice) else result[0]
-
-
-def _datetimes(seconds: NDArray[Any]) -> NDArray[np.datetime64]:
-    """Seconds since 1970 as datetime64, to the microsecond (which is what float64 holds of them); NaN is NaT."""
-    valid = np.isfinite(seconds)
-    microseconds = np.round(np.where(valid, seconds, 0) * 1e6).astype(np.int64)
-    times = microseconds.astype("datetime64[us]").astype("datetime64[ns]")
-    times[~valid] = np.datetime64("NaT")
-    return times

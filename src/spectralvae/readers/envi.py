@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import InputError
 from spectralvae.readers.arguments import GIVE_WAVELENGTHS, Window, check_wavelengths, given_wavelengths, no_wavelengths
-from spectralvae.readers.base import COORDINATES, FLAG, Coordinate, Scene, damage_named
+from spectralvae.readers.base import COORDINATES, FLAG, Scene, damage_named, formats_extra
 from spectralvae.readers.packing import equals_fill, nanometres, scaled
 
 MAGIC = b"ENVI"
@@ -66,27 +66,31 @@ class EnviScene(Scene):
         if self._divisor is not None and not 0 < self._divisor < np.inf:
             key = "reflectance scale factor"
             raise InputError(key=key, path=self._header_path, value=self._divisor, limit="finite and above 0")
-        self._bad_bands = _bad_bands(self._header_path, numbers.per_band("bbl"))
+        good = numbers.per_band("bbl")
+        if good is not None and not np.isin(good, (0, 1)).all():
+            raise InputError(key="bbl", path=self._header_path, limit="a list of 1 (good) and 0 (bad)")
+        self._bad_bands = None if good is None else good == 0
         if wavelength is not None:
-            self._wavelength = given_wavelengths("wavelength", wavelength, nc, path=path)
+            wavelengths = given_wavelengths("wavelength", wavelength, nc, path=path)
         else:
-            self._wavelength = _wavelengths(self._header_path, header, nc)
-        chunk = (ny, nx) if header["interleave"].lower() == "bsq" else (1, nx)
-        super().__init__(binary, (ny, nx, nc), region, absent=(FLAG, *COORDINATES), units=units, chunk=chunk)
-
-    @property
-    def wavelength(self) -> NDArray[np.float64]:
-        return self._wavelength
-
-    def coordinates(self) -> dict[str, Coordinate]:
-        return {}
+            wavelengths = _wavelengths(self._header_path, header, nc)
+        super().__init__(
+            binary,
+            (ny, nx, nc),
+            region,
+            absent=(FLAG, *COORDINATES),
+            units=units,
+            chunk=(ny, nx) if header["interleave"].lower() == "bsq" else (1, nx),
+            wavelength=wavelengths,
+        )
 
     def files(self) -> list[Path]:
         return sorted((self._header_path, self.path))
 
     def _check_size(self, binary: Path) -> None:
         """The numbers must all be there: a memory map of a file that is too short ends the process by a signal."""
-        envi = _spectral(binary)
+        from spectral.io import envi
+
         with damage_named(binary):
             size = binary.stat().st_size
         params = envi.gen_params(self._header)
@@ -109,10 +113,8 @@ class EnviScene(Scene):
         filled = np.zeros((), np.bool_) if self._fill is None else equals_fill(raw, self._fill)
         flagged = None if self._bad_bands is None else np.broadcast_to(self._bad_bands, raw.shape)
         if self._gain is not None or self._offset is not None or self._divisor is not None:
-            gain, offset = (
-                default if numbers is None else numbers for numbers, default in ((self._gain, 1.0), (self._offset, 0.0))
-            )
-            raw = scaled(raw, gain, offset, self._divisor or 1.0)
+            gain = 1.0 if self._gain is None else self._gain
+            raw = scaled(raw, gain, 0.0 if self._offset is None else self._offset, self._divisor or 1.0)
         return raw, filled, flagged
 
 
@@ -204,18 +206,10 @@ def _header_and_binary(path: Path) -> tuple[Path, Path]:
     return path, found[0]
 
 
-def _spectral(path: Path) -> Any:
-    try:
-        from spectral.io import envi
-    except ImportError as error:
-        remedy = 'install it: pip install "spectralvae[formats]"'
-        raise InputError("ENVI images need spectral", path=path, remedy=remedy) from error
-    return envi
-
-
 def _read_header(path: Path) -> Header:
     """The entries of a header, as `spectral` parses it."""
-    envi = _spectral(path)
+    with formats_extra(path, "ENVI images need spectral"):
+        from spectral.io import envi
     with damage_named(path):
         if path.stat().st_size > _MAX_HEADER_BYTES:
             raise InputError("the ENVI header is too large", path=path, limit=f"at most {_MAX_HEADER_BYTES} bytes")
@@ -235,7 +229,8 @@ def _read_header(path: Path) -> Header:
 
 def _check_layout(path: Path, header: Header) -> tuple[int, int, int]:
     """Check what a header says of how the numbers lie; return (lines, samples, bands)."""
-    envi = _spectral(path)
+    from spectral.io import envi
+
     for key in _REQUIRED:
         if not isinstance(header.get(key), str):
             raise InputError("is missing or a list", key=key, path=path, remedy="correct the header")
@@ -262,15 +257,6 @@ def _check_layout(path: Path, header: Header) -> tuple[int, int, int]:
         if any(np.atleast_1d(header.get(key, "0")) != "0"):
             raise InputError("is not read", key=key, path=path, remedy="write the image without frame offsets")
     return numbers["lines"], numbers["samples"], numbers["bands"]
-
-
-def _bad_bands(path: Path, good: NDArray[np.float64] | None) -> NDArray[np.bool_] | None:
-    """(nc,): which bands `bbl`, the list of 1 (good) and 0 (bad), calls bad."""
-    if good is None:
-        return None
-    if not np.isin(good, (0, 1)).all():
-        raise InputError(key="bbl", path=path, limit="a list of 1 (good) and 0 (bad)")
-    return np.asarray(good == 0)
 
 
 def _wavelengths(path: Path, header: Header, nc: int) -> NDArray[np.float64]:

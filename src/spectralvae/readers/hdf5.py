@@ -65,14 +65,10 @@ def check_links(path: Path, file: h5py.File) -> None:
                 if isinstance(item, h5py.h5g.GroupID):
                     groups.append((item, f"{place}/"))
                 elif isinstance(item, h5py.h5d.DatasetID):
-                    _check_own_storage(path, place, item)
-
-
-def _check_own_storage(path: Path, place: str, variable: h5py.h5d.DatasetID) -> None:
-    layout = variable.get_create_plist()
-    if layout.get_layout() == h5py.h5d.VIRTUAL or layout.get_external_count():
-        problem = "keeps its data in another file, which is never followed"
-        raise InputError(problem, key=place, path=path, remedy="copy the data into one")
+                    layout = item.get_create_plist()
+                    if layout.get_layout() == h5py.h5d.VIRTUAL or layout.get_external_count():
+                        problem = "keeps its data in another file, which is never followed"
+                        raise InputError(problem, key=place, path=path, remedy="copy the data into one")
 
 
 def check_variables(path: Path, variables: Mapping[str, h5py.Dataset]) -> None:
@@ -89,7 +85,7 @@ def check_variables(path: Path, variables: Mapping[str, h5py.Dataset]) -> None:
         InputError: It isn't so.
     """
     orders: dict[str, str] = {}
-    extents = []
+    pieces = [np.empty((0, 2), dtype=np.int64)]  # offset and size
     for place, variable in variables.items():
         _check_type(path, place, variable)
         if variable.dtype.itemsize > 1:
@@ -99,12 +95,30 @@ def check_variables(path: Path, variables: Mapping[str, h5py.Dataset]) -> None:
             if size > _MAX_ATTRIBUTE_BYTES:
                 limit = f"at most {_MAX_ATTRIBUTE_BYTES} bytes"
                 raise InputError(f"its attribute {key!r} has {size} bytes", key=place, path=path, limit=limit)
-        extents.append((_chunk_extents if variable.chunks else _plain_extent)(path, place, variable))
+        if variable.chunks:
+            pieces.append(_chunk_extents(path, place, variable))
+            continue
+        stored = variable.id.get_storage_size()
+        if stored not in (0, variable.nbytes):
+            problem = f"is corrupt: it declares {variable.nbytes} bytes, but {stored} are stored"
+            raise InputError(problem, key=place, path=path, remedy="fetch the file again")
+        offset = variable.id.get_offset()
+        if stored and offset is not None:  # data in the header have no offset
+            pieces.append(np.array([(offset, stored)], dtype=np.int64))
     if len(orders) > 1:
         (one, here), (other, there) = orders.items()
         problem = f"is corrupt: {here} is {one}, {there} {other}"
         raise InputError(problem, path=path, remedy="fetch it again")
-    _check_apart(path, np.concatenate(extents))
+    extents = np.concatenate(pieces)
+    extents = extents[np.argsort(extents[:, 0])]
+    ends = extents.sum(axis=1)
+    total = path.stat().st_size
+    if extents.size and (extents[0, 0] < 0 or ends.max() > total):
+        problem = f"is truncated: its data reach to byte {ends.max()} of {total}"
+        raise InputError(problem, path=path, remedy="fetch it again")
+    if (extents[1:, 0] < ends[:-1]).any():
+        problem = "its chunk index is corrupt: two pieces of its data overlap"
+        raise InputError(problem, path=path, remedy="fetch it again")
 
 
 def check_written(path: Path, place: str, variable: h5py.Dataset) -> None:
@@ -136,7 +150,13 @@ def read(variable: h5py.Dataset, *cut: Any) -> NDArray[Any]:
     cut = cut or tuple(slice(0, n) for n in variable.shape)
     if not variable.chunks or not variable.id.get_num_chunks():
         return np.asarray(variable[cut])
-    wanted = [_indices(part, size) for part, size in zip(cut, variable.shape, strict=True)]
+    wanted: list[NDArray[np.int64]] = []
+    for part, size in zip(cut, variable.shape, strict=True):
+        if isinstance(part, slice):
+            wanted.append(np.arange(*part.indices(size)))
+        else:
+            start, stride, count, block = part.indices(size)
+            wanted.append(np.add.outer(start + stride * np.arange(count), np.arange(block)).ravel())
     result = np.empty([len(indices) for indices in wanted], dtype=variable.dtype)
     if not result.size:
         return result
@@ -146,15 +166,6 @@ def read(variable: h5py.Dataset, *cut: Any) -> NDArray[Any]:
         starts, inner, outer = zip(*parts, strict=True)
         result[outer] = _read_chunk(variable, starts, filters)[inner]
     return result
-
-
-def _indices(part: Any, size: int) -> NDArray[np.int64]:
-    """The ascending indices that a part of an axis of some size has."""
-    if isinstance(part, slice):
-        return np.arange(*part.indices(size))
-    start, stride, count, block = part.indices(size)
-    runs: NDArray[np.int64] = np.add.outer(start + stride * np.arange(count), np.arange(block))
-    return runs.ravel()
 
 
 def _by_chunk(indices: NDArray[np.int64], size: int) -> list[tuple[int, Any, slice]]:
@@ -180,11 +191,13 @@ def _read_chunk(
     item = variable.dtype.itemsize
     size = math.prod(variable.chunks) * item
     content = np.frombuffer(data, dtype=np.uint8)
-    left = [code for code, _ in filters]
-    while left:
-        code = left.pop()
+    for code, _ in reversed(filters):
         if code == _FLETCHER32:
-            content = _without_checksum(content)
+            content, stored = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+            number = int.from_bytes(stored.tobytes(), "little")
+            sums = (number & 0xFFFF) % 65535, (number >> 16) % 65535
+            if stored.size != _CHECKSUM_BYTES or sums != _fletcher32(content):
+                raise ValueError("a Fletcher-32 checksum does not match its chunk")
         elif code == _DEFLATE:
             inflater = zlib.decompressobj()
             # One byte more than there may be, so that what is too long shows without being inflated.
@@ -199,15 +212,6 @@ def _read_chunk(
         raise ValueError(f"the chunk at {starts} holds {content.size} bytes of {size}")
     chunk: NDArray[Any] = content.view(variable.dtype).reshape(variable.chunks)
     return chunk
-
-
-def _without_checksum(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bytes without the Fletcher-32 checksum behind them; refuses what it doesn't fit."""
-    content, stored = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
-    number = int.from_bytes(stored.tobytes(), "little")
-    if stored.size != _CHECKSUM_BYTES or ((number & 0xFFFF) % 65535, (number >> 16) % 65535) != _fletcher32(content):
-        raise ValueError("a Fletcher-32 checksum does not match its chunk")
-    return content
 
 
 def _fletcher32(content: NDArray[np.uint8]) -> tuple[int, int]:
@@ -255,16 +259,6 @@ def _check_type(path: Path, place: str, variable: h5py.Dataset) -> None:
             raise InputError(problem, key=place, path=path, remedy="fetch the file again")
 
 
-def _plain_extent(path: Path, place: str, variable: h5py.Dataset) -> NDArray[np.int64]:
-    """(n, 2) offset and size of what isn't chunked: n = 1, or 0 where nothing was written or it lies in the header."""
-    size = variable.id.get_storage_size()
-    if size not in (0, variable.nbytes):
-        problem = f"is corrupt: it declares {variable.nbytes} bytes, but {size} are stored"
-        raise InputError(problem, key=place, path=path, remedy="fetch the file again")
-    offset = variable.id.get_offset()
-    return np.array([(offset, size)] if size and offset is not None else [], dtype=np.int64).reshape(-1, 2)
-
-
 def _chunk_extents(path: Path, place: str, variable: h5py.Dataset) -> NDArray[np.int64]:
     """(n, 2) offset and size of each chunk; refuses an index that is no sound one."""
     size = math.prod(variable.chunks) * variable.dtype.itemsize
@@ -279,10 +273,10 @@ def _chunk_extents(path: Path, place: str, variable: h5py.Dataset) -> NDArray[np
         return np.empty((0, 2), dtype=np.int64)
     grid = math.prod(-(-n // c) for n, c in zip(variable.shape, variable.chunks, strict=True))
     starts = np.array([chunk.chunk_offset for chunk in found], dtype=np.uint64)
-    places = np.unique(starts // np.array(variable.chunks, dtype=np.uint64), axis=0)
-    aligned = not (starts % np.array(variable.chunks, dtype=np.uint64)).any()
-    if len(found) != grid or len(places) != grid or not aligned or (starts >= variable.shape).any():
-        problem = f"{len(places)} of {grid} chunks are in their places"
+    places, misaligned = np.divmod(starts, np.array(variable.chunks, dtype=np.uint64))
+    n_places = len(np.unique(places, axis=0))
+    if len(found) != grid or n_places != grid or misaligned.any() or (starts >= variable.shape).any():
+        problem = f"{n_places} of {grid} chunks are in their places"
         remedy = "either the file is corrupt, then fetch it again, or not all of it was ever written"
         raise InputError(problem, key=place, path=path, remedy=remedy)
     if skipping := sum(chunk.filter_mask != 0 for chunk in found):
@@ -300,16 +294,3 @@ def _chunk_extents(path: Path, place: str, variable: h5py.Dataset) -> NDArray[np
         problem = f"its chunk index is corrupt: {size} bytes are stored in {stored}, not in {low} to {high}"
         raise InputError(problem, key=place, path=path, remedy="fetch the file again")
     return extents
-
-
-def _check_apart(path: Path, extents: NDArray[np.int64]) -> None:
-    """Check that (n, 2) offsets and sizes lie within the file and don't overlap."""
-    extents = extents[np.argsort(extents[:, 0])]
-    ends = extents.sum(axis=1)
-    total = path.stat().st_size
-    if extents.size and (extents[0, 0] < 0 or ends.max() > total):
-        problem = f"is truncated: its data reach to byte {ends.max()} of {total}"
-        raise InputError(problem, path=path, remedy="fetch it again")
-    if (extents[1:, 0] < ends[:-1]).any():
-        problem = "its chunk index is corrupt: two pieces of its data overlap"
-        raise InputError(problem, path=path, remedy="fetch it again")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import h5py
 import numpy as np
@@ -26,23 +27,13 @@ from spectralvae.readers.arguments import (
     no_wavelengths,
     whole_numbers,
 )
-from spectralvae.readers.base import COORDINATES, FLAG, WAVELENGTH_NAMES, Coordinate, Scene, damage_named
+from spectralvae.readers.base import COORDINATES, FLAG, WAVELENGTH_NAMES, Scene, damage_named, formats_extra
 
 _NUMERIC = {"double", "single", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 _SIZE_NAMES = (("lines", "cols"), ("nrow", "ncol"), ("rows", "cols"))
 
 # Name -> (shape as MATLAB shows it, MATLAB's class name).
 Listing = dict[str, tuple[tuple[int, ...], str]]
-
-
-class _Source(Protocol):
-    """An open .mat file of either version."""
-
-    def listing(self) -> Listing: ...
-    def array(self, name: str) -> NDArray[Any]: ...
-    def window(self, name: str, ny: int, window: Window) -> NDArray[Any]: ...
-    def probe(self, name: str, ny: int) -> None: ...
-    def close(self) -> None: ...
 
 
 class MatlabScene(Scene):
@@ -78,25 +69,18 @@ class MatlabScene(Scene):
         region: Sequence[int] | None = None,
         units: str | None = None,
     ) -> None:
-        source = _open(path)
-        try:
+        with closing(_open(path)) as source:
             with damage_named(path):
                 listing = source.listing()
             ny_nx = _known_size(path, source, listing, size)
             self._name = _choose_variable(path, listing, variable, ny_nx)
             full_shape = _scene_shape(path, self._name, listing[self._name][0], ny_nx, size is not None)
             self._ny = full_shape[0]
-            self._wavelength = _wavelengths(path, source, listing, wavelength, full_shape[2])
-        finally:
-            source.close()
-        super().__init__(path, full_shape, region, absent=(FLAG, *COORDINATES), units=units)
-
-    @property
-    def wavelength(self) -> NDArray[np.float64]:
-        return self._wavelength
-
-    def coordinates(self) -> dict[str, Coordinate]:
-        return {}
+            if wavelength is not None:
+                wavelengths = given_wavelengths("wavelength", wavelength, full_shape[2], path=path)
+            else:
+                wavelengths = _wavelengths(path, source, listing, full_shape[2])
+        super().__init__(path, full_shape, region, absent=(FLAG, *COORDINATES), units=units, wavelength=wavelengths)
 
     def probe(self) -> None:
         with damage_named(self.path):
@@ -116,32 +100,23 @@ def _open(path: Path) -> _Source:
     if h5py.is_hdf5(path):
         with damage_named(path):
             return _Mat73(path)
-    if _is_version_4(path):
-        remedy = "load it in MATLAB and save it as version 5, save(..., '-v7'), or as 7.3, save(..., '-v7.3')"
-        raise InputError("a MATLAB file of version 4, which is not read", path=path, remedy=remedy)
-    return _Mat5(path)
-
-
-def _is_version_4(path: Path) -> bool:
-    """Does a file begin with a version 4 matrix: type, rows, columns, imaginary, name's length?"""
     with damage_named(path), path.open("rb") as file:
         head = file.read(20)
+    # Version 4 has no header: a file begins with the type, rows, columns, imaginary and name's length of a matrix.
     for order in "<>" if len(head) == 20 else "":
         kind, rows, columns, imaginary, name_length = struct.unpack(f"{order}5i", head)
         if 0 <= kind < 5000 and min(rows, columns) >= 0 and imaginary in (0, 1) and name_length > 0:
-            return True
-    return False
+            remedy = "load it in MATLAB and save it as version 5, save(..., '-v7'), or as 7.3, save(..., '-v7.3')"
+            raise InputError("a MATLAB file of version 4, which is not read", path=path, remedy=remedy)
+    return _Mat5(path)
 
 
 class _Mat5:
     """Version 5. scipy loads whole arrays, so the scene is kept once it is loaded."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        with formats_extra(path, "MATLAB files of version 5 need scipy"):
             import scipy.io
-        except ImportError as error:
-            remedy = 'install it: pip install "spectralvae[formats]"'
-            raise InputError("MATLAB files of version 5 need scipy", path=path, remedy=remedy) from error
         self._io = scipy.io
         self._path = path
         self._cube: NDArray[Any] | None = None
@@ -185,22 +160,22 @@ class _Mat73:
         self._file = h5py.File(path, "r")
 
     def listing(self) -> Listing:
-        return {
-            name: (item.shape[::-1], self._kind(item)) if isinstance(item, h5py.Dataset) else ((), "struct or sparse")
-            for name, item in self._file.items()
-            if not name.startswith("#")  # MATLAB's own groups
-        }
-
-    @staticmethod
-    def _kind(item: Any) -> str:
-        """MATLAB's class name; files that h5py wrote have no such attribute."""
-        if "MATLAB_empty" in item.attrs:
-            return "empty"
-        if item.dtype.kind == "V" and item.dtype.names == ("real", "imag"):
-            return "complex"
-        stored = {"f8": "double", "f4": "single", "f2": "single"}.get(item.dtype.str[1:], item.dtype.name)
-        kind = item.attrs.get("MATLAB_class", stored)
-        return kind.decode() if isinstance(kind, bytes) else str(kind)
+        found: Listing = {}
+        for name, item in self._file.items():
+            if name.startswith("#"):  # MATLAB's own groups
+                continue
+            if not isinstance(item, h5py.Dataset):
+                found[name] = (), "struct or sparse"
+            elif "MATLAB_empty" in item.attrs:
+                found[name] = item.shape[::-1], "empty"
+            elif item.dtype.kind == "V" and item.dtype.names == ("real", "imag"):
+                found[name] = item.shape[::-1], "complex"
+            else:
+                # Files that h5py wrote have no MATLAB_class.
+                stored = {"f8": "double", "f4": "single", "f2": "single"}.get(item.dtype.str[1:], item.dtype.name)
+                kind = item.attrs.get("MATLAB_class", stored)
+                found[name] = item.shape[::-1], kind.decode() if isinstance(kind, bytes) else str(kind)
+        return found
 
     def array(self, name: str) -> NDArray[Any]:
         self.probe(name)
@@ -223,6 +198,9 @@ class _Mat73:
 
     def close(self) -> None:
         self._file.close()
+
+
+_Source = _Mat5 | _Mat73
 
 
 def _complex_elements(path: Path) -> Iterator[bool]:
@@ -335,16 +313,8 @@ def _scene_shape(
     return ny, nx, shape[0]
 
 
-def _wavelengths(
-    path: Path,
-    source: _Source,
-    listing: Listing,
-    given: Sequence[float] | NDArray[Any] | Mapping[str, float] | None,
-    nc: int,
-) -> NDArray[np.float64]:
-    """(nc,) wavelengths in nm, the user's or else the file's."""
-    if given is not None:
-        return given_wavelengths("wavelength", given, nc, path=path)
+def _wavelengths(path: Path, source: _Source, listing: Listing, nc: int) -> NDArray[np.float64]:
+    """(nc,) wavelengths in nm of the file."""
     names = [n for n, (shape, kind) in listing.items() if n.lower() in WAVELENGTH_NAMES and kind in _NUMERIC]
     if not names:
         raise no_wavelengths(path, nc)

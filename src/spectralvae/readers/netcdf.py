@@ -55,9 +55,6 @@ class _Axes:
     name: dict[str, str]
     size: dict[str, int]
 
-    def numbers(self, *roles: str) -> tuple[int, ...]:
-        return tuple(self.axis[role] for role in roles)
-
     def fit(self, variable: Variable, *roles: str) -> tuple[int, ...] | None:
         """The axes of another variable that are these, None if its dimensions are others.
 
@@ -113,16 +110,21 @@ class NetcdfScene(Scene):
         with closing(open_container(path)) as container:
             with damage_named(path):
                 variables = container.variables()
-            self._variable = chosen = _choose_variable(path, variables, variable)
-            self._axes = axes = _find_axes(path, chosen, dims)
-            _check_numbers(path, chosen)
+            chosen = _choose_variable(path, variables, variable)
+            axes = _find_axes(path, chosen, dims)
+            self._radiance: _Placed = chosen, (axes.axis["y"], axes.axis["x"], axes.axis["channel"])
+            check_packing(path, chosen.name, chosen)
+            if chosen.dtype.kind == "i" and text(chosen.attrs.get("_Unsigned", "")).lower() == "true":
+                remedy = f"save it as {chosen.dtype} of type u"
+                raise InputError("is _Unsigned, which is not read", key=chosen.name, path=path, remedy=remedy)
             ny, nx, nc = (axes.size[role] for role in ("y", "x", "channel"))
-            self._wavelength: NDArray[np.float64] | _Placed
+            self._wavelength_in_file: _Placed | None = None
+            given = None
             if wavelength is not None:
-                self._wavelength = given_wavelengths("wavelength", wavelength, nc, path=path)
+                given = given_wavelengths("wavelength", wavelength, nc, path=path)
             else:
-                self._wavelength = _find_wavelength(path, variables, chosen, axes)
-                _read_wavelength(path, container, *self._wavelength)
+                self._wavelength_in_file = _find_wavelength(path, variables, chosen, axes)
+                _read_wavelength(path, container, *self._wavelength_in_file)
             self._coordinates = _find_coordinates(variables, chosen, axes)
             for name, (found, _) in self._coordinates.items():
                 check_packing(path, name, found)
@@ -130,10 +132,19 @@ class NetcdfScene(Scene):
             if in_file and units is not None and units != in_file:
                 problem = f"{chosen.name} has {in_file!r}"
                 raise ConfigError(problem, key="units", path=path, value=units, remedy="leave it out")
-            rows_together = ny if axes.axis["channel"] == 0 else 1
-            chunk = (rows_together, nx) if chosen.chunks is None else _chunk(chosen.chunks, axes)
-            absent = (FLAG, *(name for name in COORDINATES if name not in self._coordinates))
-        super().__init__(path, (ny, nx, nc), region, absent=absent, units=in_file or units, chunk=chunk)
+            if chosen.chunks is None:
+                chunk = (ny if axes.axis["channel"] == 0 else 1, nx)
+            else:
+                chunk = chosen.chunks[axes.axis["y"]], chosen.chunks[axes.axis["x"]]
+        super().__init__(
+            path,
+            (ny, nx, nc),
+            region,
+            absent=(FLAG, *(name for name in COORDINATES if name not in self._coordinates)),
+            units=in_file or units,
+            chunk=chunk,
+            wavelength=given,
+        )
         if "time" in self._coordinates:
             with self:
                 seconds = self.coordinates()["time"][1]
@@ -143,10 +154,10 @@ class NetcdfScene(Scene):
 
     @property
     def wavelength(self) -> NDArray[np.float64]:
-        if isinstance(self._wavelength, np.ndarray):
-            return self._wavelength
+        if self._wavelength_in_file is None:
+            return super().wavelength
         # Read on each call: kept, it would hold 17 MB for every granule of a long list.
-        values = _read_wavelength(self.path, self._file, *self._wavelength)
+        values = _read_wavelength(self.path, self._file, *self._wavelength_in_file)
         _, _, x0, x1 = self._window
         return values if values.ndim == 1 else values[x0:x1]
 
@@ -164,11 +175,11 @@ class NetcdfScene(Scene):
 
     @property
     def places(self) -> dict[str, Place]:
-        if "?" in self._variable.dims:
+        if "?" in self._radiance[0].dims:
             return {}
-        found = {"radiance": (self._variable, self._axes.numbers("y", "x", "channel")), **self._coordinates}
-        if not isinstance(self._wavelength, np.ndarray):
-            found["wavelength"] = self._wavelength
+        found = {"radiance": self._radiance, **self._coordinates}
+        if self._wavelength_in_file is not None:
+            found["wavelength"] = self._wavelength_in_file
         places = {}
         for name, (variable, axes) in found.items():
             # Trailing roles of a wavelength, leading ones of all others.
@@ -177,12 +188,10 @@ class NetcdfScene(Scene):
         return places
 
     def probe(self) -> None:
-        used = [self._variable, *(found for found, _ in self._coordinates.values())]
-        if not isinstance(self._wavelength, np.ndarray):
-            used.append(self._wavelength[0])
         container: Container = self._file
-        for variable in used:
-            container.check(variable.name)
+        for placed in (self._radiance, *self._coordinates.values(), self._wavelength_in_file):
+            if placed is not None:
+                container.check(placed[0].name)
         super().probe()
 
     def _open(self) -> Container:
@@ -191,10 +200,10 @@ class NetcdfScene(Scene):
     def _read_raw(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]:
         y0, y1, x0, x1 = window
         cut = slice(y0, y1), slice(x0, x1), slice(None)
-        container: Container = self._file
+        variable, axes = self._radiance
         with damage_named(self.path):
-            raw = _slab(container, self._variable, self._axes.numbers("y", "x", "channel"), cut)
-            return unpack(self._variable, raw), is_declared_fill(self._variable, raw), None
+            raw = _slab(self._file, variable, axes, cut)
+            return unpack(variable, raw), is_declared_fill(variable, raw), None
 
 
 class ZarrScene(NetcdfScene):
@@ -209,10 +218,6 @@ class ZarrScene(NetcdfScene):
 def _slab(container: Container, variable: Variable, axes: tuple[int, ...], cut: tuple[slice, ...]) -> NDArray[Any]:
     """Read a part of a variable: axes[i] of it is cut to cut[i], and becomes axis i."""
     return container.read(variable.name, tuple(cut[axes.index(i)] for i in range(len(axes)))).transpose(axes)
-
-
-def _chunk(chunks: tuple[int, ...], axes: _Axes) -> tuple[int, int]:
-    return chunks[axes.axis["y"]], chunks[axes.axis["x"]]
 
 
 def _listed(variables: Sequence[Variable]) -> str:
@@ -278,13 +283,6 @@ def _find_axes(path: Path, variable: Variable, dims: Mapping[str, str | int] | N
     )
 
 
-def _check_numbers(path: Path, variable: Variable) -> None:
-    check_packing(path, variable.name, variable)
-    if variable.dtype.kind == "i" and text(variable.attrs.get("_Unsigned", "")).lower() == "true":
-        remedy = f"save it as {variable.dtype} of type u"
-        raise InputError("is _Unsigned, which is not read", key=variable.name, path=path, remedy=remedy)
-
-
 def _find_wavelength(path: Path, variables: Sequence[Variable], scene: Variable, axes: _Axes) -> _Placed:
     """The variable of the wavelengths, and its axes (channel) or (x, channel)."""
     found = []
@@ -326,18 +324,19 @@ def _read_wavelength(
 
 
 def _find_coordinates(variables: Sequence[Variable], scene: Variable, axes: _Axes) -> dict[str, _Placed]:
-    """Of `COORDINATES` those that the file has: the variable, and its axes (y, x) or, of time, (y)."""
+    """Of `COORDINATES` those that the file has: the variable, and its axes (y, x), of time (y) or (y, x)."""
     coordinates = {}
     for name in COORDINATES:
-        found = [(v, fit) for v in variables if v.base == name and (fit := _fit_coordinate(v, axes))]
+        found = []
+        for variable in (v for v in variables if v.base == name):
+            units = text(variable.attrs.get("units", ""))
+            if name == "time":
+                fit = (axes.fit(variable, "y") or axes.fit(variable, "y", "x")) if time_base(units) else None
+            else:
+                fit = axes.fit(variable, "y", "x") if not units or units.lower().startswith("deg") else None
+            if fit is not None:
+                found.append((variable, fit))
         found = [(v, fit) for v, fit in found if v.group == scene.group] or found
         if len(found) == 1:
             coordinates[name] = found[0]
     return coordinates
-
-
-def _fit_coordinate(variable: Variable, axes: _Axes) -> tuple[int, ...] | None:
-    units = text(variable.attrs.get("units", ""))
-    if variable.base == "time":
-        return (axes.fit(variable, "y") or axes.fit(variable, "y", "x")) if time_base(units) else None
-    return axes.fit(variable, "y", "x") if not units or units.lower().startswith("deg") else None

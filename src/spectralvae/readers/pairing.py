@@ -36,13 +36,13 @@ class ProductFolder:
         self.folder = folder
         if not folder.is_dir():
             raise InputError("no such folder", key=f"l2.{product}.folder", path=folder, remedy="correct it")
-        self._paths: dict[tuple[str, str], list[Path]] = {}
+        self._paths: dict[str, list[Path]] = {}
         with damage_named(folder):
             names = sorted(os.listdir(folder))  # noqa: PTH208 (names only: thousands of them)
         for name in names:
             match = FILE_NAME.fullmatch(name)
             if match and match[1] == product:
-                self._paths.setdefault((match[2], match[3]), []).append(folder / name)
+                self._paths.setdefault(f"{match[2]}_{match[3]}", []).append(folder / name)
 
     def find(self, scene_path: Path) -> Path:
         """The file that was made from a level-1 granule: the one of the same time and scan in its name.
@@ -52,15 +52,14 @@ class ProductFolder:
             InputError: There is no such file, or several.
         """
         key = f"l2.{self.product}"
-        match = _GRANULE.search(scene_path.name)
-        if match is None:
+        granule = granule_key(scene_path)
+        if granule is None:
             problem = "no time and scan (YYYYMMDDTHHMMSSZ_SsssGgg) in its name, by which level 2 is found"
             remedy = "give the file its original name, or leave out the product"
             raise ConfigError(problem, key=key, path=scene_path, remedy=remedy)
-        stamp, scan = match.groups()
-        found = self._paths.get((stamp, scan), [])
+        found = self._paths.get(granule, [])
         if not found:
-            problem = f"no TEMPO_{self.product}_L2_V*_{stamp}_{scan}*.nc or .nc4 for {scene_path.name}"
+            problem = f"no TEMPO_{self.product}_L2_V*_{granule}*.nc or .nc4 for {scene_path.name}"
             remedy = "fetch it, or leave out this scene or the product"
             raise InputError(problem, key=key, path=self.folder, remedy=remedy)
         if len(found) > 1:

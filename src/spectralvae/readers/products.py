@@ -157,9 +157,20 @@ def read_product(
         ConfigError: No such product, or an argument doesn't fit it.
     """
     spec = product_spec(product)
-    _check_max_quality(spec, max_quality)
+    key = f"l2.{product}"
+    if spec.rejected_bits is not None and max_quality != 0:
+        problem = f"{spec.quality} holds bits, not levels"
+        raise ConfigError(problem, key=f"{key}.max_quality", value=max_quality, remedy="leave it out")
+    if max_quality not in (0, 1, 2):
+        limit = "0 (normal), 1 (suspicious, too) or 2 (bad, too)"
+        raise ConfigError(key=f"{key}.max_quality", value=max_quality, limit=limit)
     with _open_product(path) as file:
-        _check_product(path, file, product)
+        told = _told_products(path, file)
+        if product not in told:
+            others = " or ".join(sorted(told))
+            what = f"a file of {others}" if told else "a file that does not say of what product it is"
+            limit = f"a file of TEMPO {product} level 2"
+            raise InputError(what, key=key, path=path, limit=limit, remedy="correct the folder")
         place = _find_field(path, file, field or spec.field)
         places = [place, spec.quality] if spec.quality in file else [place]
         variable, *flags = variables = [_check_variable(path, file, name) for name in places]
@@ -254,15 +265,6 @@ def _told_products(path: Path, file: h5py.File) -> set[str]:
     return told or ({match[1]} if match else set())
 
 
-def _check_product(path: Path, file: h5py.File, product: str) -> None:
-    """Refuse a file of another product."""
-    told = _told_products(path, file)
-    if product not in told:
-        what = f"a file of {' or '.join(sorted(told))}" if told else "a file that does not say of what product it is"
-        limit = f"a file of TEMPO {product} level 2"
-        raise InputError(what, key=f"l2.{product}", path=path, limit=limit, remedy="correct the folder")
-
-
 def _find_field(path: Path, file: h5py.File, field: str) -> str:
     """The path of a field in the file."""
     places = [f"{group}/{field}" for group in _GROUPS]
@@ -333,15 +335,6 @@ def _limits(
     return low, high
 
 
-def _check_max_quality(spec: ProductSpec, max_quality: int) -> None:
-    key = f"l2.{spec.name}.max_quality"
-    if spec.rejected_bits is not None and max_quality != 0:
-        problem = f"{spec.quality} holds bits, not levels"
-        raise ConfigError(problem, key=key, value=max_quality, remedy="leave it out")
-    if max_quality not in (0, 1, 2):
-        raise ConfigError(key=key, value=max_quality, limit="0 (normal), 1 (suspicious, too) or 2 (bad, too)")
-
-
 def _quality(
     spec: ProductSpec, variable: h5py.Dataset, flags: NDArray[Any], max_quality: int
 ) -> tuple[NDArray[np.bool_], str]:
@@ -349,21 +342,16 @@ def _quality(
     if spec.rejected_bits is None:
         missing = is_rejected(variable, flags, 0)
         return missing | (flags < 0) | (flags > max_quality), f"{spec.quality} <= {max_quality}"
-    bits = _rejected_bits(spec.rejected_bits, variable)
-    return is_rejected(variable, flags, bits), f"{spec.quality} & {bits:#x} == 0"
-
-
-def _rejected_bits(bits: int, variable: h5py.Dataset) -> int:
-    """The bits that reject: those of the table, but for what the file itself calls an error or a warning."""
+    # What the file itself calls an error or a warning overrides the table.
+    bits = spec.rejected_bits
     masks = np.ravel(variable.attrs.get("flag_masks", ()))
     meanings = text(variable.attrs.get("flag_meanings", "")).lower().split()
     # With flag_values a mask spans several bits, and a meaning belongs to a value.
-    if masks.dtype.kind not in "iu" or len(masks) != len(meanings) or "flag_values" in variable.attrs:
-        return bits
-    for mask, meaning in zip(masks, meanings, strict=True):
-        named = int(mask) % (1 << 8 * masks.dtype.itemsize)  # bit 15 of an int16 is negative
-        if "error" in meaning:
-            bits |= named
-        elif "warning" in meaning:
-            bits &= ~named
-    return bits
+    if masks.dtype.kind in "iu" and len(masks) == len(meanings) and "flag_values" not in variable.attrs:
+        for mask, meaning in zip(masks, meanings, strict=True):
+            named = int(mask) % (1 << 8 * masks.dtype.itemsize)  # bit 15 of an int16 is negative
+            if "error" in meaning:
+                bits |= named
+            elif "warning" in meaning:
+                bits &= ~named
+    return is_rejected(variable, flags, bits), f"{spec.quality} & {bits:#x} == 0"

@@ -85,10 +85,11 @@ class TempoScene(Scene):
         flag_bits: Sequence[int] = REJECTED_FLAG_BITS,
     ) -> None:
         self._flag_mask = sum(1 << bit for bit in set(flag_bits))
-        with _open(path) as file, damage_named(path):
+        with damage_named(path), h5py.File(path, "r") as file:
             band = _choose_band(path, file, band)
             sizes, absent = _check_layout(path, file, band)
             radiance = file[band]["radiance"]
+            chunks = dict(zip(dims_of(radiance), radiance.chunks or (), strict=False))
             super().__init__(
                 path,
                 (sizes[Y], sizes[X], sizes[C]),
@@ -98,7 +99,7 @@ class TempoScene(Scene):
                 units=text(radiance.attrs.get("units", "")) or None,
                 time=_scan_start(path, None if "time" in absent else file["time"]),
                 version=version_of(path, file),
-                chunk=_chunk(radiance),
+                chunk=(chunks.get(Y, 1), chunks.get(X, sizes[X])),
             )
 
     @property
@@ -118,9 +119,8 @@ class TempoScene(Scene):
                 variable = self._variable(name)
                 values = decode(variable, slab(variable, _OPTIONAL[name], self._window))
                 if name == "time":
-                    coordinates[name] = ("y",), unix_seconds(self.path, text(variable.attrs["units"]), values)
-                else:
-                    coordinates[name] = ("y", "x"), values
+                    values = unix_seconds(self.path, text(variable.attrs["units"]), values)
+                coordinates[name] = ("y", "x")[: values.ndim], values
         return coordinates
 
     @property
@@ -144,7 +144,10 @@ class TempoScene(Scene):
         super().probe()
 
     def _open(self) -> h5py.File:
-        return _open(self.path)
+        # h5py, for h5netcdf takes a variable's shape from dimensions found by name (so a size that differs is not
+        # seen), and reads all of a variable that is shorter than its unlimited dimension.
+        with damage_named(self.path):
+            return h5py.File(self.path, "r")
 
     def _variable(self, name: str) -> h5py.Dataset:
         return self._file[_place(self.band, name)]
@@ -174,13 +177,6 @@ def is_tempo(file: h5py.File) -> bool:
     return any(_BAND.fullmatch(name) for name in file) or ("product" in file and "TEMPO" in names)
 
 
-def _open(path: Path) -> h5py.File:
-    # h5py, for h5netcdf takes a variable's shape from dimensions found by name (so a size that differs is not seen),
-    # and reads all of a variable that is shorter than its unlimited dimension.
-    with damage_named(path):
-        return h5py.File(path, "r")
-
-
 def dims_of(variable: h5py.Dataset) -> tuple[str, ...]:
     """The names of a netCDF-4 variable's dimensions, which are scales attached to its axes; "?" where there is none."""
     return tuple(str(axis[len(axis) - 1].name).split("/")[-1] if len(axis) else "?" for axis in variable.dims)
@@ -194,22 +190,20 @@ def _choose_band(path: Path, file: h5py.File, band: str | None) -> str:
     """The band group to read; refuses a file that is no TEMPO level-1 radiance."""
     bands = sorted(name for name, item in file.items() if _BAND.fullmatch(name) and isinstance(item, h5py.Group))
     if not bands:
-        raise InputError(_what_it_is(file), path=path, remedy=f"formats read now: {READABLE}")
+        collection = text(file.attrs.get("collection_shortname", ""))
+        title = text(file.attrs.get("title", ""))
+        if "product" in file and "TEMPO" in collection + title:
+            what = f"a TEMPO level-2 product ({collection or title}), which holds no radiance"
+        else:
+            what = "an HDF5/netCDF-4 file that is no TEMPO L1 radiance"
+            what += ": it has no group band_290_490_nm or band_540_740_nm"
+        raise InputError(what, path=path, remedy=f"formats read now: {READABLE}")
     if band is not None and band not in bands:
         limit = f"one of the file's: {', '.join(bands)}"
         raise ConfigError("no such group", key="band", path=path, value=band, limit=limit)
     if band is None and len(bands) > 1 and DEFAULT_BAND not in bands:
         raise ConfigError("the file holds several", key="band", path=path, remedy=f"name one: {', '.join(bands)}")
     return band or (DEFAULT_BAND if DEFAULT_BAND in bands else bands[0])
-
-
-def _what_it_is(file: h5py.File) -> str:
-    """Say what a file without a band group is."""
-    collection = text(file.attrs.get("collection_shortname", ""))
-    title = text(file.attrs.get("title", ""))
-    if "product" in file and "TEMPO" in collection + title:
-        return f"a TEMPO level-2 product ({collection or title}), which holds no radiance"
-    return "an HDF5/netCDF-4 file that is no TEMPO L1 radiance: it has no group band_290_490_nm or band_540_740_nm"
 
 
 def _check_layout(path: Path, file: h5py.File, band: str) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -223,13 +217,12 @@ def _check_layout(path: Path, file: h5py.File, band: str) -> tuple[dict[str, int
     absent = []
     for name, dims in (_REQUIRED | _OPTIONAL).items():
         place = _place(band, name)
-        group = file if name == "time" else file[band]
-        if not isinstance(group.get(name), h5py.Dataset) or (name == "time" and "units" not in group[name].attrs):
+        variable = file.get(place)
+        if not isinstance(variable, h5py.Dataset) or (name == "time" and "units" not in variable.attrs):
             if name in _REQUIRED:
                 raise InputError("no such variable in it, which is required", key=place, path=path)
             absent.append(name)
             continue
-        variable = group[name]
         found = dims_of(variable)
         accepted = ({X, C}, {C}) if name == "nominal_wavelength" else (set(dims),)
         if set(found) not in accepted or len(set(found)) != len(found):
@@ -277,12 +270,6 @@ def version_of(path: Path, file: h5py.File) -> str | None:
         return f"V{int(match[1]):02d}"
     version = np.ravel(file.attrs.get("version_id", ()))
     return f"V{int(version[0]):02d}" if version.size and version.dtype.kind in "iu" else None
-
-
-def _chunk(radiance: h5py.Dataset) -> tuple[int, int]:
-    """(rows, columns) that one chunk of the radiance holds; a row where it isn't chunked."""
-    sizes = dict(zip(dims_of(radiance), radiance.chunks or (), strict=False))
-    return sizes.get(Y, 1), sizes.get(X, radiance.shape[dims_of(radiance).index(X)])
 
 
 def _scan_start(path: Path, time: h5py.Dataset | None) -> dt.datetime | None:

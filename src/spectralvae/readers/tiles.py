@@ -1,7 +1,7 @@
 """Legacy tile folders: `NNNNN.pt` of normalised tiles, beside them `mean_spectrum.pt` and `std_spectrum.pt`.
 
-What wrote them clamped radiance r to at least `min_radiance` and kept z = clip((log r - mean) / (std + 1e-8), -clip,
-clip) in float32, without a mask: a fill became `min_radiance`, and is known by the z of that. Where this z reaches the
+What wrote them clamped radiance r to at least 1 and kept z = clip((log r - mean) / (std + 1e-8), -10, 10) in float32,
+without a mask: a fill became 1, so its z is -mean / (std + 1e-8), which identifies it. Where this z reaches the
 clip, a fill can't be told from a small radiance, and everything at the clip is invalid ("ambiguous").
 
 Shapes: N tiles of h x w pixels and C channels.
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers.arguments import Window, given_wavelengths, no_wavelengths
-from spectralvae.readers.base import COORDINATES, FLAG, Coordinate, Scene, damage_named, invalidate
+from spectralvae.readers.base import COORDINATES, FLAG, Scene, damage_named, invalidate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MEAN, STD = "mean_spectrum.pt", "std_spectrum.pt"
 
 _TILES = re.compile(r"\d+\.pt")
-_EPSILON = 1e-8
+_CLIP, _EPSILON = 10.0, 1e-8
 
 # z of a fill is right to four roundings of float32 (of mean, std, difference and quotient), 4 * 2^-24 = 2.4e-7.
 _ROUNDING = 1e-6
@@ -43,8 +43,6 @@ class TilesScene(Scene):
         wavelength: C wavelengths in nm, or {"first": nm, "last": nm} for evenly spaced channels; needed.
         region: [y0, y1, x0, x1], half-open pixel bounds, y0 and y1 multiples of h; None for all tiles.
         units: Of the radiance, which the file doesn't tell.
-        min_radiance: What radiance was clamped to.
-        clip: What z was clipped to.
 
     Raises:
         InputError: No such tensor, no spectra, no wavelengths, values beyond the clip, or damage.
@@ -60,35 +58,38 @@ class TilesScene(Scene):
         wavelength: Sequence[float] | NDArray[Any] | Mapping[str, float] | None = None,
         region: Sequence[int] | None = None,
         units: str | None = None,
-        min_radiance: float = 1.0,
-        clip: float = 10.0,
     ) -> None:
         tiles = _load(path)
         n, h, w, nc = tiles.shape
         if wavelength is None:
             raise no_wavelengths(path, nc)
-        self._wavelength = given_wavelengths("wavelength", wavelength, nc, path=path)
+        wavelengths = given_wavelengths("wavelength", wavelength, nc, path=path)
         self._mean, self._std = _read_spectra(path, nc)
-        self._clip = clip
-        # Both (C,), in z.
-        self._fill = (np.log(min_radiance) - self._mean) / (self._std + _EPSILON)
-        size = np.maximum(np.abs(self._mean), np.abs(np.log(min_radiance))) / (self._std + _EPSILON)
-        self._tolerance = _ROUNDING * size
-        self._ambiguous = np.abs(self._fill) >= clip * (1 - _ROUNDING)
-        super().__init__(path, (n * h, w, nc), region, absent=(FLAG, *COORDINATES), units=units, chunk=(h, w))
+        # Both (C,): z of a fill, and where it reaches the clip.
+        self._fill = -self._mean / (self._std + _EPSILON)
+        self._ambiguous = np.abs(self._fill) >= _CLIP * (1 - _ROUNDING)
+        super().__init__(
+            path,
+            (n * h, w, nc),
+            region,
+            absent=(FLAG, *COORDINATES),
+            units=units,
+            chunk=(h, w),
+            wavelength=wavelengths,
+        )
         self.stack = h
         if self.region is not None and (self.region[0] % h or self.region[1] % h):
             limit = f"[y0, y1, x0, x1] with y0 and y1 multiples of {h}"
             raise ConfigError("cuts tiles", key="region", path=path, value=list(self.region), limit=limit)
         if self._ambiguous.any():
-            self.notes = (_note(path, np.flatnonzero(self._ambiguous), nc),)
-
-    @property
-    def wavelength(self) -> NDArray[np.float64]:
-        return self._wavelength
-
-    def coordinates(self) -> dict[str, Coordinate]:
-        return {}
+            channels = np.flatnonzero(self._ambiguous)
+            runs = np.split(channels, np.flatnonzero(np.diff(channels) > 1) + 1)
+            named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:10])
+            note = (
+                f"{path.name}: in {len(channels)} of {nc} channels a fill can't be told from a clipped value, and all"
+                f" at the clip are invalid; channels {named}{', ...' if len(runs) > 10 else ''}"
+            )
+            self.notes = (note,)
 
     def files(self) -> list[Path]:
         return sorted((self.path, self.path.with_name(MEAN), self.path.with_name(STD)))
@@ -108,11 +109,11 @@ class TilesScene(Scene):
             z = tiles.values[y0:y1, x0:x1].astype(np.float64)
         with np.errstate(invalid="ignore"):
             largest = float(np.max(np.abs(z), initial=0.0, where=~np.isnan(z)))
-        if largest > self._clip * (1 + _ROUNDING):
-            problem = f"holds {largest:g}, beyond the clip of {self._clip:g}, so it is no legacy tile file"
+        if largest > _CLIP * (1 + _ROUNDING):
+            problem = f"holds {largest:g}, beyond the clip of {_CLIP:g}, so it is no legacy tile file"
             raise InputError(problem, path=self.path, remedy="give the files that its tiles were made of")
-        at_clip = z * np.sign(self._fill) >= self._clip * (1 - _ROUNDING)
-        filled = np.where(self._ambiguous, at_clip, np.abs(z - self._fill) <= self._tolerance)
+        at_clip = z * np.sign(self._fill) >= _CLIP * (1 - _ROUNDING)
+        filled = np.where(self._ambiguous, at_clip, np.abs(z - self._fill) <= _ROUNDING * np.abs(self._fill))
         return np.exp(z * (self._std + _EPSILON) + self._mean), filled, None
 
 
@@ -131,10 +132,10 @@ def is_torch_file(path: Path, head: bytes) -> bool:
     return (head.startswith(b"PK\3\4") and b"data.pkl" in head) or (head[:2] == b"\x80\x02" and path.suffix == ".pt")
 
 
-def tile_files(folder: Path) -> list[Path] | None:
-    """The tile files of a legacy folder, sorted; None where there is none."""
+def tile_files(folder: Path) -> list[Path]:
+    """The tile files of a legacy folder, sorted."""
     with damage_named(folder):
-        return sorted(file for file in folder.iterdir() if _TILES.fullmatch(file.name) and file.is_file()) or None
+        return sorted(file for file in folder.iterdir() if _TILES.fullmatch(file.name) and file.is_file())
 
 
 def _load(path: Path) -> Tensor:
@@ -174,13 +175,3 @@ def _read_spectra(path: Path, nc: int) -> tuple[NDArray[np.float64], NDArray[np.
         problem = "is negative, so it holds no standard deviations"
         raise InputError(problem, path=path.with_name(STD), remedy="put the right one there")
     return spectra[0], spectra[1]
-
-
-def _note(path: Path, channels: NDArray[np.int64], nc: int) -> str:
-    """Name channels as runs, 3-7."""
-    runs = np.split(channels, np.flatnonzero(np.diff(channels) > 1) + 1)
-    named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:10])
-    return (
-        f"{path.name}: in {len(channels)} of {nc} channels a fill can't be told from a clipped value, and all at the"
-        f" clip are invalid; channels {named}{', ...' if len(runs) > 10 else ''}"
-    )

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,7 @@ def weights_sha256(model: AutoencoderKL) -> str:
 
     A checkpoint, its export and the network loaded from either agree, on whatever device and in whatever memory layout.
     """
-    return _sha256(_pack_weights(model))
-
-
-def _pack_weights(model: AutoencoderKL) -> bytes:
-    return pack_tensors(model.state_dict())
+    return _sha256(pack_tensors(model.state_dict()))
 
 
 def pack_model(
@@ -117,7 +114,7 @@ def pack_model(
         "provenance": provenance.values() if provenance else None,
     }
     files = {
-        "model.safetensors": _pack_weights(model),
+        "model.safetensors": pack_tensors(model.state_dict()),
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
     }
     if normalization:
@@ -129,11 +126,11 @@ def pack_model(
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write an artifact so that ``folder`` is either whole or not there.
 
-    Temporary name, fsync of every file and of the folder, check of what was written, rename. What a kill may leave
-    beside it has a name that begins with a dot.
+    Temporary name, fsync of every file and of the folder, check of what was written, rename. A killed process may
+    leave folders next to it whose names begin with a dot.
 
-    A whole folder of that name stays as it is, and nothing is written: one folder cannot take another's name in a
-    single step, so a kill between two would cost it. A damaged one has nothing to lose, and is replaced.
+    A valid folder of that name stays as it is, and nothing is written: one folder cannot take another's name in a
+    single step, so a kill between two steps would lose it. A corrupt one is replaced.
 
     Args:
         folder: where it is to lie.
@@ -143,8 +140,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         InputError: what was written is not what is read back, or the folder of that name is of another format.
         NoRoomError: it does not fit; nothing of it stays.
     """
-    if _is_whole(folder):
-        return
+    if os.path.lexists(folder):
+        with suppress(DamagedError):
+            verify(folder)
+            return
     temporary = folder.with_name(f".{folder.name}.tmp")
     with room_for(folder, sum(map(len, files.values()))):
         try:
@@ -152,33 +151,18 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 shutil.rmtree(temporary)
             temporary.mkdir(parents=True)
             write_files(temporary, files)
-            _move_into_place(temporary, folder)
+            old = hidden_old(folder)
+            if os.path.lexists(folder):  # corrupt; a folder cannot be renamed onto one that is not empty
+                if old.exists():
+                    shutil.rmtree(old)
+                folder.rename(old)
+            temporary.rename(folder)
+            _fsync_folder(folder.parent)
+            if os.path.lexists(old):
+                shutil.rmtree(old)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-
-
-def _is_whole(folder: Path) -> bool:
-    if not os.path.lexists(folder):
-        return False
-    try:
-        verify(folder)
-    except DamagedError:
-        return False
-    return True
-
-
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename ``temporary`` to ``folder``; what had that name is damaged."""
-    old = hidden_old(folder)
-    if os.path.lexists(folder):  # a folder cannot be renamed onto one that is not empty
-        if old.exists():
-            shutil.rmtree(old)
-        folder.rename(old)
-    temporary.rename(folder)
-    _fsync_folder(folder.parent)
-    if os.path.lexists(old):
-        shutil.rmtree(old)
 
 
 def hidden_old(folder: Path) -> Path:
@@ -297,7 +281,13 @@ def read_artifact(folder: Path) -> tuple[Artifact, dict[str, bytes]]:
         normalization = None
         if config["normalization"] is not None:
             arrays = load_arrays(contents["normalization.safetensors"])
-            normalization = _unpack_normalization(config["normalization"], arrays, model.encoder.shape[0])
+            shape = (model.encoder.shape[0],)
+            for name in ("mean", "std", *(["wavelength"] if "wavelength" in arrays else [])):
+                if arrays[name].shape != shape:
+                    raise ValueError(f"{name} of the normalisation has shape {arrays[name].shape}, not {shape}")
+            if (transform := config["normalization"]["transform"]) not in ("log_zscore", "zscore"):
+                raise ValueError(f"the normalisation has an unknown transform, {transform!r}")
+            normalization = Normalization.from_parts(config["normalization"], arrays)
         latents, provenance = config.get("latents"), config.get("provenance")  # older versions have none
         return Artifact(
             model.eval(),
@@ -313,21 +303,6 @@ def read_artifact(folder: Path) -> tuple[Artifact, dict[str, bytes]]:
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         problem = f"does not hold a model of this version ({type(error).__name__}: {' '.join(str(error).split())})"
         raise InputError(problem, path=folder) from error
-
-
-def _unpack_normalization(settings: Mapping[str, Any], arrays: Mapping[str, Any], n_channels: int) -> Normalization:
-    """The normalisation in its files; ValueError where it is not one of ``n_channels``."""
-    for name in ("mean", "std", *(["wavelength"] if "wavelength" in arrays else [])):
-        if arrays[name].shape != (n_channels,):
-            raise ValueError(f"{name} of the normalisation has shape {arrays[name].shape}, not ({n_channels},)")
-    if settings["transform"] not in ("log_zscore", "zscore"):
-        raise ValueError(f"the normalisation has an unknown transform, {settings['transform']!r}")
-    return Normalization.from_parts(settings, arrays)
-
-
-def tensors_of(content: bytes) -> dict[str, Tensor]:
-    """The tensors in safetensors bytes, on the CPU."""
-    return dict(load_tensors(content))
 
 
 def is_artifact(folder: Path) -> bool:

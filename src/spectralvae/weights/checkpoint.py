@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from spectralvae.errors import DamagedError, InputError
@@ -21,7 +22,6 @@ from spectralvae.weights.artifact import (
     pack_model,
     pack_tensors,
     read_artifact,
-    tensors_of,
     verify,
     write_folder,
 )
@@ -29,7 +29,6 @@ from spectralvae.weights.normalization import Normalization
 from spectralvae.weights.provenance import LatentStatistics, Provenance
 
 _NAME = re.compile(r"step=(\d{6,})")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _HEAD = "supervision."  # before the names of the head's weights
 
 
@@ -145,12 +144,12 @@ def restore(
         raise InputError("is an export without optimizer state: a run can start from it, but not resume", path=path)
     model.load_state_dict(artifact.model.state_dict())  # copies into the tensors that are there: layout kept
     optimizer.state.clear()
-    _restore_moments(optimizer, model.named_parameters(), tensors_of(contents["optimizer.safetensors"]))
+    _restore_moments(optimizer, model.named_parameters(), load_tensors(contents["optimizer.safetensors"]))
     if supervision is not None:
         parameters = {f"{_HEAD}{name}": p for name, p in supervision.named_parameters()}
-        weights = tensors_of(contents["supervision.safetensors"])
+        weights = load_tensors(contents["supervision.safetensors"])
         supervision.load_state_dict({key.removeprefix(_HEAD): weight for key, weight in weights.items()})
-        moments = tensors_of(contents["supervision_optimizer.safetensors"])
+        moments = load_tensors(contents["supervision_optimizer.safetensors"])
         _restore_moments(optimizer, parameters.items(), moments)
     state: dict[str, Any] = json.loads(contents["trainer.json"])
     return state
@@ -168,7 +167,7 @@ def _restore_moments(
         entries = {"step": moments[f"step.{name}"]}
         if optimizer.defaults.get("fused"):
             entries["step"] = entries["step"].to(parameter.device)
-        for key in _MOMENTS:
+        for key in ("exp_avg", "exp_avg_sq"):
             entries[key] = torch.empty_like(parameter).copy_(moments[f"{key}.{name}"])
             assert entries[key].stride() == parameter.stride()
         optimizer.state[parameter] = entries
