@@ -44,6 +44,7 @@ from typing import Any
 
 import torch
 from loader import write_store
+from progress import say
 from rich.console import Console
 from steps import (
     NETWORKS,
@@ -64,7 +65,7 @@ from spectralvae.data.store import Store
 from spectralvae.plotting.reconstructions import N_TILES, draw_reconstructions
 from spectralvae.runtime.ranks import Ranks, find_ranks
 from spectralvae.training.engine import Engine
-from spectralvae.training.trainer import admit
+from spectralvae.training.setup import set_up
 from spectralvae.training.watch import Watch
 from spectralvae.weights.checkpoint import save_checkpoint
 
@@ -112,7 +113,8 @@ def cost_of_steps(question: str, base: Network, points: Sequence[int], repeats: 
         for _ in range(2):
             step()
     times: dict[int, list[float]] = {point: [] for point in points}
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        say(f"{question}: repeat {repeat + 1} of {repeats}")
         for point, step in steps.items():
             times[point].append(1000 * seconds(step, CPU, 1) / networks[point].batch_size)
     del steps, step
@@ -154,6 +156,7 @@ def cost_of_scenes(points: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         paths = {n: Path(folder) / str(n) for n in points}
         for n, path in paths.items():
+            say(f"scenes: a store of {n}")
             write_store(path, n, SCENE_SHAPE, "float16")
             begin(path)
         found: dict[int, list[dict[str, float]]] = {n: [] for n in points}
@@ -186,7 +189,7 @@ def time_steps(ranks: Ranks, network: Network) -> list[float]:
     model = make_model(config)
     batch = make_batch(config, model, network.batch_size // ranks.world_size)
     engine = Engine(model, config, CPU, ranks)
-    engine.settle(batch)
+    engine.order_buckets(batch)
     for _ in range(2):
         our_step(engine, batch)
     return [1000 * seconds(partial(our_step, engine, batch), CPU, 1) for _ in range(STEPS_OF_RANKS)]
@@ -208,7 +211,8 @@ def cost_of_ranks(network: Network, repeats: int) -> list[dict[str, Any]]:
     """A row for one process, and one for two."""
     n_threads = torch.get_num_threads()
     found: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        say(f"ranks: repeat {repeat + 1} of {repeats}")
         for n, times in found.items():
             times.append(ms_of_ranks(n, network, n_threads))
     return [
@@ -238,6 +242,7 @@ def cost_of_threads(name: str, counts: Sequence[int], repeats: int) -> list[dict
     step = make_step(network)
     times: dict[int, list[float]] = {n: [] for n in counts}
     for repeat in range(-1, repeats):  # the first one warms up
+        say(f"threads, {name}: repeat {repeat + 1} of {repeats}")
         for n in counts:
             torch.set_num_threads(n)
             ms = 1000 * seconds(step, CPU, 1) / network.batch_size
@@ -266,17 +271,17 @@ def beside(folder: Path, network: Network) -> Iterator[dict[str, Callable[[], An
     config = make_config(network, device="cpu")
     data = config.data.model_copy(update={"store": store.path})
     config = config.model_copy(update={"output_dir": folder / "run", "data": data})
-    trainer = admit(config, Ranks(), Console(quiet=True))
+    trainer = set_up(config, Ranks(), Console(quiet=True))
     engine = Engine(trainer.model, config, CPU, Ranks())
     config.output_dir.mkdir()
-    watch = Watch(config.output_dir, 0, n_steps=1, batch_size=network.batch_size, facts={}, spikes={})
+    watch = Watch(config.output_dir, 0, n_steps=1, batch_size=network.batch_size, grad_clip=1.0, facts={}, spikes={})
     validation, normalization = trainer.validation, store.normalization
     saved = (trainer.model, trainer.settings, normalization, engine.optimizer, {})
     tiles = read_crops(store, validation.crops[:N_TILES], network.tile_size).float().numpy()
     drawn = tiles, 0.9 * tiles, [f"tile {i}" for i in range(N_TILES)]
     yield {
         "step": partial(our_step, engine, make_batch(config, trainer.model, network.batch_size)),
-        "validation": lambda: watch.validated(0, validation.run(engine).description),
+        "validation": lambda: watch.keep_validation(0, validation.run(engine).description),
         "reading": lambda: deque(validation._batches(engine), maxlen=0),
         "checkpoint": partial(save_checkpoint, config.output_dir, 0, *saved),
         "figure": lambda: watch.reconstructions(validation.draw(engine, 0), 0),
@@ -292,6 +297,7 @@ def cost_beside(network: Network, repeats: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder, beside(Path(folder), network) as calls:
         times: dict[str, list[float]] = {name: [] for name in calls}
         for repeat in range(-1, repeats):  # the first one warms up
+            say(f"beside: repeat {repeat + 1} of {repeats}")
             for name, call in calls.items():
                 took = seconds(call, CPU, 1)
                 if repeat >= 0:

@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 from machine import machine
 from numpy.typing import NDArray
+from progress import say
 
 from spectralvae.cli import run
 from spectralvae.training.trainer import Trainer
@@ -67,8 +68,8 @@ class Watcher:
         self._started = time.monotonic()
         original = Trainer._follow_up
 
-        def follow_up(trainer: Trainer, *arguments: Any) -> None:
-            original(trainer, *arguments)
+        def follow_up(trainer: Trainer, *arguments: Any, **options: Any) -> None:
+            original(trainer, *arguments, **options)
             if trainer.step % every == 0:
                 self.look(trainer.step)
 
@@ -77,6 +78,7 @@ class Watcher:
     def look(self, step: int) -> None:
         gc.collect()  # what waits for the collector is no leak
         memory = self._process.memory_full_info()
+        say(f"step {step}: {memory.rss / 1e6:.0f} MB")
         self.rows.append(
             {
                 "step": step,

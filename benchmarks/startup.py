@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from progress import say
+
 COMMANDS = {
     "nothing": ["-c", "pass"],
     "import torch": ["-c", "import torch"],
@@ -92,7 +94,7 @@ def run_until_first_batch(config: str) -> None:
     import torch.utils.tensorboard  # noqa: F401
 
     from spectralvae.cli import app
-    from spectralvae.training import trainer
+    from spectralvae.training import setup, trainer
 
     parts: dict[str, float] = {}
     begun = time.perf_counter()
@@ -107,7 +109,7 @@ def run_until_first_batch(config: str) -> None:
 
         return call
 
-    class Stream(trainer.TileStream):
+    class Stream(setup.TileStream):
         def __iter__(self) -> Any:
             batches = super().__iter__()
             start = time.perf_counter()
@@ -119,8 +121,9 @@ def run_until_first_batch(config: str) -> None:
             os._exit(0)
 
     for name in PARTS:
-        setattr(trainer, name, timed(name, getattr(trainer, name)))
-    trainer.TileStream = Stream  # type: ignore[misc]
+        module = setup if hasattr(setup, name) else trainer
+        setattr(module, name, timed(name, getattr(module, name)))
+    setup.TileStream = Stream  # type: ignore[misc]
     app(["train", config], standalone_mode=False)
 
 
@@ -131,12 +134,14 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Seconds by group and name; the groups are the commands, and the stores whose first batch is waited for."""
     large, many = f"2 scenes of {options.shape}", f"{options.scenes} scenes of {options.small}"
+    say("the stores")
     stores = {
         large: make_store(folder / "large", 2, tuple(options.shape)),
         many: make_store(folder / "many", options.scenes, tuple(options.small)),
     }
     found: dict[str, dict[str, list[float]]] = {"commands": {}, large: {}, many: {}}
     for repeat in range(options.repeats + 1):
+        say(f"repeat {repeat} of {options.repeats}")
         times = {"commands": {name: command_seconds(arguments) for name, arguments in COMMANDS.items()}}
         for name, store in stores.items():
             times[name] = first_batch_parts(store, options.batch_size, options.tile_size)

@@ -22,6 +22,7 @@ from spectralvae.config import (
     SimulateConfig,
     TrainConfig,
 )
+from spectralvae.config.loading import resume_rules
 
 COMMANDS: dict[str, type[CommandConfig]] = {
     "simulate": SimulateConfig,
@@ -36,6 +37,13 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "probe": ProbeConfig,
     "convert": ConvertConfig,
 }
+
+RESUMABLE = {command: resume_rules(config) for command, config in COMMANDS.items() if config.resumable}
+KEYS_THAT_MAY_DIFFER = "\n".join(
+    f"- `{command}`: " + ", ".join(f"`{key}`" + f" ({rule})" * (rule != "may change") for key, rule in rules.items())
+    for command, rules in RESUMABLE.items()
+    if rules
+)
 
 INTRODUCTION = f"""# Configs
 
@@ -68,21 +76,24 @@ command is started, not from the folder of the YAML file.
 **`--debug`** (`train`) is for a quick look whether everything works. It stands between the file and `--set`:
 {", ".join(f"`{key}` = {value}" for key, value in DEBUG_OVERRIDES.items())}.
 
-**`--print-config`** prints the complete config and stops; nothing is written.
+**`--print-config`** prints the complete config, then as comments the keys that may differ when the run is resumed, and
+stops; nothing is written.
 
 **`--dry-run`** (`download`) lists names and bytes; nothing is written.
 
 **`--overwrite`** starts afresh: it deletes what is in `output_dir`, but only if the same command made that folder, and
 only once the config was checked and every input could be opened; an input that lies in the folder is refused.
 
-**Starting again.** `output_dir` may be absent or empty. If it holds an unfinished run of the same command and the same
-config, `download`, `prepare` and `train` go on where it ended; the other commands ask for `--overwrite`. If that run is
-finished, the command says so and exits with 0. Anything else in the folder is refused, and nothing is changed. When a
-training run goes on, these keys may differ, and `run.json` records it: a larger `training.n_steps` (with it, a finished
-run goes on, too), every `training.*_every` and `training.keep_*`, `training.device`, `training.peer_timeout`,
-`data.num_workers`, `data.cache`, and `data.store` if the store was moved but not changed. When a
-preparation goes on, `cluster` and `n_workers` may. Any other difference is listed and refused. Two commands never
-write into one folder at the same time: the second is refused.
+**Resuming.** `output_dir` may be absent or empty. If it holds an unfinished run of the same command with the same
+config, {", ".join(f"`{command}`" for command in RESUMABLE)} resume it; the other commands
+ask for `--overwrite`. If the run is finished, the command says so and exits with 0. Anything else in the folder is
+refused, and nothing is changed. Two commands never write into one folder at the same time: the second is refused.
+
+When a run is resumed, these keys may differ from those it was started with, and `run.json` records it. Any other
+difference is listed and refused. A larger number of steps resumes a finished training run, too. A store that was moved
+must have the same content.
+
+{KEYS_THAT_MAY_DIFFER}
 
 **Exit codes.**
 
@@ -127,7 +138,8 @@ def _tables(section: dict[str, Any], root: dict[str, Any], path: str) -> Iterato
             assert below, f"{key} has no description"
             continue
         default = f"`{_value(field['default'])}`" if "default" in field else "required"
-        cells = f"`{key}`", _type(field), default, _limits(field), field["description"]
+        meaning = field["description"] + (f"; *{field['on_resume']} on resume*" if "on_resume" in field else "")
+        cells = f"`{key}`", _type(field), default, _limits(field), meaning
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     yield "\n".join(["| key | type | default | limits | meaning |", "| --- | --- | --- | --- | --- |", *rows]) + "\n"
     for definition, where in inner:

@@ -203,9 +203,9 @@ def train(
     Whether a network can take a batch at all, which takes a quarter of a tiny run's time, is tried out once for each.
     """
     from spectralvae.cli import run as cli
-    from spectralvae.training import trainer
+    from spectralvae.training import setup
 
-    monkeypatch.setattr(trainer, "check_forward", lambda settings, n: _check_forward(json.dumps(settings), n))
+    monkeypatch.setattr(setup, "check_forward", lambda settings, n: _check_forward(json.dumps(settings), n))
 
     def run(name: str = "run", *, model: Mapping[str, Any] | None = None, **training: Any) -> tuple[int, Path]:
         config: dict[str, Any] = {

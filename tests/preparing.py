@@ -33,7 +33,7 @@ WriteGranule = Callable[..., Path]
 def run_prepare(out: Path, inputs: Sequence[Any], *, overwrite: bool = False, **settings: Any) -> Store:
     inputs = [str(i) if isinstance(i, Path) else i for i in inputs]
     config = PrepareConfig.model_validate({"output_dir": str(out), "inputs": inputs, **settings})
-    prepare(config, RunDir("prepare", config, overwrite=overwrite, resumable=True), new_console())
+    prepare(config, RunDir("prepare", config, overwrite=overwrite), new_console())
     return Store(out)
 
 

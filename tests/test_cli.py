@@ -19,7 +19,8 @@ from test_rundir import snapshot
 
 import spectralvae
 from spectralvae import __version__, cli
-from spectralvae.config.loading import to_yaml
+from spectralvae.config import TrainConfig
+from spectralvae.config.loading import resume_rules, to_yaml
 from spectralvae.errors import ConfigError, InputError, RunError
 from spectralvae.runtime.signals import Stopped
 
@@ -196,6 +197,11 @@ def test_print_config_reads_back_and_writes_nothing(call: Callable[..., Result],
     assert (printed["training"]["n_steps"], printed["training"]["save_every"]) == (200, 7)
     config.write_text(first.out)
     assert call("train", config, "--print-config").out == first.out
+    comments = [line for line in first.out.splitlines() if line.startswith("#")]
+    listed = {match[1] for line in comments if (match := re.search(r"(\w+\.\w+) \(", line))}
+    assert listed == set(resume_rules(TrainConfig))
+    config = write_config(tmp_path / "simulate.yaml", {"output_dir": "granules"})
+    assert "#" not in call("simulate", config, "--print-config").out, "it does not resume"
 
 
 def test_finished_run_says_so(call: Callable[..., Result], behaves: Callable[[BaseException | None], Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from spectralvae.config import (
     CommandConfig,
     CompressConfig,
     ConvertConfig,
+    DecodeConfig,
+    DecompressConfig,
     DownloadConfig,
+    EncodeConfig,
+    EvaluateConfig,
     PrepareConfig,
+    ProbeConfig,
     SimulateConfig,
     TrainConfig,
-    may_change_on_resume,
 )
-from spectralvae.config.loading import dump_config, load_config, parse_yaml, to_yaml
+from spectralvae.config.loading import dump_config, load_config, parse_yaml, resume_rules, to_yaml
 from spectralvae.errors import ConfigError
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -118,6 +123,8 @@ def test_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         (TrainConfig, "optimizer: {betas: [0.9, 1.0]}", "optimizer.betas.1", ["1.0", "less than 1"]),
         (TrainConfig, "optimizer: {decay_steps: 99}", "training.n_steps", ["200000", "optimizer.decay_steps (99)"]),
         (TrainConfig, "model: {double_z: false}", "model.double_z", ["false"]),
+        (TrainConfig, "model: {dropout_prob: 1}", "model.dropout_prob", ["1"]),
+        (TrainConfig, "model: {logvar_init: 31}", "model.logvar_init", ["31", "30"]),
         (PrepareConfig, "split: {train: [a]}", "split.train", ["val"]),
         (PrepareConfig, "normalization: {transform: zscore, min_radiance: 1.0}", "normalization.min_radiance", ["1.0"]),
     ],
@@ -156,7 +163,7 @@ def test_wrong_keys_and_values_are_named(
         (CompressConfig, "rate={step: 1, mse: 1}", "rate", ["step", "bytes", "mse"]),
         (CompressConfig, "rate.step=1", "rate", ["bound"]),
         (CompressConfig, "bound=null", "bound", ["rate"]),
-        (DownloadConfig, "box=[-80, 35, -70]", "box", ["4 items"]),
+        (DownloadConfig, "box=[-80, 35, -70]", "box", ["must be", "4 items"]),
         (DownloadConfig, "box=[-80, 45, -70, 35]", "box", ["south < north"]),
         (DownloadConfig, "box=[-181, 35, -70, 45]", "box", ["-180"]),
         (DownloadConfig, "box=[-80, 35, 181, 45]", "box", ["180"]),
@@ -275,18 +282,36 @@ def test_what_is_written_reads_back() -> None:
 # --- what may change on resume ----------------------------------------------------------------
 
 MAY_CHANGE = {f"training.{key}" for key in ("save_every", "val_every", "log_every", "plot_every", "keep_last")}
-MAY_CHANGE |= {"training.keep_every", "training.device", "training.peer_timeout"}
-MAY_CHANGE |= {"data.num_workers", "data.cache", "data.store"}
+MAY_CHANGE |= {"training.keep_every", "training.device", "training.peer_timeout", "data.num_workers", "data.cache"}
+FREE = dict.fromkeys(MAY_CHANGE, "may change")
+BY_FILE = {"batch_size": "may change", "device": "may change"}
 
 
-def test_exactly_the_keys_of_the_contract_may_change_on_resume() -> None:
-    keys = {"output_dir", "seed"}
-    for name in ("data", "model", "optimizer", "training"):
-        keys |= {f"{name}.{key}" for key in TrainConfig.model_fields[name].annotation.model_fields}  # type: ignore[union-attr]
-    assert keys >= MAY_CHANGE
-    assert {key for key in keys - {"training.n_steps"} if may_change_on_resume(key, 1, 2)} == MAY_CHANGE
-    assert may_change_on_resume("training.n_steps", 100, 200)
-    assert not may_change_on_resume("training.n_steps", 200, 100)
+@pytest.mark.parametrize(
+    ("schema", "rules"),
+    [
+        (
+            TrainConfig,
+            {"training.n_steps": "may grow", "data.store": "may move"} | dict.fromkeys(MAY_CHANGE, "may change"),
+        ),
+        (PrepareConfig, {"cluster": "may change", "n_workers": "may change"}),
+        (DownloadConfig, {}),
+        (EncodeConfig, {**BY_FILE, "all_invalid": "may change"}),
+        (CompressConfig, {**BY_FILE, "all_invalid": "may change"}),
+        (DecodeConfig, BY_FILE),
+        (DecompressConfig, BY_FILE),
+    ],
+)
+def test_exactly_the_keys_of_the_contract_may_differ_on_resume(
+    schema: type[CommandConfig], rules: dict[str, str]
+) -> None:
+    assert schema.resumable
+    assert resume_rules(schema) == rules
+
+
+def test_other_commands_do_not_resume() -> None:
+    for schema in (SimulateConfig, EvaluateConfig, ProbeConfig, ConvertConfig):
+        assert not schema.resumable and not resume_rules(schema)
 
 
 # --- docs/config.md ---------------------------------------------------------------------------
@@ -296,5 +321,8 @@ def test_reference_is_up_to_date_and_complete() -> None:
     script = runpy.run_path(str(DOCS / "make_config_reference.py"))
     written = (DOCS / "config.md").read_text(encoding="utf-8")
     assert script["reference"]() == written, "run `python docs/make_config_reference.py`"
+    for schema in script["COMMANDS"].values():
+        for key in resume_rules(schema):
+            assert re.search(rf"^\| `{re.escape(key)}` \|.*on resume\* \|$", written, re.MULTILINE), key
     commands = {str(command.callback.__name__) for command in cli.app.registered_commands}
     assert commands - {"inspect", "doctor"} == set(script["COMMANDS"])

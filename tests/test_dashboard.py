@@ -42,6 +42,7 @@ def run_of(**changes):
         "updated": "2026-01-02T03:04:05+00:00",
         "seconds_left": None,
         "tiles_per_second": 12.3,
+        "grad_clip": 0.25,
         "curves": {
             "loss": loss_points,
             "val_loss": points(step[99::100], loss[99::100] + 1),
@@ -88,6 +89,13 @@ def test_data_are_what_went_in(tmp_path):
     (spread,) = page.charts["latents"]["series"]
     assert (spread["low"], spread["high"]) == ([-0.4, -0.01], [1.4, 0.01])
     assert "grad_norm" not in page.charts  # no such curve was given
+
+
+def test_the_gradient_norm_is_shown_with_its_clip(tmp_path):
+    """Far above it, as a sum over samples is."""
+    chart = Reader(write(tmp_path, curves={"grad_norm": points([1, 2], [2e5, 1e5])})).charts["grad_norm"]
+    assert chart["references"] == [{"label": "training.grad_clip", "value": 0.25}]
+    assert "samples" in chart["title"]
 
 
 @pytest.mark.parametrize(

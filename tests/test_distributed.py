@@ -7,16 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from refusals import refused
+from rich.console import Console
 from running import differing, environments, newest_checkpoint, noise_store, record, rows, train_ranks, write_config
 from safetensors.numpy import load_file
 
+from spectralvae.config import TrainConfig
+from spectralvae.config.loading import load_config
 from spectralvae.errors import ConfigError
-from spectralvae.runtime.ranks import SLURM_PORTS, find_ranks
+from spectralvae.runtime.ranks import SLURM_PORTS, Ranks, find_ranks
+from spectralvae.training.engine import Engine
+from spectralvae.training.objective import means
+from spectralvae.training.setup import set_up
 from spectralvae.weights.artifact import read_artifact
 
 SBATCH = Path(__file__).parents[1] / "examples" / "slurm" / "train.sbatch"
@@ -80,6 +89,45 @@ def test_two_processes_learn_what_one_does(starter, config, tmp_path):
     before = record(two_run)
     assert codes(train_ranks(starter, two, 2)) == [0, 0]
     assert record(two_run) == before  # finished: nothing to do
+
+
+def gradients(config, ranks):
+    """Loss and gradients of the first step of a network whose weights are not at their start, where most are 0."""
+    setup = set_up(config, ranks, Console(quiet=True))
+    with torch.no_grad():
+        for parameter in setup.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    engine = Engine(setup.model, config, setup.device, ranks)
+    sums = engine.gradients(next(iter(setup.stream(0, 0)))).sums
+    found = {name: p.grad.clone() for name, p in setup.model.named_parameters() if p.grad is not None}
+    return means(ranks.add(sums))["loss"], found
+
+
+def deviations(paths, environment):
+    """In one of two processes: for each config, the relative deviations of loss and gradients from those of one."""
+    os.environ.update(environment)
+    ranks, found = find_ranks(), []
+    with ranks.joined(60):
+        for path in paths:
+            config = load_config(TrainConfig, path)
+            (loss, shared), (expected, alone) = gradients(config, ranks), gradients(config, Ranks())
+            assert shared.keys() == alone.keys()
+            norms = {name: float(gradient.norm()) for name, gradient in alone.items()}
+            rounding = 1e-5 * sum(norm**2 for norm in norms.values()) ** 0.5  # what a negligible gradient consists of
+            of = [float((shared[name] - alone[name]).norm()) / max(norms[name], rounding) for name in alone]
+            found.append((abs(loss / expected - 1), float(np.max(of))))
+    return found
+
+
+def test_gradients_of_two_processes_are_those_of_one(config):
+    """Float32 sums in another order differ by 1e-6 to 1e-4; a factor or a share left out, by 0.1 and more."""
+    parts = [config(f"{n}", model={"dropout_prob": 0.0}, training={"gradient_accumulation": n}) for n in (1, 2)]
+    paths = [path for path, _ in parts]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        of_ranks = list(processes.map(deviations, [paths, paths], environments(2)))
+    for of_loss, of_gradients in (pair for found in of_ranks for pair in found):
+        assert of_loss < 1e-5
+        assert of_gradients < 1e-3
 
 
 # --- signals ----------------------------------------------------------------------------------------------------
@@ -270,6 +318,12 @@ def test_who_is_who(scontrol, environment, expected, address):
     assert (ranks.rank, ranks.world_size, ranks.local_rank) == expected
     assert os.environ.get("MASTER_ADDR") == address
     assert address is None or int(os.environ["MASTER_PORT"]) in SLURM_PORTS
+
+
+def test_torchrun_alone_tells_how_many_are_on_a_machine(scontrol):
+    assert find_ranks({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}).local_world_size == 2
+    for environment in (TORCHRUN, {**BATCH, **SRUN}, {}):
+        assert find_ranks(environment).local_world_size is None
 
 
 @pytest.mark.parametrize(

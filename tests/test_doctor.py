@@ -1,13 +1,11 @@
 """`doctor`: a healthy set-up passes every check and stays as it was; each thing that is wrong is found."""
 
 import json
-import os
 import shutil
 import sys
 import tempfile
-import time
+import weakref
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +14,13 @@ import torch
 import yaml
 
 from spectralvae.cli import run as cli
+from spectralvae.data.cache import SceneCache
 from spectralvae.model import AutoencoderKL
-from spectralvae.training import doctor, proofs, trials
+from spectralvae.training import doctor, trials
 from spectralvae.training.engine import Engine
 
-EXAMINATIONS = list(doctor.EXAMINATIONS)
-NAMES = [name for name, *_ in EXAMINATIONS]
+CHECKS = list(doctor.CHECKS)
+NAMES = [name for name, *_ in CHECKS]
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +52,13 @@ def config_path(folder, make_store):
 
 @pytest.fixture
 def examine(config_path, monkeypatch, capsys):
-    """A function that makes some of the checks, what they look at changed; returns exit code, checks, and stderr."""
+    """A function that makes some of the checks, each after ``before(setup)``; returns exit code, checks, and stderr."""
 
-    def run(names, *settings, change=lambda patient: None):
+    def run(names, *settings, before=lambda setup: None):
         chosen = [
-            (name, lambda p, f=f: (change(p), f(p))[1], needs) for name, f, needs in EXAMINATIONS if name in names
+            (name, lambda s, *c, f=f: (before(s), f(s, *c))[1], needs) for name, f, needs in CHECKS if name in names
         ]
-        monkeypatch.setattr(doctor, "EXAMINATIONS", chosen)
+        monkeypatch.setattr(doctor, "CHECKS", chosen)
         code = cli(["doctor", str(config_path), "--json", *(part for s in settings for part in ("--set", s))])
         out, err = capsys.readouterr()
         return code, json.loads(out or '{"checks": {}}')["checks"], err
@@ -75,70 +74,37 @@ def state_of(folder):
     }
 
 
-def children(process):
-    """Processes that this one's main thread started, dead or alive."""
-    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
-
-
-def soon(condition):
-    """Whether it holds within 20 s."""
-    end = time.monotonic() + 20
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
 def test_healthy_is_all_well(examine, folder, tmp_path, monkeypatch):
     """And nothing is changed or left behind."""
-    before, others = state_of(folder), children(os.getpid())
+    before = state_of(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code, checks, _ = examine(NAMES)
     assert code == 0
     assert {name: check["ok"] for name, check in checks.items()} == dict.fromkeys(NAMES, True)
     assert state_of(folder) == before
     assert list(tmp_path.iterdir()) == []
-    assert children(os.getpid()) == others
     figures = {name: check["figures"] for name, check in checks.items()}
+    assert figures["config"]["processes"] == [1, 2]
     assert figures["store"]["positions"] == 2 * 13 * 17
     assert figures["store"]["invalid_share"] == pytest.approx(1 / 7, abs=0.01)
-    assert figures["batch"]["processes"] == [1, 2]
-    assert figures["hours"]["times"] == {"validation": 3, "figure": 2, "plot": 2, "checkpoint": 2}
-    assert figures["disk"]["checkpoint_bytes"] == pytest.approx(figures["hours"]["checkpoint_bytes"], rel=0.3)
+    assert figures["hours"]["times"] == {"validation": 3, "figure": 2, "checkpoint": 2}
     assert figures["resume"] == {"from_step": 2, "differing": [], "moments": 0.0}
 
 
-REHEARSAL = """
-import os, sys
-from spectralvae.model import AutoencoderKL
-from spectralvae.training.rehearsal import main
-
-original = AutoencoderKL.loss_of
-
-def loss_of(*arguments):
-    loss, metrics = original(*arguments)
-    return loss * (1 + (os.environ["RANK"] == "1")), metrics
-
-AutoencoderKL.loss_of = loss_of
-sys.exit(main(*sys.argv[1:]))
-"""
-
-
 def test_what_is_wrong_is_found_together(examine, monkeypatch):
-    """No update, one process's loss doubled, no memory, and a run that fails."""
+    """No update, no memory, and a run that fails."""
     monkeypatch.setattr(Engine, "update", lambda self, norm, step: None)
-    monkeypatch.setattr(proofs, "OVERFIT_STEPS", 50)
+    monkeypatch.setattr(trials, "OVERFIT_STEPS", 50)
     monkeypatch.setattr(trials, "available_memory", lambda device: -(10**15))
-    monkeypatch.setattr(proofs, "REHEARSAL", (sys.executable, "-c", REHEARSAL))
-    monkeypatch.setattr(proofs, "TRAIN", (sys.executable, "-c", "import sys; sys.exit('first\\nno train today')"))
+    monkeypatch.setattr(trials, "TRAIN", (sys.executable, "-c", "import sys; sys.exit('first\\nno train today')"))
     code, checks, err = examine(set(NAMES) - {"hours"})
     assert code == 1
     wrong = [name for name, check in checks.items() if check["ok"] is False]
-    assert wrong == ["memory", "overfit", "processes", "resume"]
+    assert wrong == ["memory", "overfit", "resume"]
     assert err.count("\n") == 1
     assert [name for name in NAMES if name in err] == wrong
     assert checks["memory"]["figures"]["available_bytes"] < 0
-    assert checks["processes"]["figures"]["gradient"] > 0.1
-    assert checks["resume"]["text"].endswith("1: no train today")
+    assert "no train today" in checks["resume"]["text"]
 
 
 def no_gradient(patch):
@@ -171,7 +137,7 @@ def invalid_count(x, mask, noise):
 )
 def test_overfit_fails_where_training_is_broken(examine, monkeypatch, breaks, first, falls):
     """Even if the error falls as far as it should."""
-    monkeypatch.setattr(proofs, "OVERFIT_STEPS", 60)
+    monkeypatch.setattr(trials, "OVERFIT_STEPS", 60)
     breaks(monkeypatch)
     code, checks, _ = examine(["overfit"])
     figures = checks["overfit"]["figures"]
@@ -185,14 +151,13 @@ def test_too_little_disk(examine, monkeypatch):
     figures = examine(["disk"])[1]["disk"]["figures"]
     needed = figures["needed_bytes"]
     assert needed == 2 * figures["checkpoint_bytes"]
-    for free, ample, code in ((needed, 10**9, 0), (needed - 1, 10**9, 1), (needed, needed, 2)):
-        usage = lambda path, sizes=(free, ample): SimpleNamespace(free=sizes["spectralvae-doctor-" in str(path)])  # noqa: E731
+    for free, ok in ((needed, True), (needed - 1, False)):
+        usage = lambda path, free=free: SimpleNamespace(free=free)  # noqa: E731
         monkeypatch.setattr(shutil, "disk_usage", usage)
-        found, checks, err = examine(["disk"])
-        assert found == code
-        assert checks == {} or checks["disk"]["ok"] is (code == 0)
-    assert tempfile.gettempdir() in err
-    assert "TMPDIR" in err
+        code, checks, _ = examine(["disk", "resume"])
+        assert code == 1
+        assert (checks["disk"]["ok"], checks["resume"]["ok"]) == (ok, False)
+        assert tempfile.gettempdir() in checks["resume"]["text"]
 
 
 def test_room_for_checkpoints(examine):
@@ -206,14 +171,67 @@ def test_room_for_checkpoints(examine):
         assert checks["disk"]["figures"]["checkpoints"] == expected
 
 
+def test_size_of_a_checkpoint_is_known_before_it_is_written(examine, monkeypatch):
+    sizes, save = [], trials.save_checkpoint
+    size = lambda *arguments, **options: sum(f.stat().st_size for f in save(*arguments, **options).iterdir())  # noqa: E731
+    monkeypatch.setattr(trials, "save_checkpoint", lambda *a, **options: sizes.append(size(*a, **options)))
+    checks = examine(["disk", "steps"])[1]
+    assert [checks["disk"]["figures"]["checkpoint_bytes"]] == pytest.approx(sizes, rel=0.3)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e9])
+def test_memory_is_counted_and_freed(examine, monkeypatch, lr):
+    """Of cached scenes, which tiles come from, and of networks; neither outlives its check, passed or failed."""
+    alive, before = weakref.WeakValueDictionary(), []
+
+    def watch(owner, name):
+        original = getattr(owner, name)
+
+        def watched(self, *arguments):
+            alive[id(self)] = self
+            return original(self, *arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Engine, "gradients")
+    watch(SceneCache, "read")
+    of_caches = lambda: sum(cache.pixels.nbytes for cache in alive.values() if isinstance(cache, SceneCache))  # noqa: E731
+    monkeypatch.setattr(trials, "peak_memory", lambda device: 10**6 + of_caches())
+    settings = ("data.cache=true", f"optimizer.lr={lr}")
+    names = ["steps", "memory", "hours", "overfit"]
+    checks = examine(names, *settings, before=lambda setup: before.append(len(alive)))[1]
+    assert set(before) == {0}
+    if checks["steps"]["ok"]:
+        scenes, tiles = 2 * 20 * 24 * 12 * 2, 3 * 8 * 8 * 12 * 2  # of training and of validation, in float16
+        assert checks["memory"]["figures"]["peak_bytes"] == 10**6 + scenes + tiles
+        assert checks["hours"]["figures"]["times"]["cache"] == 1
+    else:
+        assert "optimizer.lr" in checks["steps"]["text"]
+    assert checks["steps"]["ok"] is (lr < 1)
+
+
+def test_few_tiles_are_measured_where_all_would_take_too_long(examine, monkeypatch):
+    """From one tile to two, time and memory grow as they grow further."""
+    peaks = iter([10_000_000, 14_000_000])
+    monkeypatch.setattr(trials, "CPU_SECONDS", 0.0)
+    monkeypatch.setattr(trials, "peak_memory", lambda device: next(peaks))
+    figures = examine(["steps"], "training.gradient_accumulation=1")[1]["steps"]["figures"]
+    assert (figures["measured_tiles"], figures["tiles"]) == (2, 4)
+    assert figures["peak_bytes"] == 10_000_000 + 3 * 4_000_000
+
+
+# --- runs -------------------------------------------------------------------------------------------------------
+
 TRAIN = """
-import json, os, re, sys, time
+import json, re, sys
 from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
 lost, config = sys.argv[1:]
-assert not {"RANK", "SLURM_PROCID"} & os.environ.keys()
 run = Path(re.search("output_dir: (.*)", Path(config).read_text())[1])
 resumed, folder = run.is_dir(), run / "checkpoints/step=000004"
 folder.mkdir(parents=True, exist_ok=True)
@@ -221,35 +239,35 @@ for name in ("model.safetensors", "trainer.json"):
     (folder / name).write_text("the same")
 state = {f"{kind}.weight": np.full(3, 2.0, np.float32) for kind in ("exp_avg", "exp_avg_sq", "step")}
 if resumed:
-    state = {name: value * (not name.startswith(f"{lost}.")) for name, value in state.items() if lost != "all"}
+    kept = 0.99 if lost == "exp_avg_sq" else 0.0  # 0.01 is what rounding may do on a GPU
+    state = {name: value * (kept if name.startswith(lost + ".") else 1) for name, value in state.items()}
+    state = {} if lost == "all" else state
 save_file(state, folder / "optimizer.safetensors")
 (run / "run.json").write_text(json.dumps({"starts": [{"from_step": 2 * (resumed and lost != "checkpoint")}]}))
 (run / "metrics.jsonl").write_text("{}\\n" * 4)
-time.sleep(60 * (run.name == "killed" and not resumed))
 """
 
 
 @pytest.mark.parametrize("lost", ["nothing", "exp_avg", "exp_avg_sq", "step", "all", "checkpoint"])
 def test_resume_that_loses_something_is_found(examine, monkeypatch, lost):
-    """By runs that write the files of a real one; nor do they see the variables of a launcher."""
-    monkeypatch.setattr(proofs, "TRAIN", (sys.executable, "-c", TRAIN, lost))
-    for name in ("RANK", "SLURM_PROCID"):
-        monkeypatch.setenv(name, "3")
+    """By runs that write the files of a real one."""
+    monkeypatch.setattr(trials, "TRAIN", (sys.executable, "-c", TRAIN, lost))
     _, checks, _ = examine(["resume"])
     found, figures = checks["resume"]["ok"], checks["resume"]["figures"]
     assert found is (lost == "nothing")
     assert figures["from_step"] == (0 if lost == "checkpoint" else 2)
     same = lost in ("nothing", "checkpoint")
     assert figures["differing"] == ([] if same else ["checkpoints/step=000004/optimizer.safetensors"])
-    assert figures["moments"] == {"exp_avg": 1.0, "exp_avg_sq": 1.0}.get(lost, 0.0 if same else None)  # no JSON: inf
+    expected = {"exp_avg": 1.0, "exp_avg_sq": pytest.approx(0.01)}.get(lost, 0.0 if same else None)  # JSON has no inf
+    assert figures["moments"] == expected
 
 
 def test_store_without_spread(examine):
-    def change(patient):
-        n = patient.store.normalization
-        patient.store.normalization = replace(n, std=np.where(np.arange(12) == 3, 0.0, n.std))
+    def before(setup):
+        n = setup.store.normalization
+        setup.store.normalization = replace(n, std=np.where(np.arange(12) == 3, 0.0, n.std))
 
-    code, checks, _ = examine(["store"], change=change)
+    code, checks, _ = examine(["store"], before=before)
     assert (code, checks["store"]["ok"]) == (1, False)
     assert "1 of 12" in checks["store"]["text"]
 
@@ -275,21 +293,4 @@ def test_wrong_config_is_refused(examine, folder, setting):
 
 def test_unknown_errors_are_not_swallowed(examine):
     with pytest.raises(ZeroDivisionError):
-        examine(["batch"], change=lambda patient: 1 / 0)
-
-
-def test_no_process_outlives_its_check(examine, monkeypatch):
-    """Nor one that it has started itself, when Ctrl-C comes."""
-    before, groups, grandchildren = children(os.getpid()), [], []
-
-    def interrupt(seconds):
-        groups.extend(child for child in children(os.getpid()) if child not in before)
-        assert soon(lambda: all(map(children, groups)))
-        grandchildren.extend(grandchild for child in groups for grandchild in children(child))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(proofs, "REHEARSAL", (sys.executable, "-c", "import os; os.system('sleep 60')"))
-    monkeypatch.setattr(proofs, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
-    code, checks, _ = examine(["processes"])
-    assert (code, checks, len(groups)) == (130, {}, 2)
-    assert soon(lambda: not any(Path(f"/proc/{process}").exists() for process in [*groups, *grandchildren]))
+        examine(["config"], before=lambda setup: 1 / 0)

@@ -230,19 +230,30 @@ class TestChildProcess:
     """What no file that is known does may still happen: the child process is made to do it."""
 
     @pytest.mark.parametrize(
-        ("body", "word"),
+        ("body", "patience", "word"),
         [
-            ("import ctypes; ctypes.PyDLL(None).pause()", "1 s"),  # holds the interpreter's lock
-            ("import os; os.abort()", "status -6"),
-            ("import os; os._exit(0)", "status 0"),
-            ("held = bytearray(3 << 30)", "2 GiB"),
+            ("import ctypes; ctypes.PyDLL(None).pause()", 2, "2 s"),  # holds the interpreter's lock
+            ("while True: pass", 60, "1 s of CPU"),
+            ("import os; os.abort()", 60, "status -6"),
+            ("import os; os._exit(0)", 60, "status 0"),
+            ("held = bytearray(3 << 30)", 60, "2 GiB"),
         ],
     )
-    def test_limits(self, granule: Path, body: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_limits(self, granule: Path, body: str, patience: int, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(guard, "SECONDS", 1)
+        monkeypatch.setattr(guard, "PATIENCE", patience)
         with refused(InputError, word, path=granule):
             run_in_child(granule, body)
         assert open_reader(granule).shape == (NY, NX, NC)
+
+    def test_waiting_for_storage_is_no_fault_of_a_file(self, granule: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And what earlier files took does not count: the child process stays the same."""
+        monkeypatch.setattr(guard, "SECONDS", 1)
+        first = child_of(granule)
+        run_in_child(granule, "import time; time.sleep(1.5)")
+        for _ in range(2):
+            run_in_child(granule, "import time; t = time.process_time()\nwhile time.process_time() < t + 0.6: pass")
+        assert child_of(granule) == first
 
     def test_errors_keep_their_parts(self, granule: Path) -> None:
         """Texts come without control characters, and cut; numbers of numpy as numbers."""

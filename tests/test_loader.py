@@ -217,9 +217,11 @@ def test_reading_ahead_is_bounded_and_leaves_no_threads(store: Store) -> None:
 
 
 def test_sizes_that_do_not_fit(store: Store) -> None:
-    for call, scenes, size, words in ((sampler_of, [0, 1], 9, ("b", "8 x 15")), (grid_of, [2], 11, ("v", "11 x 10"))):
-        with refused(ConfigError, *words, key="data.tile_size", value=size):
+    """Whichever scene is refused first, the size that is named fits in all."""
+    for call, scenes, size, words in ((sampler_of, [0, 1], 10, ("a", "12 x 9")), (grid_of, [2], 11, ("v", "11 x 10"))):
+        with refused(ConfigError, *words, "at most 8", key="data.tile_size", value=size):
             call(store, scenes, size)
+    assert sampler_of(store, tile_size=8) and grid_of(store, tile_size=8)
     with refused(ConfigError, "4", key="data.batch_size", value=BATCH):
         stream(store, world_size=4)
 

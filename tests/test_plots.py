@@ -1,9 +1,11 @@
 """The pictures of a run: that no point is lost, and that axes are what they say."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from spectralvae.plotting.reconstructions import draw_reconstructions
@@ -74,6 +76,38 @@ def test_what_is_not_positive_is_on_a_symlog_axis_that_says_so(value, lowest):
     assert shown[:, 1].max() <= high
     assert high < 0 or lowest > -12000  # a line at zero would press a curve far below it into the lower edge
     assert np.isfinite(axes.transData.transform(shown)).all()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda share: 1e7 * (1 - share) ** 3 - 1e4 * share,
+        lambda share: 10 ** (7 - 48 * share) if share < 0.5 else -(10 ** (42 * share - 38)),  # of many decades
+        lambda share: 1e-3 * np.sin(30 * share),
+        lambda share: 3 - 4 * share,
+        lambda share: -1e-9 if share > 0.9 else 0.0,
+        lambda share: 1e7 if share < 0.02 else -1e4 - share,
+        lambda share: -1e5 + 10 * share,  # no decade
+        lambda share: -1234567.8 + 1e3 * share,
+        lambda share: -12000 - 2e5**share,
+    ],
+)
+def test_labels_of_a_symlog_axis_are_there_and_apart(value):
+    curve = Curve()
+    for step in np.geomspace(1, 200_000, 1000).astype(int):
+        if step > curve.newest:
+            curve.add(int(step), float(value(np.log(step) / np.log(200_000))))
+    figure = draw_curve({"loss": curve}, "loss", "t", {}, [])
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    assert axes.get_yscale() == "symlog"
+    low, high = axes.get_ylim()
+    shown = [tick.label1 for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert 3 <= len({label.get_text() for label in shown}) == len(shown)
+    boxes = sorted((label.get_window_extent() for label in shown), key=lambda box: box.y0)
+    assert all(below.y1 < above.y0 for below, above in pairwise(boxes))
+    places = np.array([axes.bbox.y0, *((box.y0 + box.y1) / 2 for box in boxes), axes.bbox.y1])
+    assert np.diff(places).max() < 0.6 * axes.bbox.height
 
 
 @pytest.mark.parametrize("key", ["loss", "val_loss"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,11 +32,13 @@ from preparing import (
 
 from spectralvae.config import PrepareConfig
 from spectralvae.config.loading import load_config
+from spectralvae.data import plan
 from spectralvae.data.store import Store
 from spectralvae.data.targets import fit_transform
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers import Scene
 from spectralvae.readers.products import PRODUCTS
+from spectralvae.runtime.console import new_console
 
 NO_VALIDATION = {"val_fraction": 0}
 
@@ -115,6 +118,34 @@ def test_granules_that_do_not_go_together(
     path = write_granule(**{"radiance": radiance(4), **other, "path": tmp_path / other["path"]})
     settings = {"mixed_versions": "scan" in words, "key": "inputs", "path": path}
     refused(ConfigError, tmp_path / "store", [*granules, path], granules[0].name, *words, **settings)
+
+
+def test_only_what_may_be_a_copy_is_read_in_full(tmp_path: Path, write_granule: WriteGranule) -> None:
+    """Not files of one size, as of an instrument whose granules all have it."""
+    shape = (NY, NX, 200)
+    paths = [write_granule(tmp_path / name(f"2024060{i}T180000"), radiance(i, shape)) for i in (1, 2, 3)]
+    assert len({path.stat().st_size for path in paths}) == 1
+    assert paths[0].stat().st_size > 2 * plan.EXCERPT_BLOCKS * plan.EXCERPT_BYTES
+    similar, copy, hard_link = (tmp_path / name(f"2024060{i}T180000") for i in (4, 5, 6))
+    content = bytearray(paths[0].read_bytes())
+    at = content.index(radiance(1, shape)[6].tobytes())  # a sample where nobody looks
+    content[at : at + 4] = np.float32(1e12).tobytes()
+    similar.write_bytes(content)
+    shutil.copyfile(paths[1], copy)
+    hard_link.hardlink_to(paths[2])
+
+    def plan_of(*inputs: Path) -> None:
+        config = {"output_dir": str(tmp_path / "store"), "inputs": list(map(str, inputs))}
+        plan.plan_scenes(PrepareConfig.model_validate(config), new_console())
+
+    with patch.object(Scene, "sha256", autospec=True, side_effect=Scene.sha256) as sha256:
+        plan_of(*paths)
+        assert sha256.call_count == 0
+        plan_of(*paths, similar)
+        assert [scene.path for (scene,), _ in sha256.call_args_list] == [paths[0], similar]
+        for twin, original in ((copy, paths[1]), (hard_link, paths[2])):
+            with refusals.refused(ConfigError, str(original), key="inputs", path=twin):
+                plan_of(*paths, twin)
 
 
 def test_versions_and_wavelengths_may_differ_a_little(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import resource
@@ -14,13 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from refusals import refused
 from running import record
 
-from spectralvae.config import SimulateConfig, TrainConfig, may_change_on_resume
+from spectralvae.config import PrepareConfig, SimulateConfig, TrainConfig
 from spectralvae.errors import ConfigError, NoRoomError, RunError
 from spectralvae.runtime.atomic import write_atomic
 from spectralvae.runtime.rundir import RunDir
@@ -30,7 +32,7 @@ from spectralvae.runtime.signals import Stopped
 def train_dir(path: Path, *, overwrite: bool = False, **sections: dict[str, Any]) -> RunDir:
     values = {"output_dir": path, **sections, "data": {"store": "store", **sections.get("data", {})}}
     config = TrainConfig.model_validate(values)
-    return RunDir("train", config, overwrite=overwrite, resumable=True, may_differ=may_change_on_resume)
+    return RunDir("train", config, overwrite=overwrite)
 
 
 def simulate_dir(path: Path, *, overwrite: bool = False) -> RunDir:
@@ -62,7 +64,7 @@ def test_a_run_from_beginning_to_end(path: Path) -> None:
     assert not (path / "below").exists(), "nothing is made before the directory is entered"
     with run:
         assert record(run.path)["state"] == "running"
-        assert not run.resuming
+        assert run.opens_as == "fresh"
         run.note(store_hash="abc")
     found = record(run.path)
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config == found["config"]
@@ -105,7 +107,7 @@ def test_overwrite_clears_its_own_directory_and_follows_no_links(path: Path, tmp
     run = train_dir(path, overwrite=True, optimizer={"lr": 1.0})
     assert (path / "checkpoints").exists(), "nothing is deleted before the directory is entered"
     with run:
-        assert not run.resuming
+        assert run.opens_as == "fresh"
         assert {p.name for p in path.iterdir()} == {".lock", "run.json", "config.yaml"}
     assert len(record(path)["starts"]) == 1
     assert record(path)["config"]["optimizer"]["lr"] == 1.0
@@ -133,13 +135,13 @@ def test_other_names_of_the_directory_are_the_same(path: Path, tmp_path: Path, m
     assert record(real)["state"] == "stopped"
     monkeypatch.chdir(tmp_path)
     for name in (path, real, Path("real")):
-        assert train_dir(name).resuming
+        assert train_dir(name).opens_as == "resumable"
     with train_dir(path, overwrite=True):
         pass
     assert path.is_symlink()
     stop(real, training={"log_every": 3})
     real.rename("moved")
-    assert train_dir(Path("moved"), training={"log_every": 3}).resuming
+    assert train_dir(Path("moved"), training={"log_every": 3}).opens_as == "resumable"
 
 
 # --- resuming ---------------------------------------------------------------------------------
@@ -151,9 +153,9 @@ def test_finished_run_is_left_as_it_is_but_for_more_steps(path: Path) -> None:
     before = snapshot(path)
     for others in ({}, {"log_every": 3, "device": "cpu"}):
         run = train_dir(path, training={"n_steps": 10, **others})
-        assert run.finished and not run.resuming
+        assert run.opens_as == "finished"
     run = train_dir(path, training={"n_steps": 20})
-    assert run.resuming and not run.finished
+    assert run.opens_as == "resumable"
     assert snapshot(path) == before
     with run:
         assert record(path)["state"] == "running"
@@ -170,7 +172,21 @@ def test_other_config_is_refused_with_all_differences(path: Path) -> None:
     with refused(ConfigError, *words, "--overwrite", key="output_dir", value=path) as caught:
         train_dir(path, training={"n_steps": 100, "init_from": "other", "log_every": 1}, model={"chs": [8, 16]})
     assert "log_every" not in str(caught.value), "that one may differ"
+    assert f"training.init_from: {path}" in caught.value.remedy, "it keeps what was learned"
     assert snapshot(path) == before
+
+
+def test_only_training_is_pointed_to_its_weights(path: Path) -> None:
+    def prepare_dir(**values: Any) -> RunDir:
+        config = PrepareConfig.model_validate({"output_dir": path, "inputs": ["a.nc"], **values})
+        return RunDir("prepare", config, overwrite=False)
+
+    with pytest.raises(Stopped), prepare_dir():
+        raise Stopped(75)
+    assert prepare_dir(cluster="local", n_workers=2).opens_as == "resumable"
+    with refused(ConfigError, "dtype", key="output_dir", value=path) as caught:
+        prepare_dir(dtype="float32", cluster="local")
+    assert "init_from" not in caught.value.remedy and "cluster" not in str(caught.value)
 
 
 def test_commands_that_cannot_resume_ask_for_overwrite(path: Path) -> None:
@@ -180,7 +196,7 @@ def test_commands_that_cannot_resume_ask_for_overwrite(path: Path) -> None:
         simulate_dir(path)
     with simulate_dir(path, overwrite=True):
         pass
-    assert simulate_dir(path).finished
+    assert simulate_dir(path).opens_as == "finished"
 
 
 # --- states -----------------------------------------------------------------------------------
@@ -294,7 +310,7 @@ def test_clearing_may_be_cut_off_anywhere(path: Path, monkeypatch: pytest.Monkey
             patch.setattr(shutil, "rmtree", cut_off(shutil.rmtree))
             with pytest.raises(KeyboardInterrupt), train_dir(path, overwrite=True):
                 pass
-        assert not train_dir(path).finished
+        assert train_dir(path).opens_as == "resumable"
         left = {p.name for p in path.iterdir()} - {".lock"}
         assert len(left) == len(content) + 2 - n_deleted and "run.json" in left
         assert n_deleted < 2 or not left & {"manifest.json", "zarr.json"}
@@ -337,6 +353,30 @@ def test_second_process_is_refused_until_the_first_is_gone(path: Path) -> None:
         finally:
             process.kill()
             os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("code", ["EACCES", "EAGAIN", "ENOLCK", "ENOSYS", "EPERM", "ENOTSUP", "EIO"])
+def test_only_a_lock_that_is_held_means_in_use(path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """NFS without lockd, and some mounts of FUSE and Lustre, have no locks."""
+    stop(path)
+    before = snapshot(path)
+    number = getattr(errno, code)
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(number, os.strerror(number))))
+    run = train_dir(path)
+    with refused(ConfigError, key="output_dir", value=path) as caught, run:
+        pass
+    held = code in ("EACCES", "EAGAIN")
+    assert ("in use" in str(caught.value)) == held
+    assert (os.strerror(number) in str(caught.value)) == (not held)
+    assert ("another file system" in str(caught.value.remedy)) == (not held and code != "EIO")
+    if held:
+        assert run.in_use()
+    else:
+        with pytest.raises(OSError if code == "EIO" else ConfigError, match=re.escape(os.strerror(number))):
+            run.in_use()
+    monkeypatch.undo()
+    assert snapshot(path) == before
+    assert not run.in_use()
 
 
 def test_start_that_was_overtaken_is_refused(path: Path) -> None:

@@ -30,8 +30,8 @@ from spectralvae.model import AutoencoderKL
 from spectralvae.runtime.ranks import Ranks
 from spectralvae.training.engine import Engine
 from spectralvae.training.objective import METRICS, means
+from spectralvae.training.setup import set_up
 from spectralvae.training.supervision import Supervision, build_supervision
-from spectralvae.training.trainer import admit
 
 CPU = torch.device("cpu")
 NY, NX = 24, 28
@@ -126,10 +126,10 @@ def test_targets_follow_their_tiles(store, scale):
 
 def test_batches_have_the_targets_of_their_crops(store, tmp_path):
     config, _ = config_file(tmp_path, "run", store, SUPERVISED)
-    trainer = admit(load(config), Ranks(), Console(quiet=True))
-    plain = admit(load(config_file(tmp_path, "plain", store)[0]), Ranks(), Console(quiet=True))
+    trainer = set_up(load(config), Ranks(), Console(quiet=True))
+    plain = set_up(load(config_file(tmp_path, "plain", store)[0]), Ranks(), Console(quiet=True))
     for workers in (0, 2):
-        pairs = zip(trainer._stream(workers), plain._stream(workers), strict=True)
+        pairs = zip(trainer.stream(0, workers), plain.stream(0, workers), strict=True)
         for batch, without in islice(pairs, 4):
             assert batch.crops == without.crops and without.targets is None
             assert torch.equal(batch.noise, without.noise)
@@ -373,7 +373,7 @@ def test_two_processes_learn_what_one_does(starter, store, tmp_path):
 
 
 def test_validation_is_of_the_posteriors_mean(store, tmp_path):
-    trainer = admit(load(config_file(tmp_path, "run", store, SUPERVISED)[0]), Ranks(), Console(quiet=True))
+    trainer = set_up(load(config_file(tmp_path, "run", store, SUPERVISED)[0]), Ranks(), Console(quiet=True))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in (*trainer.model.parameters(), *trainer.supervision.parameters()):

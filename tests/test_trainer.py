@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from spectralvae import load_model
 from spectralvae.cli import run as cli
-from spectralvae.config import TrainConfig
 from spectralvae.data import sampling
 from spectralvae.data.loader import make_sampler, read_crops
 from spectralvae.data.store import Store
@@ -391,11 +390,9 @@ def test_times_and_sources_of_many_scenes(make_store, tmp_path):
         replace(record, time=time, source=source, sha256=digest, version=version)
         for record, (time, source, digest, version) in zip(store.scenes, facts, strict=True)
     ]
-    config = TrainConfig.model_validate({"output_dir": "out", "data": {"store": str(store.path)}})
-    nothing = dict.fromkeys(("initial_weights", "ancestors", "metrics", "baselines"))
-    found = run_record.provenance(config, store, store.indices("train"), n_val_tiles=0, **nothing)
-    assert found.training == Scenes(4, 3, times[1], times[0], ["V03", "V04"], ["1", "2", "2", "3"])
-    assert found.validation == Scenes(1, 1, None, None, [], ["4"])
+    training, validation = (run_record.scenes_of(store, store.indices(split)) for split in ("train", "val"))
+    assert training == Scenes(4, 3, times[1], times[0], ["V03", "V04"], ["1", "2", "2", "3"])
+    assert validation == Scenes(1, 1, None, None, [], ["4"])
 
 
 def test_old_checkpoint_is_resumed(train):

@@ -9,7 +9,7 @@ from rich.console import Console
 from spectralvae.config import TrainConfig
 from spectralvae.runtime.ranks import Ranks
 from spectralvae.training.engine import Engine
-from spectralvae.training.trainer import admit
+from spectralvae.training.setup import set_up
 
 TILE, SCALE, N_LATENTS = 8, 2, 4
 PLACES = [(y, x) for y in (0, 8, 11) for x in (0, 8, 16)]
@@ -17,7 +17,7 @@ PLACES = [(y, x) for y in (0, 8, 11) for x in (0, 8, 16)]
 
 @pytest.fixture
 def trained(tmp_path, make_store):
-    """A trainer whose network has random weights, its engine, and z of the validation scene: (19, 24, 6), much NaN.
+    """A setup whose network has random weights, its engine, and z of the validation scene: (19, 24, 6), much NaN.
 
     A block of pixels has no valid sample, and lies across tiles and latent positions; so has a channel; others lack
     samples here and there.
@@ -38,13 +38,13 @@ def trained(tmp_path, make_store):
             "training": {"device": "cpu"},
         }
     )
-    trainer = admit(config, Ranks(), Console(quiet=True))
+    setup = set_up(config, Ranks(), Console(quiet=True))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in trainer.model.parameters():
+        for parameter in setup.model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    engine = Engine(trainer.model, config, torch.device("cpu"), Ranks())
-    return trainer, engine, zarr.open_array(path / "scenes/v/z", mode="r")[:].astype(np.float32)
+    engine = Engine(setup.model, config, torch.device("cpu"), Ranks())
+    return setup, engine, zarr.open_array(path / "scenes/v/z", mode="r")[:].astype(np.float32)
 
 
 def posteriors(model, z):
@@ -64,10 +64,10 @@ def posteriors(model, z):
 
 
 def test_statistics_of_latents_by_hand(trained):
-    trainer, engine, z = trained
-    assert [(crop.y, crop.x) for crop in trainer.validation.crops] == PLACES
-    found = trainer.validation.run(engine).latents
-    means, variances = posteriors(trainer.model, z)
+    setup, engine, z = trained
+    assert [(crop.y, crop.x) for crop in setup.validation.crops] == PLACES
+    found = setup.validation.run(engine).latents
+    means, variances = posteriors(setup.model, z)
     assert (found.n_tiles, found.n_positions) == (len(PLACES), len(means))
     assert len(means) < len(PLACES) * (TILE // SCALE) ** 2 - 10  # some don't count
     between, within = means.var(axis=0), variances.mean(axis=0)
@@ -79,9 +79,9 @@ def test_statistics_of_latents_by_hand(trained):
 
 def test_statistics_of_latents_are_those_of_samples(trained):
     """Drawn from the posteriors of all positions: what a diffusion model would be shown."""
-    trainer, engine, z = trained
-    found = trainer.validation.run(engine).latents
-    means, variances = posteriors(trainer.model, z)
+    setup, engine, z = trained
+    found = setup.validation.run(engine).latents
+    means, variances = posteriors(setup.model, z)
     noise = np.random.default_rng(4).standard_normal((4000, *means.shape))
     samples = (means + np.sqrt(variances) * noise).reshape(-1, N_LATENTS)
     error = 5 / np.sqrt(len(samples))  # five standard errors of a mean
@@ -91,9 +91,9 @@ def test_statistics_of_latents_are_those_of_samples(trained):
 
 def test_what_a_position_does_not_see_does_not_count(trained):
     """Weights that make the latents of nothing enormous: statistics of latents and of the page stay as they are."""
-    trainer, engine, z = trained
-    before = trainer.validation.run(engine)
-    original = trainer.model.encode
+    setup, engine, z = trained
+    before = setup.validation.run(engine)
+    original = setup.model.encode
     seen = np.stack([np.isfinite(z[y : y + TILE, x : x + TILE]) for y, x in PLACES]).any(axis=-1)  # (9, 8, 8)
     blocks = seen.reshape(len(PLACES), TILE // SCALE, SCALE, TILE // SCALE, SCALE)
     nothing = torch.from_numpy(~blocks.any(axis=(2, 4)))[:, None]
@@ -106,8 +106,8 @@ def test_what_a_position_does_not_see_does_not_count(trained):
             setattr(posterior, name, getattr(posterior, name).masked_fill(where, 1e3))
         return posterior
 
-    trainer.model.encode = encode
-    after = trainer.validation.run(engine)
+    setup.model.encode = encode
+    after = setup.validation.run(engine)
     np.testing.assert_array_equal(after.latents.mean, before.latents.mean)
     np.testing.assert_array_equal(after.latents.std, before.latents.std)
     assert after.description["latents"] == before.description["latents"]

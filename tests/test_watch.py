@@ -72,19 +72,20 @@ def test_a_spike_is_noted_once(train, make_store, tmp_path, capsys):
 
 def test_the_page_of_a_run_that_fails(tmp_path):
     """Spikes, errors to compare with, and why it failed."""
-    watch = Watch(tmp_path, 0, n_steps=500, batch_size=2, facts={}, spikes={})
-    watch.referred({"pca_1": 0.5})
+    watch = Watch(tmp_path, 0, n_steps=500, batch_size=2, grad_clip=0.5, facts={}, spikes={})
+    watch.keep_baselines({"pca_1": 0.25})
     for step in range(LEARNING + 10):
         metrics = dict.fromkeys(("loss", "grad_norm", "pixel_mse", "kl_loss"), 1.0 + step % 2)
         metrics["grad_norm"] *= 1e4 if step == LEARNING + 5 else 1
-        spikes = watch.take(step, metrics)
+        spikes = watch.note_spikes(step, metrics)
         assert bool(spikes) == (step == LEARNING + 5)
         watch.log.log({"step": step, **metrics}, 1.0)
     watch.draw(step, "running")
     page = Reader(tmp_path / "summary/index.html")
     assert page.data["state"] == "running"
     assert [spike["step"] for spike in page.charts["loss"]["spikes"]] == [LEARNING + 5]
-    assert [reference["value"] for reference in page.charts["pixel_mse"]["references"]] == [0.5]
+    for chart, value in (("pixel_mse", 0.25), ("grad_norm", 0.5)):
+        assert [reference["value"] for reference in page.charts[chart]["references"]] == [value]
     watch.failed(step, RunError("no more", path="/disk"))
     watch.log.close()
     assert Reader(tmp_path / "summary/index.html").data["state"] == "failed"
@@ -110,7 +111,9 @@ def test_report_of_a_step_that_is_not_finite(store, train, capsys):
     assert f"{places[1][0]} at ({places[1][1]}, {places[1][2]})" in error
     assert "encoder.conv_in" in report["gradient_norms"]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step=000005"]
-    assert record(run)["state"] == Reader(run / "summary/index.html").data["state"] == "failed"
+    page = Reader(run / "summary/index.html")
+    assert record(run)["state"] == page.data["state"] == "failed"
+    assert page.charts["grad_norm"]["references"][0]["value"] == 1.0  # training.grad_clip of the config
     assert str(report_path) in (run / "summary/index.html").read_text()
 
 
@@ -223,7 +226,7 @@ def test_drawing_takes_no_more_than_its_share(tmp_path, monkeypatch):
 
     monkeypatch.setattr(watch_module.time, "monotonic", lambda: seconds[0])
     monkeypatch.setattr(watch_module.plots, "draw_curves", slow)
-    watch = Watch(tmp_path, 0, n_steps=2000, batch_size=1, facts={}, spikes={})
+    watch = Watch(tmp_path, 0, n_steps=2000, batch_size=1, grad_clip=1.0, facts={}, spikes={})
     for step in range(1901):
         seconds[0] += 0.1
         if step % 50 == 0:

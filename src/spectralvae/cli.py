@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -26,10 +26,8 @@ from spectralvae.config import (
     ProbeConfig,
     SimulateConfig,
     TrainConfig,
-    may_change_on_resume,
-    prepare_may_change_on_resume,
 )
-from spectralvae.config.loading import dump_config, load_config, to_yaml
+from spectralvae.config.loading import dump_config, load_config, resume_rules, to_yaml
 from spectralvae.errors import ConfigError, PeerError, RunError, UserError, printable
 from spectralvae.runtime.console import new_console
 from spectralvae.runtime.rundir import RunDir
@@ -69,13 +67,16 @@ def _read(
     config = load_config(schema, path, settings or [], debug=debug)
     if print_config:
         sys.stdout.write(to_yaml(dump_config(config)))
+        if rules := resume_rules(schema):
+            print("# These keys may differ when the run is resumed:")
+            print(*(f"#   {key} ({rule})" for key, rule in rules.items()), sep="\n")
         raise typer.Exit
     return config
 
 
-def _claim(command: str, config: CommandConfig, **options: Any) -> RunDir:
-    run = RunDir(command, config, **options)
-    if run.finished:
+def _claim(command: str, config: CommandConfig, overwrite: bool) -> RunDir:
+    run = RunDir(command, config, overwrite=overwrite)
+    if run.opens_as == "finished":
         _say_finished(config)
         raise typer.Exit
     return run
@@ -89,7 +90,7 @@ def _say_finished(config: CommandConfig) -> None:
 def simulate(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
     """Write synthetic TEMPO granules with known truth."""
     cfg = _read(SimulateConfig, config, set_, print_config)
-    run = _claim("simulate", cfg, overwrite=overwrite)
+    run = _claim("simulate", cfg, overwrite)
     from spectralvae.simulate import simulate_granules
 
     with run:
@@ -124,7 +125,7 @@ def download(
 
         list_granules(cfg, console)
         return
-    run = _claim("download", cfg, overwrite=overwrite, resumable=True)
+    run = _claim("download", cfg, overwrite)
     from spectralvae.download import download as work
 
     work(cfg, run, console)
@@ -134,7 +135,7 @@ def download(
 def prepare(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
     """Turn scenes into a store: statistics, normalisation, split."""
     cfg = _read(PrepareConfig, config, set_, print_config)
-    run = _claim("prepare", cfg, overwrite=overwrite, resumable=True, may_differ=prepare_may_change_on_resume)
+    run = _claim("prepare", cfg, overwrite)
     from spectralvae.data.prepare import prepare as work
 
     work(cfg, run, console)
@@ -148,16 +149,15 @@ def train(
     debug: Debug = False,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train the network on a store; started again, it goes on where it was."""
+    """Train the network on a store; started again, it resumes where it stopped."""
     cfg = _read(TrainConfig, config, set_, print_config, debug=debug)
     from spectralvae.runtime.ranks import find_ranks
 
     ranks = find_ranks()
-    console.quiet = not ranks.leads
-    options = {"overwrite": overwrite, "resumable": True, "may_differ": may_change_on_resume}
+    console.quiet = not ranks.is_main
     with ranks.joined(cfg.training.peer_timeout):
-        run = ranks.lead(RunDir, "train", cfg, **options)
-        if ranks.share(run is not None and run.finished):
+        run = ranks.on_main(RunDir, "train", cfg, overwrite=overwrite)
+        if ranks.broadcast(run is not None and run.opens_as == "finished"):
             _say_finished(cfg)
             return
         from spectralvae.training.trainer import train as work
@@ -180,7 +180,7 @@ def doctor(
 
 @app.command()
 def encode(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
-    """Turn scenes into latents, one file each; started again, it goes on with the files that are left."""
+    """Turn scenes into latents, one file each; started again, it resumes with the files that are left."""
     cfg = _read(EncodeConfig, config, set_, print_config)
     from spectralvae.inference.encode import encode as work
 
@@ -189,7 +189,7 @@ def encode(config: Config, set_: Set = None, overwrite: Overwrite = False, print
 
 @app.command()
 def decode(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
-    """Turn latents into radiance, in files laid out like their sources; it goes on as encode does."""
+    """Turn latents into radiance, in files laid out like their sources; it resumes as encode does."""
     cfg = _read(DecodeConfig, config, set_, print_config)
     from spectralvae.inference.decode import decode as work
 
@@ -198,7 +198,7 @@ def decode(config: Config, set_: Set = None, overwrite: Overwrite = False, print
 
 @app.command()
 def compress(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
-    """Turn scenes into small files, to a size or an error, which may be bounded; it goes on as encode does."""
+    """Turn scenes into small files, to a size or an error, which may be bounded; it resumes as encode does."""
     cfg = _read(CompressConfig, config, set_, print_config)
     from spectralvae.codec.compress import compress as work
 
@@ -209,7 +209,7 @@ def compress(config: Config, set_: Set = None, overwrite: Overwrite = False, pri
 def decompress(
     config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False
 ) -> None:
-    """Turn files of compress into radiance, in files laid out like their sources; it goes on as encode does."""
+    """Turn files of compress into radiance, in files laid out like their sources; it resumes as encode does."""
     cfg = _read(DecompressConfig, config, set_, print_config)
     from spectralvae.codec.decompress import decompress as work
 
@@ -218,14 +218,14 @@ def decompress(
 
 def _share_files(command: str, config: ModelConfig, overwrite: bool, work: Callable[..., None]) -> None:
     """Run a command of which each process does some of the files."""
-    from spectralvae.files.jobs import LONGEST_WAIT, may_change_on_resume
+    from spectralvae.files.jobs import LONGEST_WAIT
     from spectralvae.runtime.ranks import find_ranks
 
     ranks = find_ranks()
-    console.quiet = not ranks.leads
+    console.quiet = not ranks.is_main
     with ranks.joined(LONGEST_WAIT):
-        run = ranks.lead(RunDir, command, config, overwrite=overwrite, resumable=True, may_differ=may_change_on_resume)
-        if ranks.share(run is not None and run.finished):
+        run = ranks.on_main(RunDir, command, config, overwrite=overwrite)
+        if ranks.broadcast(run is not None and run.opens_as == "finished"):
             _say_finished(config)
             return
         work(config, run, ranks, console)
@@ -235,7 +235,7 @@ def _share_files(command: str, config: ModelConfig, overwrite: bool, work: Calla
 def evaluate(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
     """Judge the checkpoints of a run on all its validation tiles, beside PCA and the mean."""
     cfg = _read(EvaluateConfig, config, set_, print_config)
-    run = _claim("evaluate", cfg, overwrite=overwrite)
+    run = _claim("evaluate", cfg, overwrite)
     from spectralvae.analysis.evaluate import evaluate as work
 
     work(cfg, run, console)
@@ -245,7 +245,7 @@ def evaluate(config: Config, set_: Set = None, overwrite: Overwrite = False, pri
 def probe(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
     """Predict level-2 products from latents: what do these tell of the atmosphere?"""
     cfg = _read(ProbeConfig, config, set_, print_config)
-    run = _claim("probe", cfg, overwrite=overwrite)
+    run = _claim("probe", cfg, overwrite)
     from spectralvae.analysis.probe import probe as work
 
     work(cfg, run, console)
@@ -255,7 +255,7 @@ def probe(config: Config, set_: Set = None, overwrite: Overwrite = False, print_
 def convert(config: Config, set_: Set = None, overwrite: Overwrite = False, print_config: PrintConfig = False) -> None:
     """Turn a model into an export folder, or into a file for mltools."""
     cfg = _read(ConvertConfig, config, set_, print_config)
-    run = _claim("convert", cfg, overwrite=overwrite)
+    run = _claim("convert", cfg, overwrite)
     from spectralvae.convert.export import convert as work
 
     work(cfg, run, console)

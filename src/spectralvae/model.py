@@ -82,6 +82,14 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
+def _in_full_precision(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer in the precision of its weights, under autocast too: posterior and loss are made of what comes out."""
+    if not torch.amp.is_autocast_available(x.device.type):  # torch's meta device
+        return cast(Tensor, layer(x))
+    with torch.autocast(x.device.type, enabled=False):
+        return cast(Tensor, layer(x.to(next(layer.parameters()).dtype)))
+
+
 def _group_norm(ch: int, groups: int, eps: float, affine: bool) -> nn.GroupNorm:
     if ch % groups:
         raise ValueError(f"{ch} channels cannot be split into norm_groups = {groups}: not a multiple")
@@ -356,7 +364,7 @@ class _Coder(nn.Module):
 
     def _run_out(self, x: Tensor) -> Tensor:
         """(B, K, S) -> (B, ch_out, S)"""
-        return cast(Tensor, self.conv_out(self.act_out(self.norm_out(x))))
+        return _in_full_precision(self.conv_out, self.act_out(self.norm_out(x)))
 
 
 class Encoder(_Coder):
@@ -506,12 +514,12 @@ class AutoencoderKL(nn.Module):
         self.logvar = nn.Parameter(torch.tensor(0.0))
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """(B, C, S) -> the posterior of the latents, (B, E, s), in the precision of x"""
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)).to(x.dtype))
+        """(B, C, S) -> the posterior of the latents, (B, E, s), in the precision of the weights"""
+        return DiagonalGaussianDistribution(_in_full_precision(self.quant_conv, self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, E, s) -> (B, C, S), in the precision of z"""
-        return cast(Tensor, self.decoder(self.post_quant_conv(z)).to(z.dtype))
+        """(B, E, s) -> (B, C, S), in the precision of the weights"""
+        return cast(Tensor, self.decoder(self.post_quant_conv(z)))
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """(B, C, S) -> reconstruction (B, C, S) from a sample of the posterior (or its mode), and the posterior"""

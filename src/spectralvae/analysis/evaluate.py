@@ -44,10 +44,10 @@ from spectralvae.data.pca import PixelPCA
 from spectralvae.data.sampling import evenly
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError
-from spectralvae.inference.coder import exact_float32
 from spectralvae.runtime.atomic import write_atomic
 from spectralvae.runtime.console import new_progress, warn
 from spectralvae.runtime.device import choose_device, peak_memory
+from spectralvae.runtime.placement import exact_float32
 from spectralvae.runtime.ranks import Ranks
 from spectralvae.runtime.rundir import RunDir, command_of
 from spectralvae.runtime.signals import stop_at_once

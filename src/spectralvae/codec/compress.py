@@ -47,7 +47,7 @@ def compress(config: CompressConfig, run: RunDir | None, ranks: Ranks, console: 
 
     Args:
         config: of the command.
-        run: its output directory; None in all processes but the first.
+        run: its output directory; None in all processes but the main one.
         ranks: the processes.
         console: where to print.
 

@@ -34,7 +34,7 @@ def decompress(config: DecompressConfig, run: RunDir | None, ranks: Ranks, conso
 
     Args:
         config: of the command.
-        run: its output directory; None in all processes but the first.
+        run: its output directory; None in all processes but the main one.
         ranks: the processes.
         console: where to print.
 

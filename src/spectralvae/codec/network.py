@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from spectralvae.codec.planes import decode_planes, encode_planes, fill_invalid
 from spectralvae.codec.scratch import Scratch
-from spectralvae.inference.coder import Coder, exact_float32
+from spectralvae.inference.coder import Coder
+from spectralvae.runtime.placement import exact_float32
 
 N_PROBES = 4  # random directions in which the decoder's Jacobian is tried, for each of as many places
 _LEAST = 1e-6  # of the largest eigenvalue of the quadratic form

@@ -15,7 +15,6 @@ from spectralvae.config.data import (
     ProductConfig,
     SimulateConfig,
     SplitConfig,
-    prepare_may_change_on_resume,
 )
 from spectralvae.config.inference import (
     CompressConfig,
@@ -29,11 +28,11 @@ from spectralvae.config.inference import (
 from spectralvae.config.training import (
     DEBUG_OVERRIDES,
     ConvertConfig,
+    NetworkSettings,
     OptimizerConfig,
     SpectraConfig,
     SupervisionConfig,
     TrainConfig,
-    may_change_on_resume,
 )
 
 __all__ = [
@@ -52,6 +51,7 @@ __all__ = [
     "InferenceConfig",
     "InputSpec",
     "ModelConfig",
+    "NetworkSettings",
     "NormalizationConfig",
     "OptimizerConfig",
     "PlantConfig",
@@ -66,6 +66,4 @@ __all__ = [
     "SupervisionConfig",
     "TrainConfig",
     "Wavelengths",
-    "may_change_on_resume",
-    "prepare_may_change_on_resume",
 ]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from spectralvae.errors import ConfigError
 
 T = TypeVar("T")
+
+# `json_schema_extra` of the keys that may differ when a run is resumed; all others must stay as they are
+MAY_CHANGE: JsonDict = {"on_resume": "may change"}
+MAY_GROW: JsonDict = {"on_resume": "may grow"}
+MAY_MOVE: JsonDict = {"on_resume": "may move"}
 
 
 def refusal(problem: str = "", **parts: Any) -> PydanticCustomError:
@@ -56,8 +62,13 @@ class Section(BaseModel):
 
 
 class CommandConfig(Section):
-    """What every command's config has."""
+    """What every command's config has.
 
+    Attributes:
+        resumable: whether the command resumes an unfinished run.
+    """
+
+    resumable: ClassVar[bool] = False
     output_dir: ConfigPath = Field(description="folder for the results of this command and of nothing else")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from spectralvae.config.base import (
+    MAY_CHANGE,
     CommandConfig,
     ConfigPath,
     NormalizationConfig,
@@ -116,6 +117,7 @@ Moment = Annotated[str, AfterValidator(_check_moment)]
 class DownloadConfig(CommandConfig):
     """`spectralvae download`: TEMPO granules from NASA Earthdata, level 1 with level 2."""
 
+    resumable = True
     box: list[float] = Field(
         min_length=4,
         max_length=4,
@@ -294,6 +296,7 @@ class SplitConfig(Section):
 class PrepareConfig(CommandConfig):
     """`spectralvae prepare`: scenes to a store (output_dir is the store)."""
 
+    resumable = True
     inputs: list[InputSpec] = Field(min_length=1, description="files, globs, folders, or mappings with the keys below")
     band: str | None = Field(None, description="TEMPO: band_290_490_nm (default) or band_540_740_nm")
     mixed_versions: bool = Field(False, description="TEMPO: take files of several processing versions (V03 and V04)")
@@ -308,9 +311,12 @@ class PrepareConfig(CommandConfig):
         None,
         description="local: worker processes on this machine; or the address of a Dask scheduler, tcp://host:port; if "
         "left out, one scene after the other in this process. The store is the same, bit for bit",
+        json_schema_extra=MAY_CHANGE,
     )
     n_workers: PositiveInt | None = Field(
-        None, description="worker processes of `cluster: local`; if left out, one for each CPU core"
+        None,
+        description="worker processes of `cluster: local`; if left out, one for each CPU core",
+        json_schema_extra=MAY_CHANGE,
     )
 
     @model_validator(mode="after")
@@ -320,8 +326,3 @@ class PrepareConfig(CommandConfig):
         if self.n_workers is not None and self.cluster != "local":
             raise refusal("belongs to `cluster: local`", key="n_workers", value=self.n_workers)
         return self
-
-
-def prepare_may_change_on_resume(key: str, old: Any, new: Any) -> bool:
-    """Whether a preparation may go on with another value of a key: who does the work changes nothing."""
-    return key in ("cluster", "n_workers")

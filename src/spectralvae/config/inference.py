@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from spectralvae.config.base import CommandConfig, ConfigPath, Device, PositiveInt, Section, refusal
+from spectralvae.config.base import MAY_CHANGE, CommandConfig, ConfigPath, Device, PositiveInt, Section, refusal
 from spectralvae.config.data import InputSpec
 
 Text = Annotated[str, Field(min_length=1)]
@@ -15,14 +15,20 @@ Text = Annotated[str, Field(min_length=1)]
 class ModelConfig(CommandConfig):
     """What all of these share."""
 
+    resumable = True
     model: ConfigPath = Field(
         description="a run (its newest checkpoint), a checkpoint, or an export; with normalisation and wavelengths"
     )
-    batch_size: PositiveInt = Field(4, description="tiles that go through the network at a time; each takes memory")
+    batch_size: PositiveInt = Field(
+        4,
+        description="tiles that go through the network at a time; each takes memory",
+        json_schema_extra=MAY_CHANGE,
+    )
     device: Device = Field(
         "auto",
         description="auto (the GPU with the most free memory, else the CPU), cpu, cuda or cuda:N; of several "
         "processes on a machine, each takes its own GPU",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -43,7 +49,9 @@ class ScenesConfig(InferenceConfig):
         min_length=1, description="scenes: paths or globs, or mappings as below; folders as of `prepare`"
     )
     all_invalid: Literal["refuse", "leave_out"] = Field(
-        "refuse", description="what to do with a scene without any valid sample (at night, say); both name it"
+        "refuse",
+        description="what to do with a scene without any valid sample (at night, say); both name it",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -78,7 +86,19 @@ class DecodeConfig(InferenceConfig):
         return self
 
 
-class BoundConfig(Section):
+class OneOf(Section):
+    """A section of which exactly one key is given."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [key for key, value in self if value is not None]
+        if len(given) != 1:
+            keys = ", ".join(type(self).model_fields)
+            raise refusal(f"gives {' and '.join(given) or 'none of its keys'}", remedy=f"give exactly one of {keys}")
+        return self
+
+
+class BoundConfig(OneOf):
     """The largest error of any valid sample; one of the two."""
 
     z: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="absolute, in z, beyond the clip, too")
@@ -86,13 +106,8 @@ class BoundConfig(Section):
         None, description="of radiance, as a share of its true value; of models with log_zscore only"
     )
 
-    @model_validator(mode="after")
-    def _one(self) -> BoundConfig:
-        _exactly_one(self)
-        return self
 
-
-class RateConfig(Section):
+class RateConfig(OneOf):
     """How much is coded, of z within the clip; one of the three."""
 
     step: Annotated[float, Field(ge=1e-6, le=1000)] | None = Field(
@@ -100,18 +115,6 @@ class RateConfig(Section):
     )
     bytes: PositiveInt | None = Field(None, description="of a file at most; the error is as small as they allow")
     mse: Annotated[float, Field(ge=1e-12)] | None = Field(None, description="mean squared error of z at most")
-
-    @model_validator(mode="after")
-    def _one(self) -> RateConfig:
-        _exactly_one(self)
-        return self
-
-
-def _exactly_one(section: Section) -> None:
-    given = [key for key, value in section if value is not None]
-    if len(given) != 1:
-        keys = ", ".join(type(section).model_fields)
-        raise refusal(f"gives {' and '.join(given) or 'none of its keys'}", remedy=f"give exactly one of {keys}")
 
 
 class CompressConfig(ScenesConfig):

@@ -100,15 +100,15 @@ def load_config(schema: type[C], path: Path, settings: Sequence[str] = (), *, de
         return schema.model_validate(data)
     except ValidationError as error:
         first, *others = describe_errors(schema, error)
-        source = "given by --set" if any(_related(first.key or "", key) for key in set_keys) else None
+        # the key that is wrong may be the one that was set, or inside it, or around it
+        by_set = any(f"{first.key}.".startswith(f"{key}.") or f"{key}.".startswith(f"{first.key}.") for key in set_keys)
         more = f"and {len(others) - 4} more errors" if len(others) > 4 else None
-        remedies = [remedy for remedy in (first.remedy, source, *map(str, others[:4]), more) if remedy]
+        remedies = [
+            remedy
+            for remedy in (first.remedy, "given by --set" if by_set else None, *map(str, others[:4]), more)
+            if remedy
+        ]
         raise first.with_parts(path=path, remedy="; ".join(remedies) or None) from error
-
-
-def _related(key: str, other: str) -> bool:
-    """Whether one key is the other or inside it."""
-    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _set(data: dict[str, Any], key: str, value: Any, name: str) -> None:
@@ -127,7 +127,11 @@ def describe_errors(schema: type[BaseModel], error: ValidationError) -> list[Con
     found = {}
     for details in error.errors(include_url=False):
         # a union reports under the names of its members, which are no keys of the user's
-        location = tuple(part for part in details["loc"] if isinstance(part, int) or _is_key(part))
+        location = tuple(
+            part
+            for part in details["loc"]
+            if isinstance(part, int) or ("[" not in part and part not in ("Wavelengths", "list"))
+        )
         if details["type"] == "extra_forbidden" and location[-1:] != details["loc"][-1:]:
             location += details["loc"][-1:]  # an unknown key may look like such a name
         found[location] = _describe(schema, location, details)
@@ -137,10 +141,6 @@ def describe_errors(schema: type[BaseModel], error: ValidationError) -> list[Con
         for location, described in found.items()
         if not any(other != location and other[: len(location)] == location for other in found)
     ]
-
-
-def _is_key(part: str) -> bool:
-    return "[" not in part and part not in ("Wavelengths", "list")
 
 
 def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details: ErrorDetails) -> ConfigError:
@@ -156,6 +156,7 @@ def _describe(schema: type[BaseModel], location: tuple[str | int, ...], details:
             return ConfigError(**{**parts, "key": ".".join(map(str, (*location, parts["key"])))})
         return ConfigError(**{**parts, "key": key, "value": value})
     message = details["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message = re.sub(r"^List should have (.*), not \d+$", r"Input should be a list of \1", message)
     if message.startswith("Input should be "):
         limit = message.removeprefix("Input should be ").replace("a valid list", "a list: [...]")
         limit = re.sub(r"a valid dictionary or .*", "a mapping of keys to values", limit).replace("True", "true")
@@ -168,7 +169,11 @@ def _place_of(schema: type[BaseModel], location: tuple[str | int, ...]) -> str:
     name = str(location[-1])
     if places := [*(["at the top level"] if name in schema.model_fields else []), *_places_with(schema, name)]:
         return f"it belongs {' or '.join(places)}"
-    known = _known_keys(schema, location[:-1])
+    section = schema
+    for part in location[:-1]:
+        if part in section.model_fields:  # else it is the number or name of an entry
+            section = next(_sections(section.model_fields[str(part)].annotation), section)
+    known = list(section.model_fields)
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
 
@@ -191,13 +196,19 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections(member)
 
 
-def _known_keys(schema: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """The keys of the section at ``location``."""
-    section = schema
-    for part in location:
-        if part in section.model_fields:  # else it is the number or name of an entry
-            section = next(_sections(section.model_fields[str(part)].annotation), section)
-    return list(section.model_fields)
+def resume_rules(schema: type[BaseModel]) -> dict[str, str]:
+    """What the schema says of the keys that may differ when a run is resumed: "may change", "may grow" or "may move".
+
+    Returns:
+        Path of the key -> its rule; a key that is not among them must stay as it is.
+    """
+    rules = {}
+    for key, field in schema.model_fields.items():
+        if isinstance(field.json_schema_extra, dict):
+            rules[key] = str(field.json_schema_extra["on_resume"])
+        for section in _sections(field.annotation):
+            rules |= {f"{key}.{below}": rule for below, rule in resume_rules(section).items()}
+    return rules
 
 
 def dump_config(config: BaseModel) -> dict[str, Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from spectralvae.config.base import (
+    MAY_CHANGE,
+    MAY_GROW,
+    MAY_MOVE,
     CommandConfig,
     ConfigPath,
     Device,
@@ -25,17 +28,20 @@ from spectralvae.config.base import (
 class DataConfig(Section):
     """What the network sees."""
 
-    store: ConfigPath = Field(description="the store: output_dir of `prepare`")
+    store: ConfigPath = Field(description="the store: output_dir of `prepare`", json_schema_extra=MAY_MOVE)
     batch_size: PositiveInt = Field(32, description="tiles in one step, of all processes together")
     tile_size: PositiveInt = Field(
         64,
         description="pixels of a tile along y and along x; a multiple of 2^(levels - 1): 4 with the default chs",
     )
-    num_workers: Annotated[int, Field(ge=0)] = Field(2, description="reader threads; 0 reads between the steps")
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        2, description="reader threads; 0 reads between the steps", json_schema_extra=MAY_CHANGE
+    )
     cache: bool = Field(
         False,
         description="read the training scenes and the validation tiles once, keep them in the memory of the device (of "
         "each process its own copy), and make the training tiles there",
+        json_schema_extra=MAY_CHANGE,
     )
     max_invalid_fraction: float = Field(
         0.5, ge=0, lt=1, description="tiles with a larger share of invalid samples are not used"
@@ -91,6 +97,21 @@ class ModelConfig(Section):
     )
 
 
+def _check_shape(shape: list[Any]) -> list[Any]:
+    given = shape[:1] if all(size is None for size in shape[1:]) else shape
+    if len(shape) not in (3, 4) or not all(type(size) is int and size >= 1 for size in given):
+        raise refusal(limit="[C, H, W] or [C, D, H, W], whole numbers from 1, or with null for all sizes but C")
+    return shape
+
+
+class NetworkSettings(ModelConfig):
+    """The same section of a checkpoint, an export or an mltools file, which may hold what `train` does not take."""
+
+    shape: Annotated[list[Any], AfterValidator(_check_shape)] | None = None
+    dropout_prob: float = Field(0.0, ge=0, le=1)
+    logvar_init: float = 0.0
+
+
 class OptimizerConfig(Section):
     """AdamW."""
 
@@ -133,16 +154,26 @@ class SupervisionConfig(Section):
 class TrainingConfig(Section):
     """The run. Every `*_every` counts steps."""
 
-    n_steps: PositiveInt = Field(200_000, description="updates of the weights; a finished run goes on if this grows")
+    n_steps: PositiveInt = Field(
+        200_000,
+        description="updates of the weights; a larger number resumes a finished run",
+        json_schema_extra=MAY_GROW,
+    )
     save_every: PositiveInt = Field(
         5000,
         description="steps between checkpoints, each with a validation and a reconstruction figure",
+        json_schema_extra=MAY_CHANGE,
     )
-    val_every: PositiveInt = Field(50, description="steps between validations; checkpoints are validated in any case")
-    log_every: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
+    val_every: PositiveInt = Field(
+        50,
+        description="steps between validations; checkpoints are validated in any case",
+        json_schema_extra=MAY_CHANGE,
+    )
+    log_every: PositiveInt = Field(10, description="steps between rows of metrics.jsonl", json_schema_extra=MAY_CHANGE)
     plot_every: PositiveInt = Field(
         50,
         description="steps between updates of the plots in summary/; more where that takes over 2 % of the time",
+        json_schema_extra=MAY_CHANGE,
     )
     grad_clip: float = Field(1.0, gt=0, description="longer gradients (norm over all weights) are scaled down to this")
     precision: Literal["32-true", "bf16-mixed"] = Field(
@@ -162,22 +193,31 @@ class TrainingConfig(Section):
         "auto",
         description="auto (the GPU with the most free memory, else the CPU), cpu, cuda or cuda:N; of several "
         "processes on a machine, each takes its own GPU",
+        json_schema_extra=MAY_CHANGE,
     )
     peer_timeout: float = Field(
-        600, gt=0, description="seconds after which a process that does not answer the others ends the run"
+        600,
+        gt=0,
+        description="seconds after which a process that does not answer the others ends the run",
+        json_schema_extra=MAY_CHANGE,
     )
     init_from: ConfigPath | None = Field(
         None, description="start from these weights: a run, checkpoint, export, or mltools file"
     )
-    keep_last: PositiveInt | None = Field(None, description="keep only so many newest checkpoints; if left out, all")
+    keep_last: PositiveInt | None = Field(
+        None, description="keep only so many newest checkpoints; if left out, all", json_schema_extra=MAY_CHANGE
+    )
     keep_every: PositiveInt | None = Field(
-        None, description="beside keep_last: keep the checkpoints at multiples of so many steps, too"
+        None,
+        description="beside keep_last: keep the checkpoints at multiples of so many steps, too",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
 class TrainConfig(CommandConfig):
     """`spectralvae train`."""
 
+    resumable = True
     seed: Seed = Field(0, description="of the first weights, the choice of tiles, and the noise in the latents")
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -225,15 +265,6 @@ DEBUG_OVERRIDES: dict[str, Any] = {
     "data.max_scenes": 2,
     "data.n_val_tiles": 8,
 }
-
-
-def may_change_on_resume(key: str, old: Any, new: Any) -> bool:
-    """Whether a training run may go on with another value of a key (a moved store must have the same hash)."""
-    if key == "training.n_steps":
-        return bool(new > old)
-    section, _, name = key.rpartition(".")
-    free = ("data.num_workers", "data.cache", "data.store", "training.device", "training.peer_timeout")
-    return key in free or (section == "training" and (name.endswith("_every") or name.startswith("keep_")))
 
 
 # --- convert ----------------------------------------------------------------------------------

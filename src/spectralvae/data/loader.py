@@ -20,7 +20,7 @@ from spectralvae.data import sampling
 from spectralvae.data.cache import SceneCache
 from spectralvae.data.cells import cell_means
 from spectralvae.data.sampling import Crop, CropSampler
-from spectralvae.data.store import SceneRecord, Store
+from spectralvae.data.store import Store
 from spectralvae.data.targets import TargetTransform
 from spectralvae.errors import ConfigError
 
@@ -57,7 +57,7 @@ def make_sampler(
         ConfigError: a scene is smaller than a tile, or hardly a tile anywhere is valid enough.
         InputError: a file of a scene is lost or not as long as it was written.
     """
-    shapes = [_tileable(store.scenes[scene], tile_size) for scene in scenes]
+    shapes = [_tileable(store, scene, tile_size) for scene in scenes]
     for scene in scenes:
         store.check_files(scene)
     sampler = CropSampler(
@@ -88,7 +88,7 @@ def grid_crops(
     samples = tile_size * tile_size * store.normalization.n_channels
     crops = []
     for scene in scenes:
-        ny, nx, piece = _tileable(store.scenes[scene], tile_size)
+        ny, nx, piece = _tileable(store, scene, tile_size)
         n_invalid = store.n_invalid(scene)
         crops += [
             Crop(scene, y, x)
@@ -102,18 +102,25 @@ def grid_crops(
     return [crops[i] for i in sampling.scattered(len(crops), at_most)]
 
 
-def _tileable(record: SceneRecord, tile_size: int) -> tuple[int, int, int]:
+def _tileable(store: Store, scene: int, tile_size: int) -> tuple[int, int, int]:
     """(y, x, height of the pieces that no tile may straddle) of a scene.
 
     Raises:
         ConfigError: not one tile fits in.
     """
+    record = store.scenes[scene]
     ny, nx, _ = record.shape
     piece = record.stack or ny
     assert ny % piece == 0
     if min(piece, nx) < tile_size:
-        limit = f"at most the smaller side of {record.split} scene {record.id} ({piece} x {nx} pixels)"
-        raise ConfigError(key="data.tile_size", value=tile_size, limit=limit)
+        largest = min(min(other.stack or other.shape[0], other.shape[1]) for other in store.scenes)
+        raise ConfigError(
+            f"{record.split} scene {record.id} has only {piece} x {nx} pixels",
+            key="data.tile_size",
+            value=tile_size,
+            limit=f"at most {largest}, which fits into every scene of the store",
+            remedy="with n levels in model.chs, choose a multiple of 2^(n - 1)",
+        )
     return ny, nx, piece
 
 
@@ -265,10 +272,27 @@ class TileStream(IterableDataset[Batch]):
         shape = (self.share, self.tile_size, self.tile_size, self.store.normalization.n_channels)
         gpu = self.cache.pixels.device if self.cache is not None and self.cache.pixels.is_cuda else None
         memory = _Memory(shape, self.store.dtype, self.pin_memory, gpu)
+        steps = count(self.first_step)
         if self.num_workers == 0:
-            yield from self._read_in_turn(memory)
-        else:
-            yield from self._read_ahead(memory)
+            for step in steps:
+                batch = self._new_batch(step, memory)
+                batch.crops.extend(self._fill(batch, j) for j in range(self.share))
+                yield batch
+                del batch  # or its memory would not be free for the next one
+            return
+        queue: deque[tuple[Batch, list[Future[Crop]]]] = deque()
+        readers = ThreadPoolExecutor(self.num_workers, thread_name_prefix="tiles")
+        try:
+            while True:
+                while len(queue) <= BATCHES_AHEAD:
+                    batch = self._new_batch(next(steps), memory)
+                    queue.append((batch, [readers.submit(self._fill, batch, j) for j in range(self.share)]))
+                batch, pending = queue.popleft()
+                batch.crops.extend(future.result() for future in pending)
+                yield batch
+                del batch
+        finally:
+            readers.shutdown(cancel_futures=True)
 
     def _new_batch(self, step: int, memory: _Memory) -> Batch:
         """A batch that is to be filled."""
@@ -291,26 +315,3 @@ class TileStream(IterableDataset[Batch]):
             assert batch.targets is not None
             batch.targets[j] = torch.from_numpy(self.targets.read(crop, self.tile_size))
         return crop
-
-    def _read_in_turn(self, memory: _Memory) -> Iterator[Batch]:
-        for step in count(self.first_step):
-            batch = self._new_batch(step, memory)
-            batch.crops.extend(self._fill(batch, j) for j in range(self.share))
-            yield batch
-            del batch  # or its memory would not be free for the next one
-
-    def _read_ahead(self, memory: _Memory) -> Iterator[Batch]:
-        queue: deque[tuple[Batch, list[Future[Crop]]]] = deque()
-        steps = count(self.first_step)
-        readers = ThreadPoolExecutor(self.num_workers, thread_name_prefix="tiles")
-        try:
-            while True:
-                while len(queue) <= BATCHES_AHEAD:
-                    batch = self._new_batch(next(steps), memory)
-                    queue.append((batch, [readers.submit(self._fill, batch, j) for j in range(self.share)]))
-                batch, pending = queue.popleft()
-                batch.crops.extend(future.result() for future in pending)
-                yield batch
-                del batch
-        finally:
-            readers.shutdown(cancel_futures=True)

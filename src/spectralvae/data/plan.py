@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +23,8 @@ from spectralvae.readers.products import read_product
 from spectralvae.readers.tiles import tile_files
 from spectralvae.runtime.console import new_progress
 from spectralvae.weights.normalization import Float64
+
+EXCERPT_BLOCKS, EXCERPT_BYTES = 5, 4096  # of each file: equal ones agree there, others hardly ever
 
 
 def plan_scenes(config: PrepareConfig, console: Console) -> tuple[list[PlannedScene], Float64]:
@@ -142,20 +145,34 @@ def _check_distinct(planned: Sequence[PlannedScene]) -> None:
 
 
 def _check_copies(planned: Sequence[PlannedScene]) -> None:
-    """One file under two names is one scene: it may not be trained on and judged with."""
-    alike: dict[int, dict[Path, PlannedScene]] = {}
+    """One file under two names is one scene: it may not be trained on and judged with.
+
+    To hash every file takes hours. So only those scenes are hashed that agree in their size and in an excerpt.
+    """
+    by_size: dict[int, dict[Path, PlannedScene]] = {}
     for p in planned:
         size = sum(file.stat().st_size for file in p.scene.files())
-        alike.setdefault(size, {})[p.scene.path.resolve()] = p
-    for candidates in alike.values():
-        if len(candidates) == 1:  # to read all of every file takes hours
-            continue
-        seen: dict[str, PlannedScene] = {}
-        for p in candidates.values():
-            twin = seen.setdefault(p.scene.sha256(), p)
-            if twin is not p:
-                problem = f"is a copy of {twin.scene.path}"
-                raise ConfigError(problem, key="inputs", path=p.scene.path, remedy="give it once")
+        by_size.setdefault(size, {})[p.scene.path.resolve()] = p
+    by_excerpt: dict[str, list[PlannedScene]] = {}
+    for p in (p for group in by_size.values() if len(group) > 1 for p in group.values()):
+        by_excerpt.setdefault(_excerpt_digest(p.scene), []).append(p)
+    seen: dict[str, PlannedScene] = {}
+    for p in (p for group in by_excerpt.values() if len(group) > 1 for p in group):
+        twin = seen.setdefault(p.scene.sha256(), p)
+        if twin is not p:
+            problem = f"is a copy of {twin.scene.path}"
+            raise ConfigError(problem, key="inputs", path=p.scene.path, remedy="give it once")
+
+
+def _excerpt_digest(scene: Scene) -> str:
+    """SHA-256 of a few blocks of each of the scene's files, evenly spread from its start to its end; hexadecimal."""
+    digest = hashlib.sha256()
+    for path in scene.files():
+        with path.open("rb", buffering=0) as file:
+            for i in range(EXCERPT_BLOCKS):
+                file.seek(max(0, path.stat().st_size - EXCERPT_BYTES) * i // (EXCERPT_BLOCKS - 1))
+                digest.update(file.read(EXCERPT_BYTES))
+    return digest.hexdigest()
 
 
 def _check_scans(planned: Sequence[PlannedScene]) -> None:

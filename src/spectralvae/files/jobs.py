@@ -82,11 +82,6 @@ class Job(Protocol):
         ...
 
 
-def may_change_on_resume(key: str, old: Any, new: Any) -> bool:
-    """Whether the rest of the files may be done with another value of a key."""
-    return key in ("device", "batch_size", "all_invalid")
-
-
 def plan(
     inputs: Sequence[tuple[Path, T]],
     make: Callable[[Path, T], Job],
@@ -99,7 +94,7 @@ def plan(
     Args:
         inputs: files, with what is needed to read each.
         make: opens one.
-        run: the output directory; None in all processes but the first.
+        run: the output directory; None in all processes but the main one.
         ranks: the processes.
         console: where to print.
 
@@ -107,7 +102,7 @@ def plan(
         ConfigError, InputError: an input will not do.
     """
     jobs = []
-    with ranks.together(), new_progress(quiet=not ranks.leads) as progress:
+    with ranks.together(), new_progress(quiet=not ranks.is_main) as progress:
         if run:
             for path, _ in inputs:
                 run.refuse_inside("inputs", path)
@@ -146,10 +141,10 @@ def work_through(
         jobs: of this process.
         text: what is done, for the progress bar.
         model: that makes the results.
-        run: the output directory; None in all processes but the first.
+        run: the output directory; None in all processes but the main one.
         ranks: the processes.
         console: where to print.
-        report: called by the first process once all files are there, and run.json knows of them.
+        report: called by the main process once all files are there, and run.json knows of them.
 
     Raises:
         ConfigError: a source has changed since its result was made.
@@ -165,7 +160,7 @@ def work_through(
             if run:
                 stack.enter_context(run)
                 _take_over(run, model.identity)
-        with ranks.together():  # a block of its own, for the first process may have cleared the directory just now
+        with ranks.together():  # a block of its own, for the main process may have cleared the directory just now
             left = [job for job in jobs if not _is_done(job)]
         n_files, n_left = ranks.sum(np.array([len(jobs), len(left)], np.float64))
         if n_left < n_files:
@@ -191,7 +186,7 @@ def _do_all(
     left: Sequence[Job], text: str, model: Model, facts: Facts, run: RunDir | None, ranks: Ranks, console: Console
 ) -> None:
     """Make the files that are left to this process; `facts` are added to as each is done."""
-    with new_progress(quiet=not ranks.leads) as progress:
+    with new_progress(quiet=not ranks.is_main) as progress:
         task = progress.add_task(f"{text} (pixels)", total=sum(job.n_pixels for job in left))
         for job in left:
             begun = time.monotonic()

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from spectralvae.config import InferenceConfig, ModelConfig
 from spectralvae.data.tiling import Cover, Panel, mirrored
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.runtime.device import choose_device, peak_memory
-from spectralvae.runtime.placement import place
+from spectralvae.runtime.placement import exact_float32, place
 from spectralvae.runtime.ranks import Ranks
 from spectralvae.runtime.rundir import RunDir
 from spectralvae.weights.artifact import Artifact, weights_sha256
@@ -184,20 +182,6 @@ class Coder:
         return result
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """cuDNN's own default is TF32, which rounds factors to 10 bits; whoever called has their settings back."""
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
 class _Strips:
     """One panel of a scene, a tile's height at a time."""
 
@@ -333,7 +317,7 @@ def open_coder(config: ModelConfig, run: RunDir | None, ranks: Ranks, console: C
     overlap = config.overlap if isinstance(config, InferenceConfig) else None
     coder = Coder(artifact, device, overlap=overlap, batch_size=config.batch_size)
     for name, ours in coder.identity.items():
-        theirs = run.record.get(name, ours) if run and run.resuming else ours
+        theirs = run.record.get(name, ours) if run else ours
         if theirs != ours:
             raise ConfigError(
                 f"is not the model that {config.output_dir} was begun with: {name} is {ours[:16]}..., not "

@@ -45,7 +45,7 @@ def decode(config: DecodeConfig, run: RunDir | None, ranks: Ranks, console: Cons
 
     Args:
         config: of the command.
-        run: its output directory; None in all processes but the first.
+        run: its output directory; None in all processes but the main one.
         ranks: the processes.
         console: where to print.
 

@@ -35,7 +35,7 @@ def encode(config: EncodeConfig, run: RunDir | None, ranks: Ranks, console: Cons
 
     Args:
         config: of the command.
-        run: its output directory; None in all processes but the first.
+        run: its output directory; None in all processes but the main one.
         ranks: the processes.
         console: where to print.
 

@@ -28,7 +28,8 @@ from spectralvae.errors import ConfigError, InputError, RunError, UserError, pri
 from spectralvae.readers import hdf5
 from spectralvae.readers.base import damage_named
 
-SECONDS = 30  # at most, to read a file's structure
+SECONDS = 30  # of CPU time at most, to read a file's structure
+PATIENCE = 20  # times that on the clock: storage may be slow, and other processes busy
 _BYTES = 2**31
 
 # A MATLAB file of version 5 has to be loaded whole: more time and memory, by its size. Others may be mapped.
@@ -69,12 +70,20 @@ def try_out(path: Path, arguments: Mapping[str, Any], function: str) -> None:
         "arguments": arguments,
         "function": function,
         "seconds": seconds,
+        "patience": seconds * PATIENCE,
         "bytes": limit,
     }
     line, status = _HELPER.ask(json.dumps(request, default=_plain))
     remedy = "it is corrupt or hostile: fetch it again"
+    if status == -signal.SIGALRM:
+        raise InputError(
+            f"reading its structure did not finish within {seconds * PATIENCE} s, most of them spent waiting",
+            path=path,
+            remedy="check whether the storage is slow or hangs; if other files open, fetch this one again",
+        )
     if status is not None:
-        how = f"took more than {seconds} s" if status == -signal.SIGALRM else f"crashed the reader (status {status})"
+        took_long = status == -signal.SIGPROF
+        how = f"took more than {seconds} s of CPU time" if took_long else f"crashed the reader (status {status})"
         raise InputError(f"reading its structure {how}", path=path, remedy=remedy)
     answer = json.loads(line)
     if answer["error"] == _MEMORY:
@@ -94,7 +103,7 @@ def try_out(path: Path, arguments: Mapping[str, Any], function: str) -> None:
 
 
 def _limits(path: Path) -> tuple[int, int]:
-    """Seconds and bytes that reading the file's structure may take."""
+    """Seconds of CPU time and bytes that reading the file's structure may take."""
     if path.is_dir():
         return SECONDS, _BYTES
     with damage_named(path), path.open("rb") as file:
@@ -205,8 +214,9 @@ os.register_at_fork(before=_HELPER.before_fork, after_in_parent=_HELPER.after_fo
 def serve() -> None:
     """Answer requests, a line each, until there are no more: the other process's whole work."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    for alarm in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(alarm, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM, signal.SIGPROF})
     # What a library prints must not mix with the answers.
     with os.fdopen(os.dup(1), "w") as answers, open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)
@@ -218,14 +228,15 @@ def serve() -> None:
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Try out one file within its limits; the alarm ends this process, whatever library it is in."""
+    """Try out one file within its limits; either alarm ends this process, whatever library it is in."""
     # Of RLIMIT_DATA, for mapped files and libraries that are only read take no memory.
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = request["bytes"] if hard == resource.RLIM_INFINITY else min(request["bytes"], hard)
     resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
     if request["folder"] is not None:
         os.chdir(request["folder"])
-    signal.alarm(request["seconds"])
+    signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # counts CPU time: SIGPROF
+    signal.alarm(request["patience"])
     try:
         _try(Path(request["path"]), request["arguments"], request["function"])
     except Exception as error:
@@ -236,6 +247,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
                 return {"error": name, "parts": error.parts()}
         return {"error": _UNFORESEEN, "message": repr(error), "traceback": traceback.format_exc()}
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         os.chdir("/")
     return {"error": None}

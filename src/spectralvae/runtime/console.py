@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 
 class _Stream:
@@ -61,11 +62,10 @@ def new_progress(*fields: str, quiet: bool = False) -> Progress:
     console = Console(file=_Stream("stderr"))  # type: ignore[arg-type]
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(),  # the only column that may wrap: in a narrow terminal it shrinks before any text is cut
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         *(TextColumn(field) for field in fields),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         console=console,
         redirect_stdout=sys.stdout.isatty(),  # else what is printed beside the bar would go where the bar is
         disable=quiet or not console.is_terminal,

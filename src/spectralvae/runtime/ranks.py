@@ -34,15 +34,19 @@ class Ranks:
         rank: which process this is, from 0.
         world_size: how many there are.
         local_rank: which of those on its machine; None where nothing tells.
+        local_world_size: how many are on its machine; None where nothing tells: torchrun alone does.
 
     Attributes:
-        leads: whether this is the process that writes.
+        is_main: whether this is the main process, which writes.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int | None = None) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, local_rank: int | None = None, local_world_size: int | None = None
+    ) -> None:
         assert 0 <= rank < world_size
-        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
-        self.leads = rank == 0
+        self.rank, self.world_size = rank, world_size
+        self.local_rank, self.local_world_size = local_rank, local_world_size
+        self.is_main = rank == 0
         self._timeout = 0.0
 
     # --- finding each other ---------------------------------------------------------------------
@@ -129,8 +133,8 @@ class Ranks:
             distributed.all_gather_object(values, value)
         return values
 
-    def share(self, value: T) -> T:
-        """What the first process gives, for all."""
+    def broadcast(self, value: T) -> T:
+        """What the main process gives, for all."""
         return self.gather(value)[0]
 
     @contextmanager
@@ -159,10 +163,10 @@ class Ranks:
             return []
         return [f"process {rank}: {text}" for rank, text in enumerate(self.gather(failure)) if text is not None]
 
-    def lead(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T | None:
-        """Call a function in the first process only; what goes wrong there goes wrong everywhere."""
+    def on_main(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T | None:
+        """Call a function in the main process only; an error there is raised everywhere."""
         with self.together():
-            return function(*arguments, **options) if self.leads else None
+            return function(*arguments, **options) if self.is_main else None
 
 
 def _part() -> None:
@@ -195,7 +199,7 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
         ConfigError: the launcher's variables are incomplete or no numbers.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        ranks = _ranks_of(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        ranks = _ranks_of(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
         if ranks.world_size > 1 and missing:
             raise ConfigError(f"is set, but not {' or '.join(missing)}", key="$RANK", remedy=_LAUNCHERS)
@@ -222,11 +226,11 @@ def _ranks_of(environment: Mapping[str, str], *names: str) -> Ranks:
         if text is not None and not text.isdigit():
             raise ConfigError(key=f"${name}", value=text, limit="a whole number", remedy=_LAUNCHERS)
         values.append(None if text is None else int(text))
-    rank, world_size, local_rank = values
+    rank, world_size, *local = values
     assert rank is not None and world_size is not None, "the caller has looked"
     if rank >= world_size:
         raise ConfigError(key=f"${names[0]}", value=rank, limit=f"less than ${names[1]} ({world_size})")
-    return Ranks(rank, world_size, local_rank)
+    return Ranks(rank, world_size, *local)
 
 
 def _first_node(environment: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -9,7 +10,8 @@ import platform
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ from typing import IO, Any, Literal, Self
 from pydantic import ValidationError
 
 from spectralvae.config import CommandConfig
-from spectralvae.config.loading import dump_config, to_yaml
+from spectralvae.config.loading import dump_config, resume_rules, to_yaml
 from spectralvae.errors import ConfigError, LostPeerError, NoRoomError, RunError, show
 from spectralvae.runtime.atomic import NO_ROOM, no_room_error, room_for, write_atomic
 from spectralvae.runtime.signals import Stopped
@@ -28,6 +30,8 @@ TOOL = "spectralvae"
 State = Literal["running", "stopped", "finished", "failed"]
 _ANOTHER = "choose another directory"
 _BEFORE_RECORD = (".lock", ".run.json.tmp")  # all that a kill leaves of a run before it is known as ours
+# errors of file systems without locks, such as NFS without lockd, and some mounts of FUSE and Lustre
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EPERM, errno.ENOTSUP)
 
 
 def command_of(folder: Path) -> str | None:
@@ -46,26 +50,11 @@ def state_after(error: BaseException | None) -> State:
     return "stopped" if isinstance(error, (Stopped, KeyboardInterrupt, LostPeerError)) else "failed"
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _completed(recorded: Mapping[str, Any], schema: type[CommandConfig]) -> Mapping[str, Any]:
-    """A recorded config, with the defaults of keys that it had not yet; as it is if the schema does not take it."""
-    try:
-        return dump_config(schema.model_validate(recorded))
-    except ValidationError:  # then the comparison names what differs
-        return recorded
-
-
-def _no_exceptions(key: str, old: Any, new: Any) -> bool:
-    return False
+def _flatten(values: Any, *path: str) -> dict[str, Any]:
+    """The values of a config by the paths of their keys, such as "data.store"."""
+    if not isinstance(values, Mapping):
+        return {".".join(path): values}
+    return {name: value for key in values for name, value in _flatten(values[key], *path, key).items()}
 
 
 class RunDir:
@@ -77,75 +66,76 @@ class RunDir:
 
     Args:
         command: name of the command.
-        config: its config.
+        config: its config, whose class says whether the command resumes, and which keys may then differ.
         overwrite: clear a directory that the same command made.
-        resumable: an unfinished run of the same config may go on.
-        may_differ: (key, old, new) -> whether a resumed run may have the new value.
+
+    Attributes:
+        opens_as: "fresh", which may mean that it is cleared first; "resumable"; or "finished", with nothing to do.
+        record: what run.json says.
 
     Raises:
         ConfigError: the directory is not this command's to use, or the configs differ.
     """
 
-    def __init__(
-        self,
-        command: str,
-        config: CommandConfig,
-        *,
-        overwrite: bool,
-        resumable: bool = False,
-        may_differ: Callable[[str, Any, Any], bool] = _no_exceptions,
-    ) -> None:
+    def __init__(self, command: str, config: CommandConfig, *, overwrite: bool) -> None:
         self.path = config.output_dir
         self.command = command
         self.config = dump_config(config)
+        self.opens_as: Literal["fresh", "resumable", "finished"] = "fresh"
         self.record: dict[str, Any] = {}
-        self.changed: dict[str, list[Any]] = {}
-        self.finished = False
-        self.resuming = False
-        self._lock: IO[str] | None = None
-        self._clear = False
-        self._check_place()
-        record = self._found = self._read_record()
-        if not self.path.exists() or not any(p.name not in _BEFORE_RECORD for p in self.path.iterdir()):
-            return
-        if record is None or record["command"] != command:
-            problem = f"was made by {TOOL} {record['command']}" if record else f"has files, but none of {TOOL}"
-            raise self._refusal(problem, _ANOTHER)
-        if overwrite:
-            self._clear = True
-            return
-        old = _flatten(_completed(record["config"], type(config)))
-        new = _flatten(self.config)
-        old["output_dir"] = new["output_dir"]  # wherever it is and however it is called: it is this directory
-        differing = {
-            key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
-        }
-        refused = [key for key, (a, b) in differing.items() if not may_differ(key, a, b)]
-        if refused:
-            listed = "; ".join(
-                f"{key}: {show(differing[key][0])} there, {show(differing[key][1])} here" for key in refused
-            )
-            raise self._refusal(
-                f"already holds a run with a different config ({listed})", f"{_ANOTHER} or pass --overwrite"
-            )
-        self.record, self.changed = record, differing
-        # a finished run goes on for more steps only: else config.yaml would tell of a run that never was
-        self.finished = record["state"] == "finished" and "training.n_steps" not in differing
-        self.resuming = not self.finished
-        if self.resuming and not resumable:
-            raise self._refusal(
-                f"holds an unfinished run of `{command}` (state: {record['state']})", "start afresh with --overwrite"
-            )
-
-    def _refusal(self, problem: str, remedy: str | None = None) -> ConfigError:
-        return ConfigError(problem, key="output_dir", value=self.path, remedy=remedy)
-
-    def _check_place(self) -> None:
+        self._changed: dict[str, list[Any]] = {}
+        self._lock = ExitStack()
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists() or p.is_symlink())
         if not nearest.is_dir():
             raise self._refusal(f"{nearest} is not a directory", _ANOTHER)
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise self._refusal(f"no permission to write in {nearest}", _ANOTHER)
+        before = self._before = self._read_record()
+        if not self.path.exists() or not any(p.name not in _BEFORE_RECORD for p in self.path.iterdir()):
+            return
+        if before is None or before["command"] != command:
+            problem = f"was made by {TOOL} {before['command']}" if before else f"has files, but none of {TOOL}"
+            raise self._refusal(problem, _ANOTHER)
+        if not overwrite:
+            self.record = before
+            self._compare(config, before)
+
+    def _compare(self, config: CommandConfig, before: Mapping[str, Any]) -> None:
+        """Find out whether the run of ``before`` is resumed or finished.
+
+        Raises:
+            ConfigError: neither, since the configs differ or the command does not resume.
+        """
+        recorded = before["config"]
+        with suppress(ValidationError):  # then the comparison names what differs
+            recorded = dump_config(type(config).model_validate(recorded))  # it may lack keys that are new
+        old, new = _flatten(recorded), _flatten(self.config)
+        old["output_dir"] = new["output_dir"]  # wherever it is and however it is called: it is this directory
+        self._changed = {
+            key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+        }
+        rules = resume_rules(type(config))
+        refused = [
+            f"{key}: {show(a)} there, {show(b)} here"
+            for key, (a, b) in self._changed.items()
+            if key not in rules or (rules[key] == "may grow" and b < a)
+        ]
+        if refused:
+            remedy = f"{_ANOTHER} or pass --overwrite"
+            if self.command == "train":
+                remedy += f"; `training.init_from: {self.path}` in another directory keeps what the network has learned"
+            raise self._refusal(f"already holds a run with a different config ({'; '.join(refused)})", remedy)
+        # a finished run is resumed for more steps only: else config.yaml would tell of a run that never was
+        if before["state"] == "finished" and all(rules[key] != "may grow" for key in self._changed):
+            self.opens_as = "finished"
+        elif config.resumable:
+            self.opens_as = "resumable"
+        else:
+            problem = f"holds an unfinished run of `{self.command}` (state: {before['state']})"
+            raise self._refusal(problem, "start afresh with --overwrite")
+
+    def _refusal(self, problem: str, remedy: str | None = None) -> ConfigError:
+        return ConfigError(problem, key="output_dir", value=self.path, remedy=remedy)
 
     def _read_record(self) -> dict[str, Any] | None:
         path = self.path / "run.json"
@@ -163,45 +153,49 @@ class RunDir:
         return record
 
     def __enter__(self) -> Self:
-        try:
-            with room_for(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = self._take_lock()
-        except OSError as error:
-            raise self._refusal(f"cannot be made or written: {error.strerror}") from error
-        try:
-            self._begin()
-        except BaseException:
-            self._lock.close()
-            raise
+        with ExitStack() as lock:
+            try:
+                with room_for(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    free = self._try_lock(lock.enter_context((self.path / ".lock").open("a")))
+            except OSError as error:
+                raise self._refusal(f"cannot be made or written: {error.strerror}") from error
+            if not free:
+                problem = f"is in use by another running `{self.command}`"
+                raise self._refusal(problem, f"wait for it, stop it, or {_ANOTHER}")
+            if self._read_record() != self._before:
+                raise self._refusal(f"another `{self.command}` has just used it", "look at it and start again")
+            if self._before and self.opens_as == "fresh":
+                # interrupted in the middle, it must still be known as ours (run.json goes last), and never as finished
+                write_atomic(self.path / "run.json", json.dumps({**self._before, "state": "failed"}))
+                order = {"zarr.json": 0, "manifest.json": 0, "run.json": 2}  # what says "complete" goes first
+                for child in sorted(self.path.iterdir(), key=lambda child: order.get(child.name, 1)):
+                    if child.is_dir() and not child.is_symlink():
+                        shutil.rmtree(child)
+                    elif child.name != ".lock":
+                        child.unlink()
+            start: dict[str, Any] = {
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "argv": sys.argv[1:],
+                "host": socket.gethostname(),
+            }
+            if self._changed:
+                start["changed"] = self._changed
+            self.record = {
+                **self.record,
+                "tool": TOOL,
+                "version": __version__,
+                "python": platform.python_version(),
+                "command": self.command,
+                "state": "running",
+                "config": self.config,
+                "starts": [*self.record.get("starts", []), start],
+            }
+            self.record.pop("error", None)
+            self._write_record()
+            write_atomic(self.path / "config.yaml", to_yaml(self.config))
+            self._lock = lock.pop_all()
         return self
-
-    def _begin(self) -> None:
-        if self._read_record() != self._found:
-            raise self._refusal(f"another `{self.command}` has just used it", "look at it and start again")
-        if self._clear:
-            self._delete_all()
-        starts = self.record.get("starts", [])
-        start: dict[str, Any] = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "argv": sys.argv[1:],
-            "host": socket.gethostname(),
-        }
-        if self.changed:
-            start["changed"] = self.changed
-        self.record = {
-            **self.record,
-            "tool": TOOL,
-            "version": __version__,
-            "python": platform.python_version(),
-            "command": self.command,
-            "state": "running",
-            "config": self.config,
-            "starts": [*starts, start],
-        }
-        self.record.pop("error", None)
-        self._write_record()
-        write_atomic(self.path / "config.yaml", to_yaml(self.config))
 
     def refuse_inside(self, key: str, path: Path) -> None:
         """Refuse an input that lies in the directory: starting afresh would delete it.
@@ -209,7 +203,7 @@ class RunDir:
         Raises:
             ConfigError: it does, and the directory is to be cleared.
         """
-        if self._clear and path.resolve().is_relative_to(self.path.resolve()):
+        if self._before and self.opens_as == "fresh" and path.resolve().is_relative_to(self.path.resolve()):
             problem = f"lies in output_dir, {self.path}, which --overwrite would clear"
             raise ConfigError(problem, key=key, path=path, remedy="move it")
 
@@ -222,39 +216,37 @@ class RunDir:
         if self.path.resolve().is_relative_to(path.resolve()):
             raise self._refusal(f"lies in {path} ({key}), which must not change", _ANOTHER)
 
-    def _take_lock(self) -> IO[str]:
-        lock = (self.path / ".lock").open("a")
+    def _try_lock(self, file: IO[str]) -> bool:
+        """Whether the directory was free: then this process has it until the file is closed.
+
+        Raises:
+            ConfigError: the file system has no locks.
+        """
         try:
             # lockf, not flock: a flock would outlive a SIGKILL in forked children
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            lock.close()
-            raise self._refusal(
-                f"is in use by another running `{self.command}`", f"wait for it, stop it, or {_ANOTHER}"
-            ) from error
-        return lock
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno in _NO_LOCKS:
+                raise self._refusal(
+                    f"is on a file system without file locks ({error.strerror})",
+                    "choose a directory on another file system, or mount this one with locks",
+                ) from error
+            raise
+        return True
 
     def in_use(self) -> bool:
-        """Whether another process has the directory; nothing is made or changed."""
+        """Whether another process has the directory; nothing is made or changed.
+
+        Raises:
+            ConfigError: the file system has no locks.
+        """
         path = self.path / ".lock"
         if not path.is_file():
             return False
         with path.open("r+") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
-
-    def _delete_all(self) -> None:
-        # cut off in the middle, it must still be known as ours (run.json goes last), and never as finished
-        assert self._found is not None
-        write_atomic(self.path / "run.json", json.dumps({**self._found, "state": "failed"}))
-        markers = {"zarr.json": 0, "manifest.json": 0, "run.json": 2}  # what says "complete" goes first
-        for child in sorted(self.path.iterdir(), key=lambda child: markers.get(child.name, 1)):
-            if child.name == ".lock":
-                continue
-            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+            return not self._try_lock(lock)
 
     def note(self, **facts: Any) -> None:
         """Add facts to run.json."""
@@ -288,7 +280,6 @@ class RunDir:
             if error is None:
                 raise RunError(f"cannot be written: {problem}", path=self.path / "run.json") from problem
         finally:
-            assert self._lock is not None
             self._lock.close()
         if no_room is not None:
             raise no_room

@@ -33,6 +33,7 @@ class Dashboard:
         updated: when this was true, ISO 8601 with its offset from UTC.
         seconds_left: until the end, if known.
         tiles_per_second: lately, over all devices, if known.
+        grad_clip: training.grad_clip, the norm that longer gradients are scaled down to.
         curves: by their keys in metrics.jsonl, and "steps_per_second" and "memory_gb". Those without a plot are not
             in the page.
         references: mean squared errors of z to compare pixel_mse with, by label.
@@ -52,6 +53,7 @@ class Dashboard:
     updated: str
     seconds_left: float | None
     tiles_per_second: float | None
+    grad_clip: float
     curves: Mapping[str, Points]
     references: Mapping[str, float]
     events: Sequence[Event]
@@ -77,9 +79,15 @@ _PLOTS = (
     _Plot("loss", "learning", "Loss: negative log-likelihood + weighted KL", "nats per tile", "switch"),
     _Plot("pixel_mse", "learning", "Reconstruction error", "mean squared error of z, valid samples", "switch"),
     _Plot("kl_loss", "learning", "KL term, weighted", "nats per tile", "switch"),
-    _Plot("grad_norm", "learning", "Gradient norm, before clipping", "L2 norm", "switch"),
+    _Plot(
+        "grad_norm",
+        "learning",
+        "Gradient norm before clipping (normally large, as the loss is a sum over a tile's samples)",
+        "L2 norm",
+        "switch",
+    ),
     _Plot("steps_per_second", "machine", "Throughput", "steps per second", "zero"),
-    _Plot("memory_gb", "machine", "Memory of the first process, highest so far", "GB", "zero"),
+    _Plot("memory_gb", "machine", "Memory of the main process, highest so far", "GB", "zero"),
 )
 
 _PRODUCT_COLORS = ("hue-1", "hue-2", "hue-3", "hue-4")
@@ -125,6 +133,7 @@ def _data(dashboard: Dashboard) -> Json:
 
 def _step_charts(dashboard: Dashboard) -> list[Json]:
     spikes = [{"step": event.step, "text": event.text} for event in dashboard.events if event.kind == "spike"]
+    references = {"pixel_mse": dashboard.references, "grad_norm": {"training.grad_clip": dashboard.grad_clip}}
     charts = []
     for plot in _PLOTS:
         series = []
@@ -134,8 +143,7 @@ def _step_charts(dashboard: Dashboard) -> list[Json]:
         if f"val_{plot.key}" in dashboard.curves:
             series.append(_curve("validation", "validation", dashboard.curves[f"val_{plot.key}"], smooth=False))
         if series:
-            references = dashboard.references if plot.key == "pixel_mse" else {}
-            chart = chart_of(plot.key, "steps", plot.title, plot.label, plot.y, series, references)
+            chart = chart_of(plot.key, "steps", plot.title, plot.label, plot.y, series, references.get(plot.key))
             charts.append({**chart, "section": plot.section, "spikes": spikes if plot.section == "learning" else []})
     supervision = _supervision_series(dashboard.curves)
     if supervision:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, cast
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from spectralvae.data import sampling
 from spectralvae.data.loader import Batch
 from spectralvae.errors import ConfigError, RunError
 from spectralvae.model import AttnBlock, AutoencoderKL
-from spectralvae.runtime.placement import place
+from spectralvae.runtime.placement import place, set_arithmetic
 from spectralvae.runtime.ranks import Ranks
 from spectralvae.training.objective import Objective, Outcome, Sums, add, to_host
 from spectralvae.training.supervision import Supervision
@@ -97,9 +97,7 @@ class Engine:
     ) -> None:
         training, optimizer = config.training, config.optimizer
         self.config, self.device, self.ranks = config, device, ranks
-        torch.backends.cuda.matmul.allow_tf32 = training.tf32
-        torch.backends.cudnn.allow_tf32 = training.tf32  # cuDNN's own default is to be less exact than float32
-        torch.backends.cudnn.deterministic = True  # a run that was interrupted is to go on exactly
+        set_arithmetic(device, tf32=training.tf32)
         self.memory_format = place(model, device, plain=training.compile or training.precision != "32-true")
         self.model = model.train()
         for idle in idle_parameters(model):
@@ -155,7 +153,10 @@ class Engine:
         sums: Sums = {}
         self.optimizer.zero_grad()
         for i, (tiles, noise, targets) in enumerate(self._parts(batch)):
-            with self._synchronized(i == n_parts - 1), self.ranks.listening():
+            # processes average their gradients once a step, after the last part
+            ddp = self._wrapped if isinstance(self._wrapped, DistributedDataParallel) else None
+            alone = ddp.no_sync() if ddp and i < n_parts - 1 else nullcontext()
+            with alone, self.ranks.listening():
                 with self.autocast():
                     loss, more = self._wrapped(*self.to_device(tiles, noise), targets)[:2]  # the rest would take memory
                 (loss / n_parts).backward()
@@ -172,7 +173,7 @@ class Engine:
             targets = batch.targets.to(self.device, non_blocking=True).chunk(n_parts)
         return zip(batch.tiles.chunk(n_parts), batch.noise.chunk(n_parts), targets, strict=True)
 
-    def settle(self, batch: Batch) -> None:
+    def order_buckets(self, batch: Batch) -> None:
         """Compute gradients that are thrown away, before the first step of a start of several processes.
 
         DistributedDataParallel rearranges its buckets after its first backward pass, and in which order gradients of
@@ -204,12 +205,6 @@ class Engine:
             outcome: Outcome = self.objective.forward(*self.to_device(tiles, noise), targets)
         self.objective.train()
         return outcome
-
-    def _synchronized(self, last: bool) -> AbstractContextManager[None]:
-        """Processes average their gradients once a step, after the last part."""
-        if last or not isinstance(self._wrapped, DistributedDataParallel):
-            return nullcontext()
-        return cast(AbstractContextManager[None], self._wrapped.no_sync())
 
     def update(self, norm: Tensor, step: int) -> None:
         """Clip the gradients, whose norm is given, and let the optimizer take its step, after ``step`` others."""

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.utils import get_total_norm
 
 from spectralvae.data.loader import Batch
 from spectralvae.data.store import Store
 from spectralvae.errors import RunError
 from spectralvae.runtime.atomic import write_atomic
 from spectralvae.training.engine import Engine, learning_rate
+from spectralvae.training.objective import Objective
 
 
 def check_finite(engine: Engine, store: Store, batch: Batch, metrics: Mapping[str, float]) -> None:
@@ -37,12 +38,12 @@ def check_finite(engine: Engine, store: Store, batch: Batch, metrics: Mapping[st
         share = describe_tiles(engine, store, batch)
     shares = ranks.gather(share)
     with ranks.together():
-        if ranks.leads:
+        if ranks.is_main:
             report = {
                 "step": batch.step + 1,
                 "metrics": metrics,
                 "learning_rate": learning_rate(engine.config.optimizer, batch.step),
-                "gradient_norms": gradient_norms(engine.model) | _head_norms(engine),
+                "gradient_norms": gradient_norms(engine.objective),
                 "tiles": [tile for share in shares for tile in share],
             }
             path = write_report(run, report)
@@ -54,19 +55,14 @@ def check_finite(engine: Engine, store: Store, batch: Batch, metrics: Mapping[st
             )
 
 
-def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """The norm of the gradients in each module of the network with weights of its own."""
+def gradient_norms(objective: Objective) -> dict[str, float]:
+    """The norm of the gradients in each module of the network, and of its head, with weights of its own."""
     norms = {}
-    for name, module in model.named_modules():
+    for name, module in objective.named_modules():
         gradients = [p.grad for p in module.parameters(recurse=False) if p.grad is not None]
         if gradients:
-            norms[name or "logvar"] = float(nn.utils.get_total_norm(gradients))
+            norms["logvar" if name == "model" else name.removeprefix("model.")] = float(get_total_norm(gradients))
     return norms
-
-
-def _head_norms(engine: Engine) -> dict[str, float]:
-    head = engine.supervision
-    return {} if head is None else {f"supervision.{name}": norm for name, norm in gradient_norms(head).items()}
 
 
 @torch.no_grad()

@@ -136,6 +136,7 @@ class Logbook:
         run: the run's directory.
         step: where the run goes on; 0 for a fresh one.
         checkpoints: steps whose ``val_loss`` is wanted again.
+        n_rows: how many rows of metrics there must be up to ``step``; None for any number.
 
     Attributes:
         curves: of every metric, by its key in metrics.jsonl.
@@ -147,10 +148,12 @@ class Logbook:
         val_losses: of the checkpoints, by step, where validated.
 
     Raises:
-        RunError: a file is missing or corrupt.
+        RunError: a file is missing or corrupt, or rows are lost.
     """
 
-    def __init__(self, run: Path, step: int, checkpoints: Collection[int] = ()) -> None:
+    def __init__(
+        self, run: Path, step: int, checkpoints: Collection[int] = (), n_rows: int | None = None
+    ) -> None:
         self.curves: dict[str, Curve] = {}
         self.timing = {"steps_per_second": Curve(), "memory_gb": Curve()}
         self.events: deque[Event] = deque(maxlen=N_EVENTS)
@@ -166,6 +169,9 @@ class Logbook:
         else:
             write_atomic(self._metrics.path, "")
             write_atomic(self._events.path, "")
+        if n_rows is not None and n_rows != self.n_rows:
+            problem = f"has {self.n_rows} rows up to step {step}, but {n_rows} were written"
+            raise RunError(problem, path=self._metrics.path, remedy=_REMEDY)
         self._start = 1 + (self._replay_timing(step) if self._timing.path.is_file() else 0)
         self._tensorboard = run / "tensorboard"
         with _naming(self._tensorboard):

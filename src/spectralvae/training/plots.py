@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, StrMethodFormatter
+from matplotlib.ticker import LogFormatter, LogFormatterSciNotation, MaxNLocator, ScalarFormatter, StrMethodFormatter
 
 from spectralvae.plotting.figures import save_figure
 from spectralvae.training.curves import Curve, Points
 
 LINEAR_UNTIL = 100  # steps: what comes before would fill half of a logarithmic axis
 FEW = 60  # points: so many are marked one by one
+MOST_TICKS = 9  # of a symlog axis
 TRAIN_COLOR, VAL_COLOR, SPIKE_COLOR, BROKEN_COLOR = "#3b6ea5", "#d1495b", "#e08e0b", "black"
 
 CURVES = (
@@ -130,3 +131,25 @@ def _set_value_scale(axes: Axes, values: npt.NDArray[np.float64], metric: str) -
     if values.max() > 0:
         axes.axhline(0, color="0.7", lw=0.8)
     axes.set_ylabel(f"{metric}   (symlog axis: linear within ±{threshold:g})")
+    _set_symlog_ticks(axes, threshold)
+
+
+def _set_symlog_ticks(axes: Axes, threshold: float) -> None:
+    """Ticks at zero and at decades, or at 1, 2 and 5 of each, or linear ones where these are too few.
+
+    Matplotlib's own may lie within the linear part, where their labels overlap, and there may be none in sight.
+    """
+    low, high = axes.get_ylim()
+    decades = np.arange(np.log10(threshold), np.log10(max(-low, high, threshold)) + 1e-9)
+    for factors in ((1,), (1, 2, 5)):
+        sizes = np.multiply.outer(10.0**decades, factors).ravel()
+        ticks = np.concatenate([-sizes[::-1], [0.0], sizes])
+        inside = ticks[(ticks >= low) & (ticks <= high)]
+        if len(inside) >= 3:
+            stride = -(-len(inside) // MOST_TICKS)
+            start = int(np.argmin(np.abs(inside))) % stride  # zero keeps its tick
+            axes.set_yticks(inside[start::stride])
+            axes.yaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+            return
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from spectralvae.config import OptimizerConfig, TrainConfig
 from spectralvae.data.sampling import Crop
 from spectralvae.data.store import Store
-from spectralvae.training.supervision import Supervision
+from spectralvae.training.setup import Setup
 from spectralvae.version import __version__
 from spectralvae.weights.provenance import Provenance, Scenes
 
@@ -54,6 +53,22 @@ def git_revision() -> str | None:
     return f"{git('rev-parse', 'HEAD')}{'+changes' if changed else ''}"
 
 
+# how the forward pass is computed, by training.precision; changed wherever results would round otherwise
+ARITHMETIC = {"32-true": "float32", "bf16-mixed": "bf16, posterior and reconstruction in float32"}
+FORMER_ARITHMETIC = {"32-true": "float32", "bf16-mixed": "bf16"}  # of runs that did not note it
+
+
+def environment(setup: Setup) -> dict[str, Any]:
+    """What run.json notes of a start, since it decides about rounding; all processes call it together."""
+    return {
+        "arithmetic": ARITHMETIC[setup.config.training.precision],
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "n_processes": setup.ranks.world_size,
+        "devices": setup.ranks.gather(describe_device(setup.device)),
+    }
+
+
 def describe_device(device: torch.device) -> str:
     """Machine, device and threads of this process."""
     if device.type == "cuda":
@@ -88,95 +103,86 @@ def rounding_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     """What differs between two starts that lets results round otherwise, in words.
 
     Args:
-        before, now: of run.json: versions, n_processes, devices.
+        before: run.json as the earlier start left it.
+        now: as of ``environment``.
     """
-
-    def decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
-        devices = sorted(device.partition(": ")[2] for device in facts["devices"])  # on whatever machine
-        return {"torch": facts["versions"]["torch"], "processes": facts["n_processes"], "devices": devices}
-
     if not before.keys() >= {"versions", "n_processes", "devices"}:  # killed before it was noted
         return []
+    former = FORMER_ARITHMETIC[before["config"]["training"]["precision"]]
+
+    def decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "torch": facts["versions"]["torch"],
+            "processes": facts["n_processes"],
+            "devices": sorted(device.partition(": ")[2] for device in facts["devices"]),  # on whatever machine
+            "arithmetic": facts.get("arithmetic", former),
+        }
+
     old, new = decisive(before), decisive(now)
     return [f"{key}: {old[key]} before, {new[key]} now" for key in old if old[key] != new[key]]
 
 
-def facts(
-    config: TrainConfig,
-    store: Store,
-    run_record: Mapping[str, Any],
-    n_parameters: int,
-    from_step: int,
-    supervision: Supervision | None = None,
-) -> dict[str, str]:
-    """What the page says of a run.
+def facts(setup: Setup, run_record: Mapping[str, Any], from_step: int) -> dict[str, str]:
+    """What the page says of a run, by its label.
 
     Args:
-        config, store: of the run.
+        setup: of the run.
         run_record: its run.json.
-        n_parameters: of the network.
-        from_step: where this start goes on.
-        supervision: its head, if it has one.
+        from_step: where this start resumes.
     """
-    data, training = config.data, config.training
+    data, training, optimizer = setup.config.data, setup.config.training, setup.config.optimizer
+    warmup = f", {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else ""
+    decay = f", cosine decay to 0 at step {optimizer.decay_steps:,}" if optimizer.decay_steps else ""
     return {
-        "store": f"{store.path} ({len(store.indices('train'))} training scenes)",
-        "parameters": f"{n_parameters:,}",
+        "store": f"{setup.store.path} ({len(setup.store.indices('train'))} training scenes)",
+        "parameters": f"{setup.n_parameters:,}",
         "batch": f"{data.batch_size} tiles of {data.tile_size} x {data.tile_size} pixels",
-        "learning rate": _learning_rate(config.optimizer),
-        **({"supervision": supervision.described} if supervision is not None else {}),
+        "learning rate": f"{optimizer.lr:g}{warmup}{decay}",
+        **({"supervision": setup.supervision.described} if setup.supervision is not None else {}),
         "precision": f"{training.precision}{', TF32' if training.tf32 else ''}",
         "devices": "; ".join(run_record["devices"]),
         "versions": ", ".join(f"{name} {version}" for name, version in run_record["versions"].items()),
         "git revision": str(run_record["git_revision"]),
-        "seed": str(config.seed),
+        "seed": str(setup.config.seed),
         "start": f"number {len(run_record['starts'])}, from step {from_step}",
     }
 
 
-def _learning_rate(optimizer: OptimizerConfig) -> str:
-    warmup = f", {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else ""
-    decay = f", cosine decay to 0 at step {optimizer.decay_steps:,}" if optimizer.decay_steps else ""
-    return f"{optimizer.lr:g}{warmup}{decay}"
-
-
 def provenance(
-    config: TrainConfig,
-    store: Store,
-    training_scenes: Sequence[int],
+    setup: Setup,
+    run_record: Mapping[str, Any],
     *,
-    initial_weights: str | None,
-    ancestors: list[str] | None,
-    n_val_tiles: int,
     metrics: dict[str, float] | None,
     baselines: dict[str, float] | None,
 ) -> Provenance:
     """What a checkpoint says of its training.
 
     Args:
-        config, store: of the run.
-        training_scenes: indices of those that are used.
-        initial_weights: what is known of the weights of `training.init_from`.
-        ancestors: what is known of the scenes that these were trained on.
-        n_val_tiles, metrics, baselines: as of a `Provenance`.
+        setup: of the run.
+        run_record: its run.json, with what is known of the weights of `training.init_from`.
+        metrics, baselines: as of a `Provenance`.
     """
+
+    config, store = setup.config, setup.store
+    initial = config.training.init_from is not None
     return Provenance(
         store=store.path.resolve().name,
         store_hash=store.hash,
-        training=_scenes(store, training_scenes),
-        validation=_scenes(store, store.indices("val")),
+        training=scenes_of(store, setup.sampler.scenes),
+        validation=scenes_of(store, store.indices("val")),
         tile_size=config.data.tile_size,
         batch_size=config.data.batch_size,
         seed=config.seed,
-        initial_weights=(initial_weights or "unknown") if config.training.init_from else None,
-        n_val_tiles=n_val_tiles,
+        initial_weights=(run_record.get("initial_weights") or "unknown") if initial else None,
+        n_val_tiles=len(setup.validation.crops),
         metrics=metrics,
         baselines=baselines,
-        ancestors=ancestors if config.training.init_from else [],
+        ancestors=run_record.get("ancestors") if initial else [],
     )
 
 
-def _scenes(store: Store, indices: Sequence[int]) -> Scenes:
+def scenes_of(store: Store, indices: Sequence[int]) -> Scenes:
+    """What a checkpoint says of some scenes of a store."""
     records = [store.scenes[i] for i in indices]
     times = [record.time for record in records if record.time]
     return Scenes(

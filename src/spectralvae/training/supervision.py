@@ -39,7 +39,7 @@ class Supervision(nn.Module):
         self.register_buffer("weights", torch.tensor(list(weights.values())), persistent=False)
         layers: list[nn.Module] = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sampling.head_seed(seed))
+            torch.default_generator.manual_seed(sampling.head_seed(seed))  # torch.manual_seed would seed GPUs, too
             for ch_in, ch_out in zip([embed_dim, *hidden], hidden, strict=False):
                 layers += [get_conv(ch_in, ch_out, kernel_size=1), nn.GELU()]
             layers.append(zero_init(get_conv([embed_dim, *hidden][-1], len(weights), kernel_size=1)))

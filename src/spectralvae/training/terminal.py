@@ -25,25 +25,27 @@ class Terminal:
 
     def show(self, step: int, metrics: Mapping[str, float], steps_per_second: float) -> None:
         """Show a step."""
-        loss, mse, speed = f"{metrics['loss']:.4g}", f"{metrics['pixel_mse']:.4g}", f"{steps_per_second:.2f} steps/s"
-        self._progress.update(self._task, completed=step, loss=loss, mse=mse, speed=speed)
+        loss, mse = f"{metrics['loss']:.4g}", f"{metrics['pixel_mse']:.4g}"
+        self._progress.update(self._task, completed=step, loss=loss, mse=mse, speed=f"{steps_per_second:.2f}/s")
         now = time.monotonic()
         if not self._progress.console.is_terminal and now - self._shown > LOG_LINE_SECONDS:
             self._shown = now
+            speed = f"{steps_per_second:.2f} steps/s"
             self._console.print(f"step {step}/{self._n_steps}: loss {loss}, pixel MSE {mse}, {speed}")
 
 
 @contextmanager
 def terminal(step: int, n_steps: int, console: Console) -> Iterator[Terminal]:
     """Show the progress from a step on while the block runs."""
-    fields = ("loss {task.fields[loss]}", "pixel MSE {task.fields[mse]}", "{task.fields[speed]}")
+    # no description, and short names: with a bar in 80 columns, and without one in 60
+    fields = ("loss {task.fields[loss]}", "MSE {task.fields[mse]}", "{task.fields[speed]}")
     with new_progress(*fields, quiet=console.quiet) as progress:
-        task = progress.add_task("training", total=n_steps, completed=step, loss="-", mse="-", speed="")
+        task = progress.add_task("", total=n_steps, completed=step, loss="-", mse="-", speed="")
         yield Terminal(progress, task, n_steps, console)
 
 
 class Stopwatch:
-    """Where the time of a run's loop goes, as the first process sees it."""
+    """Where the time of a run's loop goes, as the main process sees it."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()

@@ -50,17 +50,16 @@ class Validation:
     Args:
         store: the data.
         sampler: the training tiles: its scenes serve for PCA, its first tiles for pictures without validation.
-        tile_size: pixels along y and x.
         batch_size: tiles at a time.
         max_invalid_fraction: tiles with more invalid samples are left out.
         at_most: how many tiles.
         noise_shape: (E, h, w).
         targets: what the targets of supervised latents are read with; None without supervision.
+        keep_on: where the tiles stay once they are read; None reads them each time.
 
     Attributes:
         crops: the tiles; empty if the store keeps nothing for validation.
         reference_crops: the training tiles that PCA is fitted on.
-        keep_on: where the tiles stay once they are read; None reads them each time.
     """
 
     def __init__(
@@ -68,18 +67,18 @@ class Validation:
         store: Store,
         sampler: CropSampler,
         *,
-        tile_size: int,
         batch_size: int,
         max_invalid_fraction: float,
         at_most: int,
         noise_shape: tuple[int, int, int],
         targets: TargetReader | None = None,
+        keep_on: torch.device | None = None,
     ) -> None:
         self.store, self.sampler, self.targets = store, sampler, targets
-        self.tile_size, self.batch_size, self.noise_shape = tile_size, batch_size, noise_shape
-        self.keep_on: torch.device | None = None
+        self.tile_size, self.batch_size, self.noise_shape = sampler.tile_size, batch_size, noise_shape
+        self._keep_on = keep_on
         self._kept: dict[int, Tensor] = {}
-        on_grid = partial(grid_crops, store, tile_size=tile_size, max_invalid_fraction=max_invalid_fraction)
+        on_grid = partial(grid_crops, store, tile_size=self.tile_size, max_invalid_fraction=max_invalid_fraction)
         self.crops = on_grid(store.indices("val"), at_most=at_most)
         some = [sampler.scenes[i] for i in sampling.evenly(len(sampler.scenes), REFERENCE_TILES)]
         self.reference_crops = on_grid(some, at_most=REFERENCE_TILES)
@@ -97,8 +96,8 @@ class Validation:
                 for j in range(len(crops))
             ]
             tiles = self._kept[start] if start in self._kept else self._read(crops)
-            if self.keep_on is not None:
-                self._kept[start] = tiles = tiles.to(self.keep_on)
+            if self._keep_on is not None:
+                self._kept[start] = tiles = tiles.to(self._keep_on)
             yield crops, tiles, torch.from_numpy(np.stack(noise))
 
     def run(self, engine: Engine) -> Validated:

@@ -32,11 +32,16 @@ class Watch:
 
     Args:
         path: the run's directory.
-        step: where the run goes on; 0 for a fresh one.
+        step: where the run resumes; 0 for a fresh one.
         n_steps: where it ends.
         batch_size: tiles a step.
+        grad_clip: training.grad_clip of the config.
         facts: for the page, by their label.
-        spikes: state of the detectors, as in ``spike_state`` of the run that goes on.
+        spikes: ``spike_state`` at that step.
+        n_rows: how many rows of metrics had been written by then; None for a fresh run.
+
+    Raises:
+        RunError: the files of the record are missing, corrupt or incomplete.
     """
 
     def __init__(
@@ -46,11 +51,14 @@ class Watch:
         *,
         n_steps: int,
         batch_size: int,
+        grad_clip: float,
         facts: Mapping[str, str],
         spikes: Mapping[str, Mapping[str, float]],
+        n_rows: int | None = None,
     ) -> None:
         self.path, self.n_steps, self.batch_size, self.facts = path, n_steps, batch_size, facts
-        self.log = Logbook(path, step, [step_of(checkpoint) for checkpoint in list_checkpoints(path)])
+        self.grad_clip = grad_clip
+        self.log = Logbook(path, step, [step_of(checkpoint) for checkpoint in list_checkpoints(path)], n_rows)
         self._detectors = {key: SpikeDetector(spikes.get(key)) for key in WATCHED}
         self._first = self._step = step
         self._started = time.monotonic()
@@ -68,8 +76,8 @@ class Watch:
 
     # --- what happens -----------------------------------------------------------------------------
 
-    def take(self, step: int, metrics: Mapping[str, float]) -> list[Event]:
-        """Look at a step, logged or not; returns its spikes, which are noted as events."""
+    def note_spikes(self, step: int, metrics: Mapping[str, float]) -> list[Event]:
+        """Look for spikes in the metrics of a step, logged or not; they are noted as events."""
         self._step = step
         found = []
         for key, detector in self._detectors.items():
@@ -82,25 +90,25 @@ class Watch:
             self.log.event(event)
         return found
 
-    def validated(self, step: int, description: Mapping[str, Any]) -> None:
-        """Keep what the newest validation found beside its metrics."""
+    def keep_validation(self, step: int, description: Mapping[str, Any]) -> None:
+        """Keep what the newest validation found beyond its metrics, for the page."""
         self._folder("summary")
         write_atomic(self._validation, json.dumps({"step": step, **description}) + "\n")
 
-    def referred(self, errors: Mapping[str, float]) -> None:
-        """Keep the errors to compare with."""
+    def keep_baselines(self, errors: Mapping[str, float]) -> None:
+        """Keep the errors of the baselines."""
         write_atomic(self.path / "baselines.json", json.dumps(errors, indent=2) + "\n")
 
     @property
     def baselines(self) -> dict[str, float] | None:
-        """The errors to compare with, where there are any."""
+        """The errors of the baselines by their key, where there are any."""
         path = self.path / "baselines.json"
         errors: dict[str, float] | None = json.loads(path.read_text()) if path.is_file() else None
         return errors
 
     @property
     def references(self) -> dict[str, float]:
-        """The errors to compare with, by what they are errors of."""
+        """The errors of the baselines by their label."""
         return {REFERENCE_LABELS[key]: value for key, value in (self.baselines or {}).items()}
 
     @property
@@ -155,6 +163,7 @@ class Watch:
             updated=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds_left=(self.n_steps - step) / speed if speed and state == "running" else None,
             tiles_per_second=speed * self.batch_size if speed else None,
+            grad_clip=self.grad_clip,
             curves={key: curve.points() for key, curve in (self.log.curves | self.log.timing).items()},
             references=self.references,
             events=list(self.log.events),

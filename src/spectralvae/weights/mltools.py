@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectralvae.config import NetworkSettings
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.model import AutoencoderKL
-from spectralvae.weights.settings import LIMITS, build_model, check_settings, construct
+from spectralvae.weights.settings import build_model, check_settings, construct
 from spectralvae.weights.torchfile import check_size, load_torch_file, save_torch_file
 
 CONTAINERS = ("state_dict", "model_state_dict")
@@ -290,17 +291,12 @@ def resolve_settings(weights: ForeignWeights, model: Mapping[str, Any] | None) -
     if missing:
         problem = f"the weights cannot tell {', '.join(missing)} (inferred: {found})"
         raise ConfigError(problem, path=path, key="model", remedy=f"give also model: {{{', '.join(missing)}}}")
-    defaults = {
-        "shape": [found.channels, *[None] * found.dim],
-        "attn_sizes": [],
-        "dropout_prob": 0.0,
-        "double_z": True,
-        "n_attention_heads": 1,  # needed above if it has any effect
-        "kl_weight": 1e-6,  # this and the next as in AutoencoderKL
-        "nll_loss_type": "l1",
-    }
-    settings = defaults | found.told | given
-    settings = {key: settings[key] for key in LIMITS if key != "logvar_init"}
+    defaults = NetworkSettings(
+        shape=[found.channels, *[None] * found.dim],
+        n_attention_heads=1,  # needed above if it has any effect
+    )
+    settings = defaults.model_dump() | found.told | given
+    del settings["logvar_init"]
     try:
         construct(settings, "meta")
     except ValueError as error:
