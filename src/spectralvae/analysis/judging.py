@@ -147,13 +147,18 @@ class Judge:
         truth = Truth.empty(self._n_channels, len(self._row))
         errors = {name: Errors.empty(self._n_channels, len(self._row)) for name in baselines.names}
         for batch in self._batches(self.tiles.crops):
+            scenes, rows = [], []  # rows stay on the device until the batch is done
             for crop, counts, x in zip(batch.crops, batch.counts, batch.x, strict=True):
-                scene = self._row[crop.scene]
                 for (z,) in self._blocks(counts, x):
                     observed = Observed(z, self.radiance)
-                    truth.add(scene, observed)
-                    for name, z_hat in baselines.reconstruct(observed.z):
-                        errors[name].add(scene, *observed.errors(self._clipped(z_hat)))
+                    z_errors = [observed.errors(self._clipped(z_hat)) for _, z_hat in baselines.reconstruct(observed.z)]
+                    scenes.append(self._row[crop.scene])
+                    rows.append(torch.cat([observed.sums(), *z_errors]))
+            for scene, row in zip(scenes, torch.stack(rows).cpu().numpy(), strict=True):
+                of_truth, of_baselines = np.split(row, [4 * self._n_channels + 3])
+                truth.add(scene, of_truth)
+                for name, sums in zip(errors, of_baselines.reshape(len(errors), -1), strict=True):
+                    errors[name].add(scene, sums)
             advance(len(batch.crops))
         return truth, errors
 
@@ -164,31 +169,29 @@ class Judge:
             RunError: it gives values that are not finite.
         """
         model = self._on_device(artifact)
-        errors = Errors.empty(self._n_channels, len(self._row))
+        errors, anywhere = (Errors.empty(self._n_channels, len(self._row)) for _ in range(2))
         latents = Latents.empty(model.embed_dim)
         tile_mse = []
         for batch in self._batches(self.tiles.crops):
             x_hat, posterior = self._reconstruct(model, artifact, batch)
-            for crop, counts, x, y in zip(batch.crops, batch.counts, batch.x, x_hat, strict=True):
-                square, n_valid = self._add(errors, crop, counts, x, y)
-                if not counts.all():
-                    anywhere = Errors.empty(self._n_channels, len(self._row))
-                    square, n_valid = self._add(anywhere, crop, np.ones_like(counts), x, y)
-                tile_mse.append(square / n_valid)
+            rows = []  # they stay on the device until the batch is done
+            owners = []  # of each row: the tile, and whether it is of pixels that count, or of all in the tile
+            for i, (counts, x, y) in enumerate(zip(batch.counts, batch.x, x_hat, strict=True)):
+                for of_counting in (True,) if counts.all() else (True, False):
+                    for z, z_hat in self._blocks(counts if of_counting else np.ones_like(counts), x, y):
+                        rows.append(Observed(z, self.radiance).errors(z_hat))
+                        owners.append((i, of_counting))
+            whole = np.zeros((len(batch.crops), 2))  # squared errors and valid samples of each tile
+            for (i, of_counting), row in zip(owners, torch.stack(rows).cpu().numpy(), strict=True):
+                scene = self._row[batch.crops[i].scene]
+                found = (errors if of_counting else anywhere).add(scene, row)
+                if not of_counting or batch.counts[i].all():
+                    whole[i] += found
+            tile_mse += list(whole[:, 0] / whole[:, 1])
             counted = torch.from_numpy(batch.counts).to(self.device)[:, None] & ~batch.x.isnan()
             latents.add(posterior.mean, posterior.logvar, _cells(counted, model.scale))
             advance(len(batch.crops))
         return NetworkErrors(errors, latents, np.array(tile_mse))
-
-    def _add(self, errors: Errors, crop: Crop, counts: Mask, x: Tensor, x_hat: Tensor) -> tuple[float, int]:
-        """Count the pixels of a tile; returns their sum of squared errors of z, and the number of samples."""
-        square, n_valid = 0.0, 0
-        for z, z_hat in self._blocks(counts, x, x_hat):
-            observed = Observed(z, self.radiance)
-            sums, angles = observed.errors(z_hat)
-            errors.add(self._row[crop.scene], sums, angles)
-            square, n_valid = square + float(sums[0].sum()), n_valid + int(observed.valid.sum())
-        return square, n_valid
 
     def _batches(self, crops: Sequence[Crop]) -> Iterator[Batch]:
         counting = self.tiles.counting(crops)

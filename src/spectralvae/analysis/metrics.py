@@ -75,23 +75,21 @@ class Observed:
         self._norm = _sum(self._radiance.square(), 0)
         self._zero = zero
 
-    def sums(self) -> Float64:
-        """(4, C): number of valid samples, and sums of z, z^2 and radiance in its unit."""
+    def sums(self) -> Tensor:
+        """What `Truth.add` takes, on the device, (4 C + 3,) float64.
+
+        By channel the number of valid samples, and sums of z, z^2 and radiance in its unit; the number of pixels that
+        have a valid sample; smallest and largest valid z, inf and -inf where there is none.
+        """
         rows = (self.valid, self.z, self.z.square(), self._radiance)
-        return _to_numpy(torch.stack([_sum(row, 1) for row in rows]))
-
-    def n_pixels(self) -> int:
-        """How many pixels have a valid sample."""
-        return int(self.valid.any(0).sum())
-
-    def limits(self) -> tuple[float, float]:
-        """Smallest and largest valid z; inf and -inf where there is none."""
         infinity = self.z.new_full((), torch.inf)
-        smallest = torch.where(self.valid, self.z, infinity).min()
-        return float(smallest), float(torch.where(self.valid, self.z, -infinity).max())
+        low = torch.where(self.valid, self.z, infinity).min()
+        high = torch.where(self.valid, self.z, -infinity).max()
+        others = torch.stack([self.valid.any(0).sum().double(), low.double(), high.double()])
+        return torch.cat([*(_sum(row, 1) for row in rows), others])
 
-    def errors(self, z_hat: Tensor) -> tuple[Float64, float]:
-        """How far a reconstruction is from this.
+    def errors(self, z_hat: Tensor) -> Tensor:
+        """What `Errors.add` takes, on the device: how far a reconstruction is from this.
 
         The angle between spectra a and b = a + d is found from that part of d which is orthogonal to a: an arc cosine
         would lose small angles in the rounding of 1.
@@ -100,9 +98,9 @@ class Observed:
             z_hat: (C, P) float32, finite.
 
         Returns:
-            (4, C) sums of squares and absolute values of errors of z, of squares of errors of radiance in its unit,
-            and of squares of errors relative to radiance (0 unless z is of the logarithm); sum of the angles between
-            radiance spectra over the pixels, in degrees.
+            (4 C + 2,) float64: by channel the sums of squares and absolute values of errors of z, of squares of errors
+            of radiance in its unit, and of squares of errors relative to radiance (0 unless z is of the logarithm); the
+            sum of the angles between radiance spectra over the pixels, in degrees; the number of valid samples.
         """
         error = torch.where(self.valid, z_hat - self.z, self._zero)
         scaled = self._to_radiance.gain * error
@@ -117,16 +115,12 @@ class Observed:
         across = difference - share.float() * self._radiance
         sine = (self._norm * _sum(across.square(), 0)).sqrt()
         angle = torch.rad2deg(torch.atan2(sine, self._norm + along)).sum()
-        found = _to_numpy(torch.cat([*(_sum(row, 1) for row in rows), angle[None]]))
-        return found[:-1].reshape(4, -1), float(found[-1])
+        others = torch.stack([angle, self.valid.sum().double()])
+        return torch.cat([*(_sum(row, 1) for row in rows), others])
 
 
 def _sum(values: Tensor, dim: int) -> Tensor:
     return values.sum(dim, dtype=torch.float64)
-
-
-def _to_numpy(values: Tensor) -> Float64:
-    return np.asarray(values.cpu().numpy())
 
 
 @dataclass
@@ -134,7 +128,7 @@ class Truth:
     """What was measured, summed up over tiles.
 
     Attributes:
-        channels: (4, C) as of `Observed.sums`.
+        channels: (4, C): the first part of `Observed.sums`.
         scenes: (scene, 2): valid samples, pixels that have one.
         low, high: smallest and largest z.
     """
@@ -148,12 +142,12 @@ class Truth:
     def empty(cls, n_channels: int, n_scenes: int) -> Truth:
         return cls(np.zeros((4, n_channels)), np.zeros((n_scenes, 2)))
 
-    def add(self, scene: int, observed: Observed) -> None:
-        """Count pixels of a scene."""
-        sums, (low, high) = observed.sums(), observed.limits()
-        self.channels += sums
-        self.scenes[scene] += sums[0].sum(), observed.n_pixels()
-        self.low, self.high = min(self.low, low), max(self.high, high)
+    def add(self, scene: int, sums: Float64) -> None:
+        """Count what `Observed.sums` gives for pixels of a scene."""
+        channels, (n_pixels, low, high) = sums[:-3].reshape(4, -1), sums[-3:]
+        self.channels += channels
+        self.scenes[scene] += channels[0].sum(), n_pixels
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
 
     @property
     def n_samples(self) -> int:
@@ -171,7 +165,7 @@ class Errors:
     """Of one way to reconstruct, summed up over tiles.
 
     Attributes:
-        channels: (4, C) as of `Observed.errors`.
+        channels: (4, C): the first part of `Observed.errors`.
         scenes: (scene, 3): sums of squares and absolute values of errors of z, and of angles in degrees.
     """
 
@@ -182,10 +176,17 @@ class Errors:
     def empty(cls, n_channels: int, n_scenes: int) -> Errors:
         return cls(np.zeros((4, n_channels)), np.zeros((n_scenes, 3)))
 
-    def add(self, scene: int, sums: Float64, angles: float) -> None:
-        """Count what `Observed.errors` gives for pixels of a scene."""
-        self.channels += sums
-        self.scenes[scene] += *sums[:2].sum(axis=1), angles
+    def add(self, scene: int, sums: Float64) -> tuple[float, int]:
+        """Count what `Observed.errors` gives for pixels of a scene.
+
+        Returns:
+            The sum of their squared errors of z, and the number of their valid samples.
+        """
+        channels, (angles, n_valid) = sums[:-2].reshape(4, -1), sums[-2:]
+        squares, absolutes = channels[:2].sum(axis=1)
+        self.channels += channels
+        self.scenes[scene] += squares, absolutes, angles
+        return float(squares), int(n_valid)
 
 
 def metrics_of(truth: Truth, errors: Errors, radiance: Radiance, noise: Float64 | None) -> dict[str, float]:
@@ -290,7 +291,7 @@ class Latents:
         mean, logvar = mean.double(), logvar.double()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
         rows = [torch.where(counts, row, 0.0).sum((0, 2, 3)) for row in (torch.ones_like(mean), mean, mean**2, kl)]
-        self.sums += _to_numpy(torch.stack(rows))
+        self.sums += torch.stack(rows).cpu().numpy()
 
     @property
     def bits(self) -> Float64:
