@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test torture bench lint clean
+.PHONY: demo test torture bench gpu lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spectralvae simulate configs/demo/simulate.yaml
@@ -24,7 +24,7 @@ torture: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --torture -n auto tests/test_torture_*.py tests/test_codec_roundtrips.py tests/test_compress.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --steps 6000
 
-# All that is measured on CPUs, into benchmarks/results; on a GPU, train_step.py, loader.py and encode.py take it.
+# Everything measured on CPUs, into benchmarks/results.
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/train_step.py --modes plain-two-forwards plain ours ours-float32-nchw ours-bf16 --profile --json benchmarks/results/train_step.json
 	$(BIN)/python benchmarks/train_step.py --network small --batch-size 8 --json benchmarks/results/train_step_small.json
@@ -33,6 +33,10 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/encode.py --json benchmarks/results/encode.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
+
+# Everything that only a GPU can tell, in eight minutes. The script says what to carry to a machine without network access.
+gpu: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from progress import say
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import badfiles
@@ -177,6 +178,8 @@ def run_damages(n: int, seed: int, folder: Path) -> dict[str, Any]:
     seconds = []
     path = folder / "damaged.nc"
     for i in range(n):
+        if i % 100 == 0:
+            say(f"{i} of {n} files")
         layout = list(granules)[i % len(granules)]
         kind = DAMAGES[i // len(granules) % len(DAMAGES)]
         content, where = damage(contents[layout], kind, random)

@@ -1,6 +1,6 @@
 """How fast `encode` and `decode` are, and what they need, beside the script that one would write instead.
 
-    python benchmarks/encode.py [--json FILE] [--granule FILE] [--model RUN] [--shape MIRROR_STEP XTRACK] ...
+    python benchmarks/encode.py [--json FILE] [--granule FILE] [--model RUN] [--shape MIRROR_STEP XTRACK] [--quick] ...
 
     plain                reads radiance and flags whole, normalises them with numpy, cuts tiles that do not overlap, and
                          puts one batch after the other through the network in float32; all stays in memory, nothing is
@@ -39,6 +39,7 @@ from unittest import mock
 import h5py
 import numpy as np
 import torch
+from progress import parse, say
 from steps import Network, make_config, make_model, peak_memory, spread, write_report
 
 from spectralvae import load_model
@@ -55,6 +56,7 @@ from spectralvae.weights.loading import artifact_of
 from spectralvae.weights.normalization import Normalization
 
 WAYS = ("plain", "command-no-overlap", "command")
+QUICK = {"shape": [64, 128], "repeats": 1}
 STAGES = {"reading": (_ZReader, "read"), "network": (Coder, "run_network"), "writing": (Writer, "write")}
 
 
@@ -203,7 +205,7 @@ def write_model(folder: Path, granule: Path, chs: list[int], tile: int) -> Path:
             clip=10.0,
             min_radiance=1.0,
             band=scene.band,
-            wavelength=channel_means(str(granule), scene.wavelength),
+            wavelength=channel_means(granule, scene.wavelength),
             units=scene.units,
         )
     config = make_config(Network({"chs": chs}, normalization.n_channels, tile, 1))
@@ -223,12 +225,14 @@ def measure(task: str, case: Case, latents: np.ndarray, repeats: int, float32_mb
         return plain_encode(case) if task == "encode" else plain_decode(case, latents)
 
     for way in WAYS:  # what happens once
+        say(f"{task}, {way}: first call")
         call(way)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     shares: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for repeat in range(repeats):
         for k in range(len(WAYS)):
             way = WAYS[(repeat + k) % len(WAYS)]
+            say(f"{task}, {way}: repeat {repeat + 1} of {repeats}")
             with stages() as found:
                 begun = time.perf_counter()
                 call(way)
@@ -236,6 +240,7 @@ def measure(task: str, case: Case, latents: np.ndarray, repeats: int, float32_mb
             shares[way].append({stage: found[stage] / seconds[way][-1] for stage in STAGES})
     rows: dict[str, Any] = {}
     for way in WAYS:
+        say(f"{task}, {way}: memory")
         row: dict[str, Any] = {
             "seconds": spread(seconds[way]),
             "mb_per_s": float32_mb / statistics.median(seconds[way]),
@@ -266,7 +271,7 @@ def show(task: str, rows: dict[str, Any]) -> None:
         print(line)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -282,15 +287,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where the temporary folder is made")
-    return parser.parse_args(arguments)
+    return parse(parser, arguments, QUICK)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, save."""
-    options = parse(arguments)
+    options = options_of(arguments)
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="encode-", dir=options.directory) as name:
         folder = Path(name)
+        say("the granule and the model")
         granule = (options.granule or simulate(folder, options.shape, options.channels)).absolute()
         model = options.model or write_model(folder / "model", granule, options.chs, options.tile)
         case = Case(granule, model.absolute(), folder, options.device, options.batch_size)

@@ -1,6 +1,6 @@
 """How fast finished tiles come, from the store and from the ways that one would try instead; and what runs wait.
 
-    python benchmarks/loader.py [--json FILE] [--scenes N] [--shape Y X CHANNEL] ...
+    python benchmarks/loader.py [--json FILE] [--scenes N] [--shape Y X CHANNEL] [--quick] ...
 
 A finished tile is read, cropped, flipped, turned, and stands in a batch (B, y, x, channel) beside its noise. All ways
 read the same tiles in the same order. Most go through the same reader threads and differ only in how a crop is read:
@@ -57,6 +57,7 @@ import psutil
 import torch
 import zarr
 from machine import machine
+from progress import parse, say
 from rich.console import Console
 from steps import NETWORKS
 from torch.utils.data import DataLoader, Dataset
@@ -81,6 +82,7 @@ LAYOUTS = ("store", "cache", "memmap", *CODECS, "DataLoader")
 ONLY_WARM = ("cache", "DataLoader")
 WARM_UP = BATCHES_AHEAD + 4  # batches; fresh memory can cost more than everything else
 COLD_BATCHES = 4
+QUICK = {"shape": [131, 128, 1028], "dtypes": ["float16"], "readers": [0, 2], "repeats": 1, "run_steps": 10}
 RUNS: dict[str, dict[str, Any]] = {  # of `train`, by what differs in its `data:` section
     "no readers": {"num_workers": 0},
     "readers": {},
@@ -280,6 +282,7 @@ def check_same(folder: Path, options: argparse.Namespace) -> None:
 
 def compare(folder: Path, dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each layout, number of readers, and warm or cold, with the results of all repeats."""
+    say(f"writing {options.scenes} scenes in {dtype}, in all layouts")
     write_store(folder / "store", options.scenes, tuple(options.shape), dtype, n_val=1)
     write_copies(folder)
     check_same(folder, options)
@@ -293,6 +296,7 @@ def compare(folder: Path, dtype: str, options: argparse.Namespace) -> list[dict[
         ]
         warm_up(folder)
         for cache, readers, layout in cases:
+            say(f"{dtype}, repeat {repeat + 1} of {options.repeats}: {layout}, {readers} readers, {cache}")
 
             def open_batches(layout: str = layout, readers: int = readers) -> Iterator[torch.Tensor]:
                 store = open_store(folder, layout)
@@ -361,6 +365,7 @@ def shares_of_runs(folder: Path, options: argparse.Namespace) -> list[dict[str, 
     sizes = {"tile_size": options.tile_size, "batch_size": options.run_batch_size or RUN_BATCH_SIZES[device]}
     rows = []
     for network, (name, data) in product(options.run_networks or RUN_NETWORKS[device], RUNS.items()):
+        say(f"a run: {network}, {name}")
         warm_up(folder / "store")
         seconds = seconds_of_run(folder, network, device, {**sizes, **data}, options.run_steps)
         whole = seconds.pop("all")
@@ -411,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run-networks", nargs="*", choices=NETWORKS, help=f"if left out: {RUN_NETWORKS}")
     parser.add_argument("--run-batch-size", type=int, help=f"if left out: {RUN_BATCH_SIZES}")
     parser.add_argument("--directory", type=Path, help="where the temporary folder is made")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, QUICK)
     n_threads = torch.get_num_threads()
     load_before, rows, runs = os.getloadavg(), [], []
     for dtype in options.dtypes:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
+from spectralvae import __version__
 
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
@@ -20,9 +20,10 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
     return {
         "cpu": cpu[0] if cpu else platform.processor(),
         "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "system": platform.platform(),
         "transparent_hugepage": huge_pages.read_text().strip() if huge_pages.is_file() else None,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("spectralvae", *packages)},
+        "spectralvae": __version__,
+        **{name: version(name) for name in packages},
     }

@@ -20,6 +20,7 @@ from typing import Any
 
 import xarray as xr
 from machine import machine
+from progress import say
 
 from spectralvae.cli import run
 from spectralvae.data.store import Store, content_hash
@@ -78,7 +79,9 @@ def main() -> None:
     options = parser.parse_args()
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="open-store-") as name:
+        say(f"a store of {options.scenes} scenes")
         store = make_store(Path(name), options.scenes)
+        say(f"opening it, {options.repeats} times each")
         first = Store(store).scenes[0].id
         root_mb = (store / "zarr.json").stat().st_size / 1e6
         found = {

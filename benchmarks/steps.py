@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
-import psutil
 import torch
 from machine import machine
+from progress import say
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -235,38 +235,72 @@ def set_flags(values: tuple[bool, ...]) -> None:
     torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = values
 
 
-def large_products(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, tuple[Callable[[], Any], float]]:
-    """By name: a product to compute, and its FLOP."""
-    found: dict[str, tuple[Callable[[], Any], float]] = {}
-    for n in (4 * size, 8 * size):
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        found[f"matrices of {n} x {n}"] = partial(torch.matmul, a, b), 2 * n**3
-    if device.type == "cuda":
-        return found
-    for kernel, layout in product((1, 3), (NCHW, CHANNELS_LAST)):
-        x = torch.randn(2, size, 64, 64, dtype=dtype).to(memory_format=layout)
-        w = torch.randn(size, size, kernel, kernel, dtype=dtype).to(memory_format=layout)
-        name = f"{kernel}x{kernel} convolution of {size} channels, {'NCHW' if layout == NCHW else 'channels_last'}"
-        found[name] = partial(F.conv2d, x, w, padding=kernel // 2), 2 * x.numel() * size * kernel**2
-    return found
+Product = tuple[str, Callable[[], Any], float]  # its name, what computes it, its FLOP
 
 
-def measure_peaks(device: torch.device, size: int, n_calls: int) -> dict[str, dict[str, Any]]:
+def matrix_product(device: torch.device, dtype: torch.dtype, size: int) -> Product:
+    """Of two square matrices."""
+    n = 8 * size
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return f"matrices of {n} x {n}", partial(torch.matmul, a, b), 2 * n**3
+
+
+def convolution(
+    kernel: int, layout: torch.memory_format, device: torch.device, dtype: torch.dtype, size: int
+) -> Product:
+    """Of two images of 64 x 64."""
+    x = torch.randn(2, size, 64, 64, device=device, dtype=dtype).to(memory_format=layout)
+    w = torch.randn(size, size, kernel, kernel, device=device, dtype=dtype).to(memory_format=layout)
+    name = f"{kernel}x{kernel} convolution of {size} channels, {'NCHW' if layout == NCHW else 'channels_last'}"
+    return name, partial(F.conv2d, x, w, padding=kernel // 2), 2 * x.numel() * size * kernel**2
+
+
+def measure_rates(make: Callable[[int], Product], device: torch.device, size: int, budget: float) -> dict[str, float]:
+    """TFLOP/s of a product in four sizes, by name.
+
+    Sizes grow, and one that would take too long at the rate of the last is left out: a precision without instructions
+    of its own can be a hundred times slower.
+
+    Args:
+        make: gives the product of a size.
+        device: where it is computed.
+        size: the largest.
+        budget: seconds for all sizes.
+    """
+    end, rates, rate = time.perf_counter() + budget, dict[str, float](), 0.0
+    for part in (8, 4, 2, 1):
+        name, compute, flop = make(max(1, size // part))
+        if rates and 5 * flop / rate > end - time.perf_counter():
+            break
+        seconds(compute, device, 1)  # what happens once
+        once = seconds(compute, device, 1)
+        n = max(1, int(budget / 20 / once))
+        rate = flop / min(once, *(seconds(compute, device, n) for _ in range(3)))
+        rates[name] = rate / 1e12
+    return rates
+
+
+def measure_peaks(device: torch.device, size: int, budget: float) -> dict[str, dict[str, Any]]:
     """TFLOP/s by precision: the highest, of which product that is, and of all that were tried.
 
     Args:
         device: where to compute.
-        size: scale of the products.
-        n_calls: that are timed together.
+        size: scale of the largest products.
+        budget: seconds.
     """
+    kinds = [matrix_product]
+    if device.type == "cpu":
+        kinds += [partial(convolution, *each) for each in product((1, 3), (NCHW, CHANNELS_LAST))]
+    precisions = ("float32", "tf32", "bf16") if device.type == "cuda" else ("float32", "bf16")
     found: dict[str, dict[str, Any]] = {}
-    for precision in ("float32", "tf32", "bf16") if device.type == "cuda" else ("float32", "bf16"):
-        set_flags((precision == "tf32", precision == "tf32", False, False))
-        products = large_products(device, torch.bfloat16 if precision == "bf16" else torch.float32, size)
-        rates = {}
-        for name, (compute, flop) in products.items():
-            seconds(compute, device, 1)
-            rates[name] = flop / min(seconds(compute, device, n_calls) for _ in range(5)) / 1e12
+    for precision in precisions:
+        say(f"the peak in {precision}")
+        tf32 = precision == "tf32"
+        set_flags((tf32, tf32, False, False))
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        share, rates = budget / len(precisions) / len(kinds), dict[str, float]()
+        for kind in kinds:
+            rates |= measure_rates(partial(kind, device, dtype), device, size, share)
         best = max(rates, key=lambda name: rates[name])
         found[precision] = {"tflop_per_s": rates[best], "of": best, "all": rates}
     return found
@@ -292,7 +326,7 @@ def peak_memory(function: Callable[..., Any], *arguments: Any) -> dict[str, floa
 
 def _peak_memory(n_threads: int, function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
     torch.set_num_threads(n_threads)
-    before = psutil.Process().memory_info().rss
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     function(*arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"memory_mb": (peak - before) / 1e6, "imports_mb": before / 1e6}

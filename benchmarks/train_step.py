@@ -1,6 +1,6 @@
 """What a training step costs: a straightforward implementation against ours.
 
-    python benchmarks/train_step.py [--network full|small] [--batch-size N ...] [--json FILE] [--profile]
+    python benchmarks/train_step.py [--network full|small] [--batch-size N ...] [--json FILE] [--profile] [--quick]
 
 All modes begin with the same weights and see the same float16 tiles with the same noise; where loss or gradients of the
 first step are not the same, the table says so and the exit code is 1:
@@ -40,11 +40,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
+from progress import parse, say
 from steps import (
     CHANNELS_LAST,
     NCHW,
@@ -77,6 +78,8 @@ from spectralvae.training.engine import Engine
 
 STEPS = {"cpu": 1, "cuda": 10}  # timed together
 PEAK_SIZES = {"cpu": 512, "cuda": 2048}
+PEAK_SECONDS = {"cpu": 20.0, "cuda": 6.0}
+QUICK = {"batch_size": [1], "repeats": 1, "modes": ["plain", "ours"], "peak_seconds": 5.0}
 BATCH_SIZES = {"cpu": [2, 4], "cuda": [32]}
 # of the first loss, and of the first gradient of each weight tensor, relative; that of l1 is a sum of signs, some of
 # which rounding turns
@@ -105,7 +108,8 @@ class Mode:
 
 
 FLOAT32 = {"precision": "32-true", "tf32": False, "compile": False}
-TF32, BF16 = {**FLOAT32, "tf32": True}, {**FLOAT32, "precision": "bf16-mixed"}
+TF32 = {**FLOAT32, "tf32": True}
+BF16 = {**TF32, "precision": "bf16-mixed"}  # TF32 in the layers that stay in float32
 MODES = {
     "plain": Mode(FLOAT32, plain=True),
     "plain-two-forwards": Mode(FLOAT32, plain=True, second_forward=True),
@@ -118,13 +122,15 @@ MODES = {
     "ours-tf32": Mode(TF32),
     "ours-tf32-nchw": Mode(TF32, memory_format=NCHW),
     "ours-bf16": Mode(BF16),
+    "ours-bf16-ieee": Mode({**BF16, "tf32": False}),
     "ours-bf16-cache": Mode(BF16, cache=True),
     "ours-bf16-nchw": Mode(BF16, memory_format=NCHW),
+    "ours-bf16-channels-last": Mode(BF16, memory_format=CHANNELS_LAST),
     "ours-bf16-compile": Mode({**BF16, "compile": True}),
 }
 DEFAULT_MODES = {
     "cpu": ["plain-two-forwards", "plain", "ours"],
-    "cuda": [name for name in MODES if name not in ("ours-float32-channels-last", "ours-float32-compile")],
+    "cuda": [name for name in MODES if not name.endswith(("-channels-last", "float32-compile"))],
 }
 
 # --- the modes --------------------------------------------------------------------------------
@@ -155,7 +161,8 @@ def make_steps(
     mode = MODES[name]
     config = make_config(network, **mode.training)
     if mode.plain:
-        set_flags((config.training.tf32, config.training.tf32, False, False))
+        tf32 = config.training.tf32
+        set_flags((tf32, tf32, False, False))
         make_step = plain_steps(model, batch, config, device, mode.second_forward)
     else:
         with nullcontext() if mode.memory_format is None else placing_as(mode.memory_format):
@@ -192,20 +199,30 @@ def gradients(model: AutoencoderKL) -> dict[str, Tensor]:
     return {name: g.div_(norm) for name, g in found.items()}
 
 
+class FirstStep(NamedTuple):
+    """What a mode computes before its weights have changed: the loss, and the gradients by weight tensor."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
 class Runner:
     """A mode with what was measured of it so far."""
 
     def __init__(self, name: str, model: AutoencoderKL, batch: Batch, network: Network, device: torch.device) -> None:
         self.name, self.device = name, device
+        self._batch_size = network.batch_size
         before = self._allocated()
         model = copy.deepcopy(model)
         self._step = make_steps(name, model, batch, network, device)
-        self.first_loss = self._step()
-        self.first_gradients = {name: g.cpu() for name, g in gradients(model).items()}
+        largest = max(model.parameters(), key=torch.numel)  # of a convolution
+        self._layout = "channels_last" if largest.is_contiguous(memory_format=CHANNELS_LAST) else "NCHW"
+        loss = self._step()
+        self.first = FirstStep(loss, {name: g.cpu() for name, g in gradients(model).items()})
         self._step()
         self._own = self._allocated() - before  # weights, gradients, state of the optimizer
         self.seconds: list[float] = []
-        self.memory = 0
+        self._memory = 0
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -217,7 +234,20 @@ class Runner:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.seconds.append(seconds(self._step, self.device, STEPS[self.device.type]))
         if self.device.type == "cuda":
-            self.memory = max(self.memory, torch.cuda.max_memory_allocated(self.device) - before + self._own)
+            self._memory = max(self._memory, torch.cuda.max_memory_allocated(self.device) - before + self._own)
+
+    def row(self, ours: FirstStep) -> dict[str, Any]:
+        """What was measured, and how far the first step is from that of ours."""
+        return {
+            "mode": self.name,
+            "batch_size": self._batch_size,
+            "precision": precision_of(MODES[self.name], self.device),
+            "layout": self._layout,
+            "first_loss": self.first.loss,
+            **deviations(self.name, self.first, ours, self.device),
+            "ms": spread([1000 * s for s in self.seconds]),
+            "memory_mb": self._memory / 1e6,
+        }
 
 
 def compare(names: Sequence[str], network: Network, device: torch.device, repeats: int) -> list[dict[str, Any]]:
@@ -226,47 +256,40 @@ def compare(names: Sequence[str], network: Network, device: torch.device, repeat
     config = make_config(network)
     model = make_model(config)
     batch = make_batch(config, model, network.batch_size, pin_memory=device.type == "cuda")
-    runners = {name: Runner(name, model, batch, network, device) for name in names}
+    runners = {}
+    for name in names:
+        say(f"first steps of {name}, batches of {network.batch_size}")
+        runners[name] = Runner(name, model, batch, network, device)
     for repeat in range(repeats):
         for name in np.random.default_rng(repeat).permutation(names):
+            say(f"repeat {repeat + 1} of {repeats}: {name}, batches of {network.batch_size}")
             runners[str(name)].measure()
     rows = []
-    for name, runner in runners.items():
+    for runner in runners.values():
         ratios = [theirs / ours for theirs, ours in zip(runner.seconds, runners["ours"].seconds, strict=True)]
-        rows.append(
-            {
-                "mode": name,
-                "batch_size": network.batch_size,
-                "precision": precision_of(MODES[name], device),
-                "first_loss": runner.first_loss,
-                **deviations(runner, runners["ours"]),
-                "ms": spread([1000 * s for s in runner.seconds]),
-                "ours_times_faster": spread(ratios),
-                "memory_mb": runner.memory / 1e6,
-            }
-        )
+        rows.append({**runner.row(runners["ours"].first), "ours_times_faster": spread(ratios)})
     return rows
 
 
-def deviations(runner: Runner, ours: Runner) -> dict[str, Any]:
-    """Of the first loss and, at worst, of a weight tensor's first gradient, relative; and whether both are small.
+def deviations(name: str, first: FirstStep, ours: FirstStep, device: torch.device) -> dict[str, Any]:
+    """Of a mode's first loss and, at worst, of a weight tensor's first gradient, relative; and whether both are small.
 
     A mode that computes something else is none to compare with.
     """
-    loss = abs(runner.first_loss - ours.first_loss) / abs(ours.first_loss)
+    loss = abs(first.loss - ours.loss) / abs(ours.loss)
     by_tensor = {
-        name: float((runner.first_gradients[name] - expected).norm() / expected.norm())
-        for name, expected in ours.first_gradients.items()
+        tensor: float((first.gradients[tensor] - expected).norm() / expected.norm())
+        for tensor, expected in ours.gradients.items()
         if expected.norm() > NEGLIGIBLE
     }
-    worst = max(by_tensor, key=lambda name: by_tensor[name])
-    limits = [TOLERANCES[precision_of(MODES[mode], ours.device)] for mode in (runner.name, ours.name)]
+    worst = max(by_tensor, key=lambda tensor: by_tensor[tensor])
+    limits = [TOLERANCES[precision_of(MODES[mode], device)] for mode in (name, "ours")]
     same = loss <= max(limit[0] for limit in limits) and by_tensor[worst] <= max(limit[1] for limit in limits)
     return {"loss_deviation": loss, "gradient_deviation": by_tensor[worst], "worst_tensor": worst, "same": same}
 
 
 def add_rates(row: dict[str, Any], flop: dict[str, int], peaks: dict[str, dict[str, Any]]) -> None:
-    """What follows from the time of a step."""
+    """What follows from the time of a step; the share of the peak is None if that was not measured."""
     per_tile = flop["training"] + (flop["forward"] if MODES[row["mode"]].second_forward else 0)
     tiles_per_s = 1000 * row["batch_size"] / row["ms"]["median"]
     tflop_per_s = tiles_per_s * per_tile / 1e12
@@ -274,7 +297,7 @@ def add_rates(row: dict[str, Any], flop: dict[str, int], peaks: dict[str, dict[s
         "tiles_per_s": tiles_per_s,
         "tflop_per_step": per_tile * row["batch_size"] / 1e12,
         "tflop_per_s": tflop_per_s,
-        "share_of_peak": tflop_per_s / peaks[row["precision"]]["tflop_per_s"],
+        "share_of_peak": tflop_per_s / peaks[row["precision"]]["tflop_per_s"] if peaks else None,
         "hours": TILES_OF_RUN / tiles_per_s / 3600,
     }
 
@@ -370,16 +393,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--peak-size", type=int, help=f"scale of the products that the peak is measured with; if left out: {PEAK_SIZES}"
     )
+    parser.add_argument(
+        "--peak-seconds", type=float, help=f"at most for the measurement of the peak; if left out: {PEAK_SECONDS}"
+    )
     parser.add_argument("--profile", action="store_true", help="one step of ours by kind of operation")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, QUICK)
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(usual if options.device == "auto" else options.device)
     names = list(dict.fromkeys([*(options.modes or DEFAULT_MODES[device.type]), "ours"]))
     batch_sizes = options.batch_size or BATCH_SIZES[device.type]
     load_before, rows = os.getloadavg(), []
-    peaks = measure_peaks(device, options.peak_size or PEAK_SIZES[device.type], STEPS[device.type])
+    peak_seconds = options.peak_seconds or PEAK_SECONDS[device.type]
+    peaks = measure_peaks(device, options.peak_size or PEAK_SIZES[device.type], peak_seconds)
     for precision, peak in peaks.items():
-        print(f"peak {precision}: {peak['tflop_per_s']:.3f} TFLOP/s ({peak['of']})")
+        print(f"peak {precision}: {peak['tflop_per_s']:.3f} TFLOP/s ({peak['of']})", flush=True)
     flop = flop_per_tile(make_config(NETWORKS[options.network]))
     print(f"a tile: {flop['forward'] / 1e9:.1f} GFLOP forward, {flop['training'] / 1e9:.1f} GFLOP in training")
     for batch_size in batch_sizes:
@@ -388,6 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in found:
             add_rates(row, flop, peaks)
             if device.type == "cpu":
+                say(f"memory of two steps of {row['mode']}")
                 row |= peak_memory(two_steps, row["mode"], network)
         rows += found
     print(table(rows))

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from machine import machine
 from matplotlib.figure import Figure
+from progress import say
 
 from spectralvae.plotting.figures import save_figure
 from spectralvae.training.logbook import Logbook
@@ -143,11 +144,13 @@ def compare(folder: Path, steps: list[int], repeats: int) -> tuple[dict[str, Any
     }
     memory: dict[str, Any] = {case: {} for case in measures}
     for last in steps:
+        say(f"a run of {last} steps")
         run = folder / str(last)
         write_run(run, last)
         memory["curves"][str(last)] = kept_bytes(lambda run=run, last=last: Logbook(run, last))  # type: ignore[misc]
         memory["all rows"][str(last)] = kept_bytes(lambda run=run: AllRows(run))  # type: ignore[misc]
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        say(f"repeat {repeat + 1} of {repeats}")
         for last in steps:
             for case, measure in measures.items():
                 for what, value in measure(folder / str(last), last).items():

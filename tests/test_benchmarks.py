@@ -1,22 +1,27 @@
 """Each benchmark in its smallest form: it runs, and its JSON holds what the documentation quotes."""
 
 import json
+import os
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
 from spectralvae.data.store import Store
+from spectralvae.training import doctor
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+GOLDEN = Path(__file__).parent / "golden"
 TINY = "--network tiny --repeats 1"
 QUESTIONS = ["channels", "tile", "batch", "scenes", "threads", "beside"]
 CASES = {  # arguments, constants of the script, keys of the JSON
     "train_step": (
-        f"{TINY} --device cpu --batch-size 2 --peak-size 16 --profile",
+        f"{TINY} --device cpu --batch-size 2 --peak-size 16 --peak-seconds 1 --profile",
         {},
         {"peaks", "flop_per_tile", "training", "rows", "profile"},
     ),
@@ -80,6 +85,107 @@ def test_smallest_form(run, monkeypatch, name):
         assert sum(report["profile"]["shares"].values()) == pytest.approx(1)
     if name == "encode":
         assert report["difference"] < 1e-4  # two whole tiles: the script and the command agree
+
+
+def test_gpu_tiny(run):
+    """Every stage that a CPU can run is ok, and its figures fit together; the last one, `doctor`, has a test below."""
+    names = [stage.name for stage in import_module("gpu").STAGES][:-1]
+    code, report = run("gpu", "--device", "cpu", "--tiny", "--stages", *names)
+    assert code == 0
+    assert {"machine", "device", "load_before", "load_after", "seconds"} <= report.keys()
+    stages = report["stages"]
+    assert list(stages) == names
+    only_cuda = {"golden-tf32", "two-ranks", "step-ours-bf16-compile"}
+    assert {name: s["status"] for name, s in stages.items()} == {
+        name: "not applicable" if name in only_cuda else "ok" for name in stages
+    }
+    figures = {name: s["figures"] for name, s in stages.items() if name not in only_cuda}
+    float32, bf16 = (figures[f"golden-{precision}"]["deviations"] for precision in ("float32", "bf16"))
+    assert float32.keys() == bf16.keys() == {path.parent.name for path in GOLDEN.glob("*/case.json")}
+    assert all(float32[case][quantity] < bf16[case][quantity] for case in bf16 for quantity in ("mean", "gradients"))
+    for name in (name for name in figures if name.startswith("step-")):
+        row = figures[name]
+        assert row["compared"] and row["ms"]["median"] > 0 and row["hours"] > 0 and row["tflop_per_s"] > 0
+        peak = figures["peaks"][row["precision"]]["tflop_per_s"]
+        assert row["share_of_peak"] == pytest.approx(row["tflop_per_s"] / peak)
+    assert 0 <= figures["train"]["shares"]["waiting for data"] < 1
+    assert figures["resumed"]["from_step"] == 10
+    assert figures["scenes"]["encode"]["mb_per_s"] > 0
+
+
+def test_gpu_golden_beyond_its_limit(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu = import_module("gpu")
+    case = gpu.Case("cpu", tmp_path, **gpu.TINY)
+    assert gpu.golden(case, {}, "float32").ok
+    monkeypatch.setitem(gpu.GOLDEN_LIMITS, "float32", gpu.GOLDEN_LIMITS["float32"] | {"gradients": 1e-12})
+    assert not gpu.golden(case, {}, "float32").ok
+
+
+def test_gpu_resumed_with_other_bytes(monkeypatch, tmp_path):
+    """The weights are equal; one moment is off by a quarter of the largest, and the trainer counted otherwise."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu = import_module("gpu")
+    moments = {"whole": [1.0, -4.0], "stopped": [1.0, -3.0]}
+    for name, values in moments.items():
+        folder = tmp_path / name / "checkpoints/step=000020"
+        folder.mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+        save_file({"exp_avg.w": torch.tensor(values)}, folder / "optimizer.safetensors")
+        (folder / "trainer.json").write_text(json.dumps({"rows": len(name)}))
+    monkeypatch.setattr(gpu, "train_to", lambda *_: gpu.Result("", {"from_step": 10}))
+    text, figures, ok = gpu.resume(gpu.Case("cpu", tmp_path), {})
+    assert not ok
+    assert figures["model.safetensors"] == {"same": True, "largest_deviation": 0}
+    assert figures["optimizer.safetensors"] == {"same": False, "largest_deviation": 0.25}
+    assert figures["trainer.json"] == {"same": False, "whole": {"rows": 5}, "resumed": {"rows": 7}}
+    assert "optimizer.safetensors" in text and "model.safetensors" not in text
+
+
+def test_gpu_doctor(monkeypatch, tmp_path):
+    """Without the checks that take steps, which take half a minute."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu = import_module("gpu")
+    monkeypatch.setattr(doctor, "CHECKS", [check for check in doctor.CHECKS if check[0] in ("config", "store")])
+    text, figures, ok = gpu.doctor(gpu.Case("cpu", tmp_path, **gpu.TINY), {})
+    assert ok and figures["ok"]
+    assert figures["checks"].keys() == {"config", "store"}
+    assert "store ok" in text
+
+
+def troubled(case, found, trouble):
+    """A stage of gpu.py that does not end well."""
+    if trouble == "error":
+        raise ValueError(str(found))
+    if trouble == "package":
+        import_module("none_of_this_name")
+    if trouble == "death":
+        os._exit(3)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "limit", "left", "status", "word"),
+    [
+        ("error", 60, 100, "failed", "step-ours"),
+        ("package", 60, 100, "skipped", "none_of_this_name"),
+        ("death", 60, 100, "failed", "3"),
+        ("hang", 3, 100, "failed", "3 s"),
+        ("hang", 60, 3, "skipped", "budget"),
+        ("error", 60, 1, "skipped", "budget"),
+    ],
+)
+def test_gpu_stage_in_trouble(monkeypatch, tmp_path, trouble, limit, left, status, word):
+    """Whatever happens in a stage, the script goes on, soon enough, and says what it was."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu = import_module("gpu")
+    stage = gpu.Stage("troubled", troubled, limit, (trouble,))
+    began = time.monotonic()
+    outcome = gpu.outcome_of(stage, gpu.Case("cpu", tmp_path), {"step-ours": {}}, left)
+    assert time.monotonic() - began < 30
+    assert outcome["status"] == status
+    assert word in outcome["text"]
+    assert ("ValueError" in str(outcome.get("traceback"))) == (trouble == "error" and left > 1)
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)

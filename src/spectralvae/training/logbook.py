@@ -151,9 +151,7 @@ class Logbook:
         RunError: a file is missing or corrupt, or rows are lost.
     """
 
-    def __init__(
-        self, run: Path, step: int, checkpoints: Collection[int] = (), n_rows: int | None = None
-    ) -> None:
+    def __init__(self, run: Path, step: int, checkpoints: Collection[int] = (), n_rows: int | None = None) -> None:
         self.curves: dict[str, Curve] = {}
         self.timing = {"steps_per_second": Curve(), "memory_gb": Curve()}
         self.events: deque[Event] = deque(maxlen=N_EVENTS)
