@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.analysis.regressors import Fitted, fit_linear
-from spectralvae.data.scenes import blocks
+from spectralvae.data.blocks import Block, map_blocks
 from spectralvae.data.statistics import RatioHistogram
 from spectralvae.data.targets import TargetTransform, fit_transform
 from spectralvae.data.validity import Validity
@@ -35,10 +35,14 @@ def read_z(scene: Scene, normalization: Normalization) -> tuple[Float32, RatioHi
     z, noise = np.empty(scene.shape, np.float32), RatioHistogram.empty(scene.shape[2])
     known = False
     with scene:
-        for block in blocks(scene, Validity.of_model(normalization), noise=True):
+
+        def histogram(block: Block) -> RatioHistogram | None:
             z[block.rows, block.columns] = normalization.standardize(block.values)
-            if block.noise is not None:
-                noise, known = noise.merge(RatioHistogram.of(block.noise / block.values)), True
+            return None if block.noise is None else RatioHistogram.of(block.noise, block.values)
+
+        for more in map_blocks(histogram, scene, Validity.of_model(normalization), noise=True):
+            if more is not None:
+                noise, known = noise.merge(more), True
     return z, noise if known else None
 
 

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spectralvae.data import scenes
+from spectralvae.data.measure import measure
+from spectralvae.data.write import write
 
 VICTIM = "SPECTRALVAE_TEST_VICTIM"  # id of the scene
 MARKERS = "SPECTRALVAE_TEST_MARKERS"  # folder where a death leaves a file, so that there is only one of each kind;
@@ -16,7 +17,7 @@ MARKERS = "SPECTRALVAE_TEST_MARKERS"  # folder where a death leaves a file, so t
 
 
 def deadly(stage: str, *arguments: Any) -> None:
-    """`scenes.measure` or `scenes.write`; the victim's worker is killed once its first block is done."""
+    """`measure` or `write`; the victim's worker is killed once its first block is done."""
     *rest, p, advance = arguments
     marker = Path(os.environ[MARKERS], stage) if MARKERS in os.environ else None
 
@@ -26,12 +27,12 @@ def deadly(stage: str, *arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     lives = p.id != os.environ[VICTIM] or (marker and marker.exists())
-    getattr(scenes, stage)(*rest, p, advance if lives else die)
+    {"measure": measure, "write": write}[stage](*rest, p, advance if lives else die)
 
 
 def write_slowly(bench: Any, normalization: Any, targets: Any, p: Any, advance: Any) -> None:
-    """`scenes.write`; once its marker is there, the victim's takes long."""
+    """`write`; once its marker is there, the victim's takes long."""
     if p.id == os.environ[VICTIM]:
         Path(os.environ[MARKERS], "write").touch()
         time.sleep(5)
-    scenes.write(bench, normalization, targets, p, advance)
+    write(bench, normalization, targets, p, advance)

@@ -276,10 +276,10 @@ def closed_stdout() -> None:
 
 def at_block(n_samples: int, n: int, number: int) -> None:
     """Prepare scenes in blocks of so many samples; a signal right before the n-th of them is read."""
-    from spectralvae.data import scenes
+    from spectralvae.data import blocks as blocks_module
     from spectralvae.readers import Scene
 
-    scenes.BLOCK_SAMPLES = n_samples
+    blocks_module.BLOCK_SAMPLES = n_samples
     blocks = count(1)
 
     def read(original: Any, *arguments: Any) -> Any:

@@ -29,7 +29,7 @@ from preparing import (
 )
 from refusals import refused
 
-from spectralvae.data import scenes as scenes_module
+from spectralvae.data import blocks as blocks_module
 from spectralvae.data.store import Store
 from spectralvae.errors import ConfigError, InputError, RunError
 from spectralvae.readers import Scene
@@ -63,7 +63,7 @@ def config(tmp_path: Path, granules: list[Path], settings: dict[str, Any]) -> Pa
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows at a time."""
-    monkeypatch.setattr(scenes_module, "BLOCK_SAMPLES", 3 * NX * NC)
+    monkeypatch.setattr(blocks_module, "BLOCK_SAMPLES", 3 * NX * NC)
 
 
 class Interrupted(Exception):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import reduce
 from itertools import pairwise
@@ -69,10 +70,9 @@ def test_z_written_in_pieces_reads_back_in_zarr(
     exact[2, 3] = exact[5, :, 1] = np.nan
     z = exact.astype(dtype)  # rounded to nearest
     pieces = [(slice(*r), slice(*c)) for r in pairwise(rows) for c in pairwise(columns)]
-    with ZWriter(tmp_path, z.shape, dtype, {"units": "1"}) as writer:
-        for r, c in np.random.default_rng(0).permutation(pieces):
-            stored = writer.write(r.start, c.start, exact[r, c])
-            assert stored.tobytes() == z[r, c].tobytes()
+    with ZWriter(tmp_path, z.shape, dtype, {"units": "1"}) as writer, ThreadPoolExecutor(4) as threads:
+        in_turn = np.random.default_rng(0).permutation(pieces)
+        list(threads.map(lambda piece: writer.write(piece[0].start, piece[1].start, exact[*piece]), in_turn))
     array = zarr.open_array(tmp_path / "z", mode="r")
     assert array.dtype == dtype
     assert array[:].tobytes() == z.tobytes()

@@ -22,7 +22,7 @@ from preparing import (
     z_of,
 )
 
-from spectralvae.data import scenes as scenes_module
+from spectralvae.data import blocks as blocks_module
 from spectralvae.data.validity import CONFIGURED_RULES
 from spectralvae.errors import ConfigError, InputError
 from spectralvae.readers.base import RULES
@@ -106,7 +106,7 @@ def test_planted_samples(
         add_errors(path, 0.01 * np.nan_to_num(values, nan=1.0))
         if chunks:
             rearrange(path, chunks, order)
-    monkeypatch.setattr(scenes_module, "BLOCK_SAMPLES", samples)
+    monkeypatch.setattr(blocks_module, "BLOCK_SAMPLES", samples)
     paths = [path for path, _, _ in planted[::-1]]
     store = run_prepare(tmp_path / "store", paths, split=SPLIT_OF_THREE, dtype=dtype, validity=LIMITS)
     logs = np.log(np.concatenate([values.reshape(-1, NC) for _, values, _ in planted[:2]]))

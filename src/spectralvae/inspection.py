@@ -14,7 +14,7 @@ from rich.console import Console
 
 from spectralvae.codec.container import SUFFIX as COMPRESSED
 from spectralvae.codec.container import read_container, read_head
-from spectralvae.data.scenes import BLOCK_SAMPLES
+from spectralvae.data.blocks import BLOCK_SAMPLES
 from spectralvae.data.store import Store
 from spectralvae.data.verify import verify_store
 from spectralvae.errors import DamagedError, InputError

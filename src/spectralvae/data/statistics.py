@@ -8,6 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from spectralvae.weights.normalization import transform_values
+
+PIECE_SAMPLES = 2**16  # worked on at a time: half a megabyte of float64, which stays in the processor's cache
+_LIMITS = ("minimum", "maximum")
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -32,19 +37,49 @@ class Moments:
         return cls(np.zeros(n_channels, np.int64), zeros, zeros, zeros + np.inf, zeros - np.inf)
 
     @classmethod
-    def of(cls, values: NDArray[Any]) -> Moments:
-        """(..., channel) values, NaN = invalid; computed in float64 by two passes."""
-        values = values.reshape(-1, values.shape[-1]).astype(np.float64)
-        invalid = ~np.isfinite(values)
-        count = len(values) - np.count_nonzero(invalid, axis=0).astype(np.int64)
-        values[invalid] = np.nan
-        minimum = np.fmin.reduce(values, axis=0, initial=np.inf)
-        maximum = np.fmax.reduce(values, axis=0, initial=-np.inf)
-        values[invalid] = 0.0
-        mean = values.sum(axis=0) / np.maximum(count, 1)
-        values -= mean
-        values[invalid] = 0.0
-        return cls(count, mean, np.einsum("nc,nc->c", values, values), minimum, maximum)
+    def of(cls, values: NDArray[Any], transform: str = "zscore") -> Moments:
+        """The moments of some samples, by two passes in float64.
+
+        Each pass transforms a piece of the samples that fits into the processor's cache, and adds it up row by row.
+
+        Args:
+            values: (..., channel) radiance or z; what is not finite is invalid.
+            transform: log_zscore takes the logarithm first.
+        """
+        n_channels = values.shape[-1]
+        values = values.reshape(-1, n_channels)
+        # a single column, as of level-2 products, is one piece: numpy adds it up in another order than rows
+        height = max(1, len(values) if n_channels == 1 else min(255, PIECE_SAMPLES // n_channels))
+        pieces = [values[i : i + height] for i in range(0, len(values), height)]
+        invalid = [~np.isfinite(piece) for piece in pieces]
+        empty = cls.empty(n_channels)
+        count, total, m2, minimum, maximum = (getattr(empty, name).copy() for name in ("count", "mean", "m2", *_LIMITS))
+        rows = np.empty((height + 1, n_channels))  # the first one holds the sum over the pieces before
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for piece, missing in zip(pieces, invalid, strict=True):
+                x = transform_values(piece, transform, out=rows[1 : len(piece) + 1])
+                count += len(piece) - np.add.reduce(missing, axis=0, dtype=np.uint8 if height < 256 else np.int64)
+                np.copyto(x, np.nan, where=missing)
+                np.fmin(minimum, np.fmin.reduce(x, axis=0), out=minimum)
+                np.fmax(maximum, np.fmax.reduce(x, axis=0), out=maximum)
+                np.copyto(x, 0.0, where=missing)
+                if n_channels == 1:
+                    total = x.sum(axis=0)
+                    continue
+                rows[0] = total
+                total = np.add.reduce(rows[: len(piece) + 1], axis=0)
+            mean = total / np.maximum(count, 1)
+            for piece, missing in zip(pieces, invalid, strict=True):
+                x = transform_values(piece, transform, out=rows[1 : len(piece) + 1])
+                x -= mean
+                np.copyto(x, 0.0, where=missing)
+                if n_channels == 1:
+                    m2 = np.einsum("nc,nc->c", x, x)
+                    continue
+                np.square(x, out=x)
+                rows[0] = m2
+                m2 = np.add.reduce(rows[: len(piece) + 1], axis=0)
+        return cls(count, mean, m2, minimum, maximum)
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of samples together (Chan, Golub & LeVeque 1979, eq. 2.1)."""
@@ -87,19 +122,23 @@ class RatioHistogram:
         return cls(np.zeros((n_channels, cls.BINS), np.int64))
 
     @classmethod
-    def of(cls, ratios: NDArray[Any]) -> RatioHistogram:
-        """(..., channel) ratios; what is not a positive finite number is left out."""
-        ratios = ratios.reshape(-1, ratios.shape[-1])
-        n_channels, width = ratios.shape[1], cls.BINS + 1  # the bin behind the last is for what is left out
-        with np.errstate(invalid="ignore", divide="ignore"):
-            position = np.log(ratios)
-        left_out = ~np.isfinite(position)
-        position -= np.log(cls.LOWEST)
-        position /= cls.STEP
-        np.clip(position, 0, cls.BINS - 1, out=position)
-        position[left_out] = cls.BINS
-        bins = position.astype(np.intp)
-        bins += np.arange(0, n_channels * width, width)
+    def of(cls, numerators: NDArray[Any], denominators: NDArray[Any]) -> RatioHistogram:
+        """Of (..., channel) numerators over denominators; what is not a positive finite number is left out."""
+        n_channels, width = numerators.shape[-1], cls.BINS + 1  # the bin behind the last is for what is left out
+        numerators, denominators = (values.reshape(-1, n_channels) for values in (numerators, denominators))
+        bins = np.empty(numerators.shape, np.intp)
+        lowest, first = np.log(cls.LOWEST), np.arange(0, n_channels * width, width)
+        height = max(1, PIECE_SAMPLES // n_channels)
+        with np.errstate(all="ignore"):
+            for i in range(0, len(bins), height):
+                position = numerators[i : i + height] / denominators[i : i + height]
+                np.log(position, out=position)
+                left_out = ~np.isfinite(position)
+                position -= lowest
+                position /= cls.STEP
+                np.clip(position, 0, cls.BINS - 1, out=position)
+                np.copyto(position, cls.BINS, where=left_out)
+                np.add(position.astype(np.intp), first, out=bins[i : i + height])
         counts = np.bincount(bins.reshape(-1), minlength=n_channels * width)
         return cls(counts.reshape(n_channels, width)[:, :-1])
 

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from spectralvae.config import NormalizationConfig, PrepareConfig
-from spectralvae.data.scenes import BELOW_MINIMUM, Bench, load_measured
 from spectralvae.data.splits import PlannedScene
-from spectralvae.data.statistics import Moments, RatioHistogram
 from spectralvae.data.store import Store
+from spectralvae.data.tasks import BELOW_MINIMUM
 from spectralvae.data.validity import Validity
 from spectralvae.data.wavelengths import wavelength_gap
 from spectralvae.errors import ConfigError
 from spectralvae.readers import Scene
-from spectralvae.runtime.console import warn
 from spectralvae.weights.normalization import Float64
 
 
@@ -50,10 +47,15 @@ def check_transform(scene: Scene, validity: Validity, normalization: Normalizati
     with scene:
         values, _ = scene.read(slice(middle, middle + 1))
     n_small = replace(validity, max_solar_zenith=None).reject(values, None)[BELOW_MINIMUM]
-    _check_share(n_small, int(np.count_nonzero(np.isfinite(values))) + n_small, normalization)
+    check_share(n_small, int(np.count_nonzero(np.isfinite(values))) + n_small, normalization)
 
 
-def _check_share(n_small: int, n_valid: int, normalization: NormalizationConfig) -> None:
+def check_share(n_small: int, n_valid: int, normalization: NormalizationConfig) -> None:
+    """Refuse log_zscore where most samples lie below min_radiance.
+
+    Raises:
+        ConfigError: they do.
+    """
     if 2 * n_small > n_valid:
         raise ConfigError(
             f"{n_small} of {n_valid} valid samples lie below min_radiance = {normalization.min_radiance:g}",
@@ -113,56 +115,3 @@ def _spectra(folder: Path, n_channels: int) -> Statistics:
         raise ConfigError(problem, key="normalization.statistics", path=folder / "std_spectrum.pt")
     digest = hashlib.sha256(mean.tobytes() + std.tobytes()).hexdigest()
     return Statistics(mean, std, {}, f"mean_spectrum.pt and std_spectrum.pt, {digest}")
-
-
-def own_statistics(
-    bench: Bench,
-    training: Sequence[PlannedScene],
-    normalization: NormalizationConfig,
-    wavelength: Float64,
-    console: Console,
-) -> Statistics:
-    """Merge what was measured, in the order of the plan, so that nothing depends on who measured it when.
-
-    Raises:
-        ConfigError: most samples lie below min_radiance, no sample is valid, or a channel has no spread.
-    """
-    moments = Moments.empty(len(wavelength))
-    noise: RatioHistogram | None = None
-    n_small = 0
-    for p in training:
-        measured = load_measured(bench, p)
-        moments = moments.merge(measured.moments)
-        n_small += measured.n_small
-        if measured.noise is not None:
-            noise = measured.noise if noise is None else noise.merge(measured.noise)
-    _check_share(n_small, int(moments.count.sum()) + n_small, normalization)
-    mean, std = checked_statistics(moments, wavelength, console)
-    more: dict[str, Any] = {"count": moments.count, "minimum": moments.minimum, "maximum": moments.maximum}
-    if noise is not None:
-        more["noise"] = noise.median()
-    return Statistics(mean, std, more)
-
-
-def checked_statistics(moments: Moments, wavelength: Float64, console: Console) -> tuple[Float64, Float64]:
-    """Mean and std per channel, NaN for channels without a valid sample, which are named.
-
-    Raises:
-        ConfigError: no valid sample at all, or a channel has no spread.
-    """
-    dead = np.flatnonzero(moments.count == 0)
-    if len(dead) == len(moments.count):
-        raise ConfigError("the training scenes hold no valid sample", key="inputs")
-    # not m2 == 0: rounding of the mean leaves a little of it
-    flat = np.flatnonzero((moments.count > 0) & (moments.minimum == moments.maximum))
-    if len(flat):
-        raise ConfigError(
-            f"channel {flat[0]} ({wavelength[flat[0]]:.2f} nm) has the same value in all its "
-            f"{moments.count[flat[0]]} valid training samples and cannot be normalised ({len(flat)} such channels)",
-            key="inputs",
-        )
-    if len(dead):
-        named = ", ".join(f"{c} ({wavelength[c]:.2f} nm)" for c in dead[:10]) + (", ..." if len(dead) > 10 else "")
-        warn(console, f"{len(dead)} channels have no valid training sample and stay masked: {named}")
-    mean = np.where(moments.count > 0, moments.mean, np.nan)
-    return mean, moments.std

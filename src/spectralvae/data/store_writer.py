@@ -9,6 +9,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -95,22 +96,24 @@ class ZWriter:
             overwrite=True,
         )
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._missing = ny * nx
+        self._missing, self._counting = ny * nx, Lock()
         self.sha256 = ""
         self._path = shard_file(folder)
         self._path.parent.mkdir(parents=True)
         self._file = self._path.open("wb+")
 
-    def write(self, y: int, x: int, z: NDArray[Any]) -> NDArray[Any]:
-        """Write the (rows, columns, channel) piece whose first pixel is (y, x); returns it as it is stored."""
+    def write(self, y: int, x: int, z: NDArray[Any]) -> None:
+        """Write the (rows, columns, channel) piece whose first pixel is (y, x); several threads may."""
         stored = np.ascontiguousarray(z, dtype=self._dtype)
         _, nx, nc = self._shape
         runs = [stored] if stored.shape[1] == nx else list(stored)
         for i, run in enumerate(runs):
-            self._file.seek(((y + i) * nx + x) * nc * self._dtype.itemsize)
-            self._file.write(run.data)
-        self._missing -= stored.shape[0] * stored.shape[1]
-        return stored
+            data, offset = run.reshape(-1).view(np.uint8).data, ((y + i) * nx + x) * nc * self._dtype.itemsize
+            while data:
+                n = os.pwrite(self._file.fileno(), data, offset)
+                data, offset = data[n:], offset + n
+        with self._counting:
+            self._missing -= stored.shape[0] * stored.shape[1]
 
     def __enter__(self) -> Self:
         return self

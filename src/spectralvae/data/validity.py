@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectralvae.config import PrepareConfig
+from spectralvae.data.statistics import PIECE_SAMPLES
 from spectralvae.weights.normalization import Normalization, reject_small
 
 # In this order, after the reader's own rules: a sample is counted under the first rule that rejects it.
@@ -59,15 +60,28 @@ class Validity:
             How many samples each of `CONFIGURED_RULES` rejected.
         """
         counts = dict.fromkeys(CONFIGURED_RULES, 0)
+        dark = None
         if self.max_solar_zenith is not None:
             assert solar_zenith is not None
-            dark = ~(solar_zenith <= self.max_solar_zenith)
-            counts["solar_zenith"] = int(np.count_nonzero(np.isfinite(radiance[dark])))
-            radiance[dark] = np.nan
-        if self.valid_range is not None:
-            low, high = self.valid_range
-            outside = (radiance < low) | (radiance > high)
-            counts["out_of_range"] = int(np.count_nonzero(outside))
-            radiance[outside] = np.nan
-        counts["below_min_radiance"] = reject_small(radiance, self.transform, self.min_radiance)
+            dark = ~(solar_zenith <= self.max_solar_zenith).reshape(-1, 1)
+        n_channels = radiance.shape[-1]
+        samples = radiance.reshape(-1, n_channels)
+        assert samples.base is not None, "a view: what is changed there must change in radiance"
+        height = max(1, PIECE_SAMPLES // n_channels)
+        for i in range(0, len(samples), height):
+            piece = samples[i : i + height]
+            if dark is not None:
+                counts["solar_zenith"] += _reject(piece, np.isfinite(piece) & dark[i : i + height])
+            if self.valid_range is not None:
+                low, high = self.valid_range
+                counts["out_of_range"] += _reject(piece, (piece < low) | (piece > high))
+            counts["below_min_radiance"] += reject_small(piece, self.transform, self.min_radiance)
         return counts
+
+
+def _reject(values: NDArray[np.float32], invalid: NDArray[np.bool_]) -> int:
+    """Make some values NaN, in place; returns how many."""
+    n = int(np.count_nonzero(invalid))
+    if n:
+        values[invalid] = np.nan
+    return n

@@ -33,10 +33,14 @@ def reject_small(radiance: NDArray[Any], transform: str, min_radiance: float | N
     return int(np.count_nonzero(small))
 
 
-def transform_values(radiance: NDArray[Any], transform: str) -> Float64:
-    """log(radiance) under log_zscore, radiance itself under zscore; float64, NaN stays NaN."""
-    values = radiance.astype(np.float64)
-    return np.log(values, out=values) if transform == "log_zscore" else values
+def transform_values(radiance: NDArray[Any], transform: str, out: Float64 | None = None) -> Float64:
+    """log(radiance) under log_zscore, radiance itself under zscore; float64, NaN stays NaN; into ``out`` if given."""
+    values = np.empty(radiance.shape) if out is None else out
+    if transform == "log_zscore":
+        np.log(radiance, out=values, dtype=np.float64)
+    else:
+        np.copyto(values, radiance)
+    return values
 
 
 @dataclass(frozen=True)
