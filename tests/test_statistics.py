@@ -101,9 +101,7 @@ def test_median_within_a_percent(dtype: type, cuts: list[int]) -> None:
     valid = np.isfinite(values) & (values > 0)
     np.testing.assert_array_equal(histogram.counts.sum(axis=1), valid.sum(axis=0))
     np.testing.assert_allclose(histogram.median(), np.nanmedian(np.where(valid, values, np.nan), axis=0), rtol=0.01)
-    np.testing.assert_array_equal(
-        histogram.counts, RatioHistogram.of(*with_ones(values)).counts
-    )
+    np.testing.assert_array_equal(histogram.counts, RatioHistogram.of(*with_ones(values)).counts)
 
 
 def test_ratios_beyond_the_bins_count_at_the_ends_and_none_has_no_median() -> None:
