@@ -6,7 +6,11 @@ import datetime as dt
 import gc
 import pickle
 import struct
-from collections.abc import Sequence
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +20,27 @@ import pytest
 import scipy.io
 import scipy.sparse
 from badfiles import BAND as UV
-from badfiles import GEOMETRY, NAME
+from badfiles import GEOMETRY, NAME, write_granule
 from refusals import refused
 from test_formats import (
     GIVEN,
+    KINDS,
     NC,
     NO_RULE,
     NX,
     NY,
     chunk_file,
     cube,
+    legacy_folder,
     overwrite_chunk,
     refuse,
     scene_variables,
     write,
+    write_envi,
 )
 
 from spectralvae.errors import InputError
-from spectralvae.readers import Scene, open_reader
+from spectralvae.readers import Scene, base, hdf5, open_reader
 from spectralvae.readers.base import Place
 from spectralvae.readers.dataset import open_scene
 
@@ -298,6 +305,174 @@ class TestRules:
         truth[5, 4, 2] = np.nan
         np.testing.assert_array_equal(values, truth)
 
+    @pytest.mark.parametrize("seed", range(80))
+    def test_random_arrays(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Against one sample after the other, in blocks that end anywhere."""
+        monkeypatch.setattr(base, "_BLOCK_SAMPLES", 1 + seed % 7)
+        random = np.random.default_rng(seed)
+        raw = random.normal(0, 1e9, random.integers(1, 9, 3)).astype(random.choice(["<f4", ">f4", "<f8", "<i8"]))
+        if raw.dtype.kind == "f":
+            odd = [-1e30, 9.969209968386869e36, np.nan, np.inf, -np.inf, 1e30, -9.99e29, -1.01e30, 1e37, 0, -999]
+            odd += [1e300] * (raw.itemsize == 8)
+            chosen = random.random(raw.shape) < random.choice([0, 0.1, 1])
+            raw[chosen] = random.choice(odd, chosen.sum())
+
+        def mask(*others: Any) -> Any:
+            share = random.choice([0, 0.1, 1])
+            whole = random.random(raw.shape) < share
+            return [whole, whole[:1, :1], np.array(share == 1), *others][random.integers(3 + len(others))]
+
+        filled, ambiguous = mask(), mask(None)
+        flagged = mask(None)
+        masks = [np.broadcast_to(False if m is None else m, raw.shape) for m in (filled, flagged, ambiguous)]
+        truth, expected = np.full(raw.shape, np.nan, np.float32), dict(NO_RULE)
+        for index in np.ndindex(raw.shape):
+            with np.errstate(over="ignore"):
+                value = np.float32(raw[index])
+            fill, flag, unsure = (m[index] for m in masks)
+            tests = {
+                "fill": fill,
+                "undeclared_fill": abs(float(value) / -1e30 - 1) < 1e-6,
+                "default_fill": abs(float(value) / 9.969209968386869e36 - 1) < 1e-6,
+                "nan": np.isnan(value),
+                "infinite": np.isinf(value),
+                "flagged": flag,
+                "ambiguous": unsure,
+            }
+            rule = next((rule for rule, applies in tests.items() if applies), None)
+            if rule is None:
+                truth[index] = value
+            else:
+                expected[rule] += 1
+        given = raw.copy() if seed % 3 else np.asfortranarray(raw)
+        given.flags.writeable = bool(seed % 2)
+        values, counts = base.invalidate(given, filled, flagged, ambiguous)
+        np.testing.assert_array_equal(values, truth)
+        assert counts == expected
+        assert values.flags.c_contiguous
+        if not given.flags.writeable:
+            np.testing.assert_array_equal(given, raw)
+
+
+def write_filtered(path: Path, values: np.ndarray, chunks: tuple[int, ...], filters: Sequence[str]) -> h5py.Dataset:
+    """A variable with filters in any order; its file stays open."""
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_chunk(chunks)
+    for name in filters:
+        getattr(layout, f"set_{name}")(*[1] * (name == "deflate"))
+    space = h5py.h5s.create_simple(values.shape)
+    file = h5py.File(path, "w")
+    variable = h5py.Dataset(h5py.h5d.create(file.id, b"v", h5py.h5t.py_create(values.dtype), space, layout))
+    variable[...] = values
+    return variable
+
+
+class TestChunks:
+    """HDF5's chunks as their filters are undone here, against h5py and zlib."""
+
+    @pytest.mark.parametrize("dtype", ["u1", "<u2", ">f4", "<f4", "<f8"])
+    @pytest.mark.parametrize(
+        "filters", ["", "shuffle deflate fletcher32", "fletcher32 shuffle deflate", "deflate shuffle"]
+    )
+    def test_any_part(self, tmp_path: Path, dtype: str, filters: str) -> None:
+        values = np.random.default_rng(0).normal(100, 30, (5, 7, 6)).astype(dtype)
+        for chunks in ((1, 7, 6), (2, 3, 6), (5, 4, 2), (1, 1, 1)):
+            variable = write_filtered(tmp_path / "a.h5", values, chunks, filters.split())
+            for cut in (
+                (slice(5), slice(7), slice(6)),
+                (slice(1, 4), slice(7), slice(6)),
+                (slice(5), slice(2, 7), slice(1, 5)),
+            ):
+                found = hdf5.read(variable, *cut)
+                np.testing.assert_array_equal(found, values[cut])
+                assert found.dtype == values.dtype
+            variable.file.close()
+
+    def test_what_zlib_refuses_is_refused(self, tmp_path: Path) -> None:
+        random = np.random.default_rng(0)
+        values = random.normal(100, 30, (1, 40, 16)).astype(np.float32)
+        variable = write_filtered(tmp_path / "a.h5", values, values.shape, ("shuffle", "deflate"))
+        _, whole = variable.id.read_direct_chunk((0, 0, 0))
+        streams = [whole[:n] for n in range(1, len(whole), 97)] + [whole, whole[:-1], whole + b"\0", whole + whole]
+        for first in range(256):  # each header whose check is right
+            second = next(second for second in range(32) if (first * 256 + second) % 31 == 0)
+            streams.append(bytes([first, second]) + whole[2:])
+        for position in random.integers(0, 8 * len(whole), 400):
+            flipped = bytearray(whole)
+            flipped[position // 8] ^= 1 << position % 8
+            streams.append(bytes(flipped))
+        for size in (values.nbytes - 1, values.nbytes, values.nbytes + 1, values.nbytes + 5, 2**22):
+            streams.append(zlib.compress(bytes(size)))
+        n_refused = 0
+        for stream in streams:
+            inflater = zlib.decompressobj()
+            try:
+                content = inflater.decompress(stream)
+                sound = inflater.eof and not inflater.unused_data and len(content) == values.nbytes
+            except zlib.error:
+                sound = False
+            variable.id.write_direct_chunk((0, 0, 0), stream)
+            if sound:
+                unshuffled = np.frombuffer(content, np.uint8).reshape(4, -1).T
+                assert hdf5.read(variable).tobytes() == unshuffled.tobytes()
+            else:
+                n_refused += 1
+                with pytest.raises(ValueError, match="chunk"):
+                    hdf5.read(variable)
+        assert 500 < n_refused < len(streams)
+        variable.file.close()
+
+
+class TestThreads:
+    """Blocks of one scene, read by four threads at the same time."""
+
+    @pytest.fixture(autouse=True)
+    def _switch_often(self) -> Iterator[None]:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        yield
+        sys.setswitchinterval(interval)
+
+    @pytest.mark.parametrize("kind", ["tempo", "mat 5", "mat 7.3", "envi bil", "envi bip", "envi bsq", *KINDS, "tiles"])
+    def test_as_one_thread(self, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        values = np.tile(cube(), (8, 1, 1)) * np.linspace(1, 2, 8 * NY, dtype=np.float32)[:, None, None]
+        given: dict[str, Any] = {}
+        if kind == "tempo":
+            path = write_granule(tmp_path / NAME)
+        elif kind.startswith("mat"):
+            path, given = write_mat(tmp_path / "a.mat", kind[4:], {"Y": values}), {"wavelength": GIVEN}
+        elif kind.startswith("envi"):
+            path = write_envi(tmp_path / "a.hdr", values, interleave=kind[5:])
+        elif kind == "tiles":
+            path = legacy_folder(tmp_path / "tiles", values.reshape(8, NY, NX, NC), healthy=True) / "00000.pt"
+            given = {"wavelength": GIVEN}
+        else:
+            path = write(tmp_path, kind, scene_variables(values))
+        with open_reader(path, **given) as scene:
+            ny, nx, _ = scene.shape
+            windows = [(slice(y, y + 2), slice(x, x + 3)) for y in range(0, ny, 2) for x in range(0, nx, 3)] * 4
+            serial = [(*scene.read(*window), scene.read_noise(*window)) for window in windows]
+        opened = []
+        open_file = type(scene)._open
+
+        def open_slowly(self: Scene) -> Any:
+            opened.append(1)
+            time.sleep(0.05)
+            return open_file(self)
+
+        loaded = []
+        load = scipy.io.loadmat
+        monkeypatch.setattr(scipy.io, "loadmat", lambda *a, **k: (loaded.append(1), time.sleep(0.05), load(*a, **k))[2])
+        monkeypatch.setattr(type(scene), "_open", open_slowly)
+        with scene, ThreadPoolExecutor(4) as pool:
+            parallel = list(pool.map(lambda window: (*scene.read(*window), scene.read_noise(*window)), windows))
+        for (radiance, counts, noise), (expected, n, level) in zip(parallel, serial, strict=True):
+            np.testing.assert_array_equal(radiance, expected)
+            assert counts == n
+            np.testing.assert_array_equal(noise, level)
+        assert len(opened) == 1
+        assert len(loaded) == (kind == "mat 5")
+
 
 def write_mat(path: Path, version: str, arrays: dict[str, Any]) -> Path:
     """Write a .mat file; version 7.3 as MATLAB does: dimensions reversed, a 512-byte header, class attributes."""
@@ -325,6 +500,16 @@ def flat(values: np.ndarray) -> np.ndarray:
 
 
 class TestMatlab:
+    @VERSIONS
+    def test_reading_again(self, tmp_path: Path, version: str) -> None:
+        """What was invalid in the numbers that are kept is so again."""
+        values = cube()
+        values[1, 0, 2] = -1e30
+        path = write_mat(tmp_path / "a.mat", version, {"Y": flat(values), "lines": NY, "cols": NX})
+        with open_reader(path, wavelength=GIVEN) as scene:
+            for _ in range(2):
+                assert scene.read(ALL, slice(0, 1))[1] == NO_RULE | {"undeclared_fill": 1}
+
     @VERSIONS
     def test_three_dimensional(self, tmp_path: Path, version: str) -> None:
         values = cube().astype(np.float64)

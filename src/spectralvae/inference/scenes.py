@@ -283,7 +283,7 @@ class _Scene:
 
     def read(self, rows: slice, columns: slice) -> tuple[Float32, dict[str, int]]:
         """As of `spectralvae.readers.Scene`: what is not finite is invalid, and fills that files do not declare."""
-        values = self._radiance[rows, columns].values
+        values = self._radiance[rows, columns].values.copy()
         return invalidate(values, np.zeros((1, 1, 1), np.bool_), None)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import struct
+import threading
 import unicodedata
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -46,6 +48,11 @@ _DAMAGE: tuple[type[Exception], ...] = (
     *(struct.error, zlib.error),
 )
 
+# One lock for all scenes: a scene with a lock of its own could not be pickled.
+_OPENING = threading.Lock()
+
+_BLOCK_SAMPLES = 2**18  # that are examined at a time: more would leave the processor's cache between two operations
+
 Coordinate = tuple[tuple[str, ...], NDArray[Any]]
 
 
@@ -67,6 +74,7 @@ class Scene(ABC):
 
     Making one reads only the file's structure and leaves no file open. Whatever reads data opens the file, `close`
     (or leaving the ``with`` block) closes it, and a later read opens it again. A pickled scene has no open file.
+    Several threads may read one scene at the same time.
 
     Attributes:
         path: The file.
@@ -188,7 +196,7 @@ class Scene(ABC):
         """Read a window of the file's full image.
 
         Returns:
-            values: (rows, columns, nc), any real dtype.
+            values: (rows, columns, nc), any real dtype; the caller may change them.
             filled: Which values are declared fills; broadcasts to values.
             flagged: Which samples the quality flag rejects, as values; None without a flag.
         """
@@ -248,9 +256,10 @@ class Scene(ABC):
 
     @property
     def _file(self) -> Any:
-        if self._handle is None:
-            self._handle = self._open()
-        return self._handle
+        with _OPENING:
+            if self._handle is None:
+                self._handle = self._open()
+            return self._handle
 
     def close(self) -> None:
         """Close the file, if it is open; the scene stays usable."""
@@ -280,7 +289,7 @@ def invalidate(
     """Set every invalid sample to NaN and count them by rule.
 
     Args:
-        raw: (rows, columns, nc), any real dtype.
+        raw: (rows, columns, nc), any real dtype; what is float32 in C order is changed in place.
         filled: Declared fills; broadcasts to raw.
         flagged: Samples rejected by a quality flag, as raw; None without a flag.
         ambiguous: Samples of which nobody can tell whether they are fill, as raw; None where that can be told.
@@ -291,27 +300,30 @@ def invalidate(
     """
     # Beyond float32 a number becomes infinite, and is then counted as such.
     with np.errstate(over="ignore"):
-        values = np.array(raw, dtype=np.float32, order="C")
-    rejected = np.zeros(values.shape, dtype=np.bool_)
+        values = np.require(raw, np.float32, ("C", "W"))
+    given: dict[str, Any] = {"fill": filled, "flagged": flagged, "ambiguous": ambiguous}
+    marks = {rule: np.broadcast_to(mark, values.shape).reshape(-1) for rule, mark in given.items() if np.any(mark)}
     counts = dict.fromkeys(RULES, 0)
-    total = 0
-
-    def reject(rule: str, invalid: NDArray[np.bool_]) -> None:
-        nonlocal total
-        np.logical_or(rejected, invalid, out=rejected)
-        before, total = total, int(np.count_nonzero(rejected))
-        counts[rule] = total - before
-
-    reject("fill", filled)
-    for rule, fill in UNDECLARED_FILLS.items():
-        reject(rule, _equals_rounded(values, fill))
-    reject("nan", np.isnan(values))
-    reject("infinite", np.isinf(values))
-    if flagged is not None:
-        reject("flagged", flagged)
-    if ambiguous is not None:
-        reject("ambiguous", ambiguous)
-    values[rejected] = np.nan
+    samples = values.reshape(-1)
+    for start in range(0, samples.size, _BLOCK_SAMPLES):
+        block = slice(start, start + _BLOCK_SAMPLES)
+        part = samples[block]
+        unsuspected = np.abs(part) < _SMALLEST_SUSPECT
+        if "fill" in marks:
+            unsuspected |= marks["fill"][block]
+        any_suspect = not unsuspected.all()
+        rejected = np.zeros(part.shape, dtype=np.bool_)
+        total = 0
+        for rule in RULES:
+            if rule in marks:
+                rejected |= marks[rule][block]
+            elif rule in _TESTS and any_suspect:
+                rejected |= _TESTS[rule](part)
+            else:
+                continue
+            before, total = total, int(np.count_nonzero(rejected))
+            counts[rule] += total - before
+        part[rejected] = np.nan
     return values, counts
 
 
@@ -327,6 +339,16 @@ def _equals_rounded(values: NDArray[Any], number: float) -> NDArray[np.bool_]:
     """Which values equal a number within float32 rounding; same shape."""
     low, high = sorted((number * (1 - 2**-22), number * (1 + 2**-22)))
     return (values >= low) & (values <= high)
+
+
+# The rules of `invalidate` that look at the value itself.
+_TESTS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.bool_]]] = {
+    **{rule: partial(_equals_rounded, number=fill) for rule, fill in UNDECLARED_FILLS.items()},
+    "nan": np.isnan,
+    "infinite": np.isinf,
+}
+# None of them rejects a smaller magnitude.
+_SMALLEST_SUSPECT = 0.9 * min(map(abs, UNDECLARED_FILLS.values()))
 
 
 def file_sha256(path: Path) -> str:

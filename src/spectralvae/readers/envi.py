@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,13 +130,15 @@ class _Image:
 
         params = envi.gen_params(header)
         params.filename = str(path)
+        self._lock = threading.Lock()  # reading moves the file's position
         self._image = {"bil": BilFile, "bip": BipFile, "bsq": BsqFile}[header["interleave"].lower()](params, header)
 
     def read(self, window: Window) -> NDArray[Any]:
         """(rows, columns, channel) of a window, as stored."""
         y0, y1, x0, x1 = window
         # Through the file: in a memory map, a file cut short meanwhile would end the process by a signal.
-        return np.asarray(self._image.read_subregion((y0, y1), (x0, x1), use_memmap=False))
+        with self._lock:
+            return np.asarray(self._image.read_subregion((y0, y1), (x0, x1), use_memmap=False))
 
     def close(self) -> None:
         self._image.fid.close()

@@ -11,11 +11,12 @@ import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from spectralvae.errors import InputError
 
@@ -26,6 +27,7 @@ _DEFLATE, _SHUFFLE, _FLETCHER32 = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFF
 _FILTERS = {_DEFLATE: "deflate", _SHUFFLE: "shuffle", _FLETCHER32: "fletcher32"}
 _DEFLATE_RATIO = 1032  # of zlib at its best: 258 bytes in 2 bits
 _CHECKSUM_BYTES = 4
+_InflateError = cast(type[Exception], zlib_ng.error)  # The stubs of zlib_ng declare an instance instead of a class.
 
 _NUMBERS = tuple(
     getattr(h5py.h5t, f"{kind}{bits}{order}")
@@ -137,6 +139,8 @@ def check_written(path: Path, place: str, variable: h5py.Dataset) -> None:
 def read(variable: h5py.Dataset, *cut: Any) -> NDArray[Any]:
     """Read a part of a checked variable; no chunk takes more memory than it declares, whatever is in it.
 
+    Several threads may read one file at the same time: they inflate in parallel.
+
     Args:
         variable: Numbers.
         cut: A part of each axis, a slice without step or an h5py.MultiBlockSlice; nothing for all of them.
@@ -145,10 +149,11 @@ def read(variable: h5py.Dataset, *cut: Any) -> NDArray[Any]:
         The stored values in the variable's own type.
 
     Raises:
-        ValueError, zlib.error: A chunk's content is damaged.
+        ValueError: A chunk's content is damaged.
     """
     cut = cut or tuple(slice(0, n) for n in variable.shape)
-    if not variable.chunks or not variable.id.get_num_chunks():
+    chunks = variable.chunks
+    if not chunks or not variable.id.get_num_chunks():
         return np.asarray(variable[cut])
     wanted: list[NDArray[np.int64]] = []
     for part, size in zip(cut, variable.shape, strict=True):
@@ -161,10 +166,16 @@ def read(variable: h5py.Dataset, *cut: Any) -> NDArray[Any]:
     if not result.size:
         return result
     filters = _filters(variable)
-    axes = [_by_chunk(indices, size) for indices, size in zip(wanted, variable.chunks, strict=True)]
+    axes = [_by_chunk(indices, size) for indices, size in zip(wanted, chunks, strict=True)]
+    scratch = np.empty(chunks, dtype=result.dtype)
     for parts in itertools.product(*axes):
         starts, inner, outer = zip(*parts, strict=True)
-        result[outer] = _read_chunk(variable, starts, filters)[inner]
+        part = result[outer]
+        if part.shape == chunks and part.flags.c_contiguous:
+            _read_chunk(variable, starts, filters, part)
+        else:
+            _read_chunk(variable, starts, filters, scratch)
+            part[...] = scratch[inner]
     return result
 
 
@@ -182,14 +193,14 @@ def _by_chunk(indices: NDArray[np.int64], size: int) -> list[tuple[int, Any, sli
 
 
 def _read_chunk(
-    variable: h5py.Dataset, starts: tuple[int, ...], filters: list[tuple[int, tuple[int, ...]]]
-) -> NDArray[Any]:
-    """A whole chunk, its filters undone."""
+    variable: h5py.Dataset, starts: tuple[int, ...], filters: list[tuple[int, tuple[int, ...]]], chunk: NDArray[Any]
+) -> None:
+    """Fill a contiguous array with a whole chunk, its filters undone."""
     mask, data = variable.id.read_direct_chunk(starts)
     if mask:
         raise ValueError(f"the chunk at {starts} skips filters")
-    item = variable.dtype.itemsize
-    size = math.prod(variable.chunks) * item
+    item = chunk.itemsize
+    result = chunk.reshape(-1).view(np.uint8)
     content = np.frombuffer(data, dtype=np.uint8)
     for code, _ in reversed(filters):
         if code == _FLETCHER32:
@@ -199,26 +210,40 @@ def _read_chunk(
             if stored.size != _CHECKSUM_BYTES or sums != _fletcher32(content):
                 raise ValueError("a Fletcher-32 checksum does not match its chunk")
         elif code == _DEFLATE:
-            inflater = zlib.decompressobj()
+            inflater = zlib_ng.decompressobj()
             # One byte more than there may be, so that what is too long shows without being inflated.
-            content = np.frombuffer(inflater.decompress(content.data, size + _CHECKSUM_BYTES + 1), dtype=np.uint8)
+            limit = result.size + _CHECKSUM_BYTES + 1
+            try:
+                content = np.frombuffer(inflater.decompress(content, limit), dtype=np.uint8)
+            except _InflateError as error:
+                raise ValueError(f"the chunk at {starts}: {error}") from error
             if not inflater.eof or inflater.unused_data:
                 raise ValueError(f"the chunk at {starts} does not end where it should")
-        elif content.size % item == 0:
-            planes, content = content.reshape(item, -1), np.empty(content.size, dtype=np.uint8)
-            for byte, plane in enumerate(planes):
-                content[byte::item] = plane
-    if content.size != size:
-        raise ValueError(f"the chunk at {starts} holds {content.size} bytes of {size}")
-    chunk: NDArray[Any] = content.view(variable.dtype).reshape(variable.chunks)
-    return chunk
+        else:
+            # A checksum may follow the numbers and not fill a last one; shuffle leaves it in place.
+            end = content.size - content.size % item
+            planes, rest = content[:end].reshape(item, -1), content[end:]
+            content = result if content.size == result.size else np.empty_like(content)
+            # Sets the other bytes to 0, and is faster than placing only those of this plane.
+            content[:end].view(f"<u{item}")[:] = planes[0]
+            for byte in range(1, item):
+                content[byte:end:item] = planes[byte]
+            content[end:] = rest
+    if content.size != result.size:
+        raise ValueError(f"the chunk at {starts} holds {content.size} bytes of {result.size}")
+    if content is not result:
+        result[:] = content
 
 
 def _fletcher32(content: NDArray[np.uint8]) -> tuple[int, int]:
     """The two sums of the Fletcher-32 checksum of bytes, each below 65535."""
-    words = np.append(content, np.zeros(content.size % 2, dtype=np.uint8)).view(">u2").astype(np.uint64)
-    first = int(words.sum()) % 65535
-    return first, int((words * (np.arange(words.size, 0, -1, dtype=np.uint64) % 65535)).sum()) % 65535
+    first = second = 0
+    for start in range(0, content.size, 2**16):
+        block = content[start : start + 2**16]
+        words = np.append(block, np.zeros(block.size % 2, dtype=np.uint8)).view(">u2").astype(np.uint64)
+        second += words.size * first + int((words * np.arange(words.size, 0, -1, dtype=np.uint64)).sum())
+        first += int(words.sum())
+    return first % 65535, second % 65535
 
 
 def pack_chunk(chunk: NDArray[Any], level: int) -> bytes:

@@ -7,6 +7,7 @@ p = x * ny + y; its size comes from the user or from scalars of the file.
 from __future__ import annotations
 
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -120,6 +121,7 @@ class _Mat5:
         self._io = scipy.io
         self._path = path
         self._cube: NDArray[Any] | None = None
+        self._loading = threading.Lock()
 
     def listing(self) -> Listing:
         # whosmat doesn't tell complex arrays apart; it lists the elements in the order of the file.
@@ -137,13 +139,14 @@ class _Mat5:
         return value
 
     def window(self, name: str, ny: int, window: Window) -> NDArray[Any]:
-        if self._cube is None:
-            cube = self.array(name)
-            if cube.ndim == 2:
-                cube = cube.reshape(cube.shape[0], ny, -1, order="F").transpose(1, 2, 0)
-            self._cube = cube
+        with self._loading:
+            if self._cube is None:
+                cube = self.array(name)
+                if cube.ndim == 2:
+                    cube = cube.reshape(cube.shape[0], ny, -1, order="F").transpose(1, 2, 0)
+                self._cube = cube
         y0, y1, x0, x1 = window
-        return self._cube[y0:y1, x0:x1]
+        return self._cube[y0:y1, x0:x1].copy()
 
     def probe(self, name: str, ny: int) -> None:
         self.window(name, ny, (0, 0, 0, 0))

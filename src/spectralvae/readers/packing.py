@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,11 +49,10 @@ def check_packing(path: Path, place: str, variable: Attributed) -> None:
 
 
 def is_declared_fill(variable: Attributed, raw: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which raw values equal the variable's _FillValue or one of its missing_values; same shape."""
-    filled = np.zeros(raw.shape, dtype=np.bool_)
-    for name in ("_FillValue", "missing_value"):
-        for fill in np.ravel(variable.attrs.get(name, ())):
-            filled |= equals_fill(raw, fill)
+    """Which raw values equal the variable's _FillValue or one of its missing_values; broadcasts to raw."""
+    fills = [fill for name in ("_FillValue", "missing_value") for fill in np.ravel(variable.attrs.get(name, ()))]
+    masks = [equals_fill(raw, fill) for fill in fills]
+    filled: NDArray[np.bool_] = reduce(np.logical_or, masks or [np.zeros((), dtype=np.bool_)])
     return filled
 
 
@@ -60,10 +60,11 @@ def equals_fill(raw: NDArray[Any], fill: Any) -> NDArray[np.bool_]:
     """Which raw values are a declared fill, which may be NaN; same shape."""
     if raw.dtype.kind != "f":
         return np.asarray(raw == fill, dtype=np.bool_)
+    if np.isnan(fill):
+        return np.asarray(np.isnan(raw), dtype=np.bool_)
     # In float32, for -1e30 declared in one precision and stored in the other is still the fill.
     with np.errstate(over="ignore"):
-        filled = raw.astype(np.float32, copy=False) == np.float32(fill)
-    return np.asarray(filled | np.isnan(raw) if np.isnan(fill) else filled, dtype=np.bool_)
+        return np.asarray(raw.astype(np.float32, copy=False) == np.float32(fill), dtype=np.bool_)
 
 
 def unpack(variable: Attributed, raw: NDArray[Any]) -> NDArray[Any]:

@@ -26,6 +26,7 @@ from spectralvae.readers.base import (
     Place,
     Scene,
     damage_named,
+    invalidate,
     is_undeclared_fill,
 )
 from spectralvae.readers.packing import (
@@ -168,7 +169,8 @@ class TempoScene(Scene):
             return None
         with damage_named(self.path):
             noise = self._variable(NOISE)
-            return decode(noise, slab(noise, (Y, X, C), self._in_file(rows, columns))).astype(np.float32, copy=False)
+            raw = slab(noise, (Y, X, C), self._in_file(rows, columns))
+            return invalidate(unpack(noise, raw), is_declared_fill(noise, raw), None)[0]
 
 
 def is_tempo(file: h5py.File) -> bool:
@@ -252,15 +254,15 @@ def slab(variable: h5py.Dataset, dims: tuple[str, ...], window: Window) -> NDArr
 
 def is_rejected(variable: h5py.Dataset, flags: NDArray[Any], mask: int) -> NDArray[np.bool_]:
     """Which flags have a bit of the mask, or are themselves fill; same shape."""
-    rejected = is_declared_fill(variable, flags)
+    filled = is_declared_fill(variable, flags)
     if flags.dtype.kind == "f":
         # Subsetted files may hold flags as floats, NaN where there is none.
-        missing = ~np.isfinite(flags) | is_undeclared_fill(flags)
-        rejected |= missing
-        flags = np.where(missing, 0, flags).astype(np.uint32)
-    if flags.dtype.kind == "i":
-        flags = flags.view(flags.dtype.str.replace("i", "u"))
-    rejected |= (flags & (mask & np.iinfo(flags.dtype).max)) != 0
+        filled = filled | ~np.isfinite(flags) | is_undeclared_fill(flags)
+        flags = np.where(filled, 0, flags).astype(np.uint32)
+    rejected = np.empty(flags.shape, dtype=np.bool_)
+    # Cast on the way, without a second array of the flags' size.
+    np.bitwise_and(flags, np.array(mask).astype(flags.dtype), out=rejected, casting="unsafe")
+    rejected |= filled
     return rejected
 
 
