@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -240,6 +241,22 @@ def test_overwrite_deletes_nothing_before_all_is_known_to_be_good(
     assert result.code == 2
     assert all(word in result.message for word in words), result.message
     assert snapshot(data) == before
+
+
+@pytest.mark.parametrize("key", ["data.store", "training.init_from"])
+def test_overwrite_deletes_no_input(
+    call: Callable[..., Result], data: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.chdir(data)
+    inside = data / "trained" / "inside"
+    shutil.copytree(data / ("store" if key == "data.store" else "trained/checkpoints/step=000001"), inside)
+    config = write_config(data / "config.yaml", {"output_dir": str(data / "trained"), **TRAIN})
+    before = snapshot(data)
+    result = call("train", config, "--overwrite", "--set", f"{key}={inside}")
+    assert result.code == 2
+    assert key in result.message and str(inside) in result.message
+    assert snapshot(data) == before
+    shutil.rmtree(inside)
 
 
 def test_no_control_character_reaches_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

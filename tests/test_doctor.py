@@ -283,6 +283,46 @@ def test_a_check_that_fails_does_not_end_the_others(examine, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_run_that_has_begun_is_judged_as_train_judges_it(examine, config_path, tmp_path, make_store, capsys):
+    output_dir = f"output_dir={tmp_path / 'run'}"
+    settings = (output_dir, "training.n_steps=4", "training.save_every=2")
+
+    def verdict(*more):
+        _, checks, _ = examine(["output_dir"], *settings, *more)
+        return checks["output_dir"]["ok"], checks["output_dir"]["text"]
+
+    assert verdict()[0]
+    assert cli(["train", str(config_path), *(part for s in settings for part in ("--set", s))]) == 0
+    capsys.readouterr()
+    ok, text = verdict()
+    assert ok and "finished" in text
+    longer = "training.n_steps=6"
+    ok, text = verdict(longer)
+    assert ok and "step=000004" in text
+    other = make_store(tmp_path / "other", dict.fromkeys("av", np.zeros((20, 24, 12)) + np.arange(12)), val=("v",))
+    ok, text = verdict(longer, f"data.store={other.path}")
+    assert not ok and str(other.path) in text
+    checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
+    (checkpoints[-1] / "model.safetensors").write_bytes(b"")
+    ok, text = verdict(longer)
+    assert ok and "from step=000002" in text and "step=000004" in text
+    (checkpoints[0] / "model.safetensors").write_bytes(b"")
+    ok, text = verdict(longer)
+    assert not ok and "corrupt" in text
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
+    ok, text = verdict(longer)
+    assert not ok and "gone" in text
+
+
+def test_attention_by_size_is_overfitted_too(examine):
+    """The network of a smaller tile has attention on the same levels; at others its heads might not divide them."""
+    code, checks, _ = examine(
+        ["overfit"], "data.tile_size=16", "model.chs=[6, 8]", "model.norm_groups=2", "model.attn_sizes=[8]"
+    )
+    assert (code, checks["overfit"]["ok"]) == (0, True), checks
+
+
 @pytest.mark.parametrize("setting", ["data.batch_size=3", "data.tile_size=200", "data.store=/nowhere", "data.x=1"])
 def test_wrong_config_is_refused(examine, folder, setting):
     code, checks, err = examine(NAMES, setting)

@@ -107,7 +107,7 @@ def test_overwrite_clears_its_own_directory_and_follows_no_links(path: Path, tmp
     run = train_dir(path, overwrite=True, optimizer={"lr": 1.0})
     assert (path / "checkpoints").exists(), "nothing is deleted before the directory is entered"
     with run:
-        assert run.opens_as == "fresh"
+        assert run.opens_as == "overwrite"
         assert {p.name for p in path.iterdir()} == {".lock", "run.json", "config.yaml"}
     assert len(record(path)["starts"]) == 1
     assert record(path)["config"]["optimizer"]["lr"] == 1.0

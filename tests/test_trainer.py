@@ -314,6 +314,16 @@ def test_finished_run_gets_more_steps(finished, store, make_store, tmp_path):
     assert rows(run)[-1]["step"] == 17
 
 
+@pytest.mark.parametrize(("precision", "differs"), [("32-true", False), ("bf16-mixed", True)])
+def test_a_run_of_earlier_arithmetic_is_told(precision, differs):
+    """Versions that did not note it computed all of a bf16 forward pass in bf16."""
+    facts = {"versions": {"torch": "2"}, "n_processes": 1, "devices": ["host: CPU"]}
+    before = {**facts, "config": {"training": {"precision": precision}}}
+    now = {**facts, "arithmetic": run_record.ARITHMETIC[precision]}
+    assert bool(run_record.rounding_changes(before, now)) == differs
+    assert run_record.rounding_changes({**before, **now}, now) == []
+
+
 def test_lost_and_corrupt_history(finished):
     """A corrupt newest checkpoint is passed over loudly; what else is lost is refused, and nothing is touched."""
     run, again = finished

@@ -147,17 +147,18 @@ class Judge:
         truth = Truth.empty(self._n_channels, len(self._row))
         errors = {name: Errors.empty(self._n_channels, len(self._row)) for name in baselines.names}
         for batch in self._batches(self.tiles.crops):
-            scenes, rows = [], []  # rows stay on the device until the batch is done
+            scenes, seen, off = [], [], []  # sums stay on the device until the batch is done
             for crop, counts, x in zip(batch.crops, batch.counts, batch.x, strict=True):
                 for (z,) in self._blocks(counts, x):
                     observed = Observed(z, self.radiance)
-                    z_errors = [observed.errors(self._clipped(z_hat)) for _, z_hat in baselines.reconstruct(observed.z)]
                     scenes.append(self._row[crop.scene])
-                    rows.append(torch.cat([observed.sums(), *z_errors]))
-            for scene, row in zip(scenes, torch.stack(rows).cpu().numpy(), strict=True):
-                of_truth, of_baselines = np.split(row, [4 * self._n_channels + 3])
+                    seen.append(observed.sums())
+                    them = baselines.reconstruct(observed.z)
+                    off.append(torch.stack([observed.errors(self._clipped(z_hat)) for _, z_hat in them]))
+            fetched = (torch.stack(sums).cpu().numpy() for sums in (seen, off))
+            for scene, of_truth, of_baselines in zip(scenes, *fetched, strict=True):
                 truth.add(scene, of_truth)
-                for name, sums in zip(errors, of_baselines.reshape(len(errors), -1), strict=True):
+                for name, sums in zip(errors, of_baselines, strict=True):
                     errors[name].add(scene, sums)
             advance(len(batch.crops))
         return truth, errors
@@ -169,7 +170,7 @@ class Judge:
             RunError: it gives values that are not finite.
         """
         model = self._on_device(artifact)
-        errors, anywhere = (Errors.empty(self._n_channels, len(self._row)) for _ in range(2))
+        errors = Errors.empty(self._n_channels, len(self._row))
         latents = Latents.empty(model.embed_dim)
         tile_mse = []
         for batch in self._batches(self.tiles.crops):
@@ -183,10 +184,10 @@ class Judge:
                         owners.append((i, of_counting))
             whole = np.zeros((len(batch.crops), 2))  # squared errors and valid samples of each tile
             for (i, of_counting), row in zip(owners, torch.stack(rows).cpu().numpy(), strict=True):
-                scene = self._row[batch.crops[i].scene]
-                found = (errors if of_counting else anywhere).add(scene, row)
+                if of_counting:
+                    errors.add(self._row[batch.crops[i].scene], row)
                 if not of_counting or batch.counts[i].all():
-                    whole[i] += found
+                    whole[i] += row[: self._n_channels].sum(), row[-1]
             tile_mse += list(whole[:, 0] / whole[:, 1])
             counted = torch.from_numpy(batch.counts).to(self.device)[:, None] & ~batch.x.isnan()
             latents.add(posterior.mean, posterior.logvar, _cells(counted, model.scale))

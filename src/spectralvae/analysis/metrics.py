@@ -176,17 +176,11 @@ class Errors:
     def empty(cls, n_channels: int, n_scenes: int) -> Errors:
         return cls(np.zeros((4, n_channels)), np.zeros((n_scenes, 3)))
 
-    def add(self, scene: int, sums: Float64) -> tuple[float, int]:
-        """Count what `Observed.errors` gives for pixels of a scene.
-
-        Returns:
-            The sum of their squared errors of z, and the number of their valid samples.
-        """
-        channels, (angles, n_valid) = sums[:-2].reshape(4, -1), sums[-2:]
-        squares, absolutes = channels[:2].sum(axis=1)
+    def add(self, scene: int, sums: Float64) -> None:
+        """Count what `Observed.errors` gives for pixels of a scene."""
+        channels, angles = sums[:-2].reshape(4, -1), sums[-2]
         self.channels += channels
-        self.scenes[scene] += squares, absolutes, angles
-        return float(squares), int(n_valid)
+        self.scenes[scene] += *channels[:2].sum(axis=1), angles
 
 
 def metrics_of(truth: Truth, errors: Errors, radiance: Radiance, noise: Float64 | None) -> dict[str, float]:

@@ -130,11 +130,11 @@ class OptimizerConfig(Section):
         max_length=2,
         description="decay of the running mean of the gradient and of its square",
     )
-    weight_decay: float = Field(0.05, ge=0, description="pull of the weights towards 0, times lr in each step")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay of AdamW (Loshchilov & Hutter 2019)")
 
 
 class SupervisionConfig(Section):
-    """Level-2 products that the latents are to tell, by 1x1 convolutions on their grid.
+    """Level-2 products to predict from the latents, by 1x1 convolutions on their grid.
 
     Targets are the store's transforms of the pixels, standardised and averaged over the pixels of a latent cell. The
     loss grows by the sum over products of weight x squared errors of the cells' targets x samples of a cell. The term
@@ -225,7 +225,7 @@ class TrainConfig(CommandConfig):
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     supervision: SupervisionConfig | None = Field(
-        None, description="level-2 products of the store that the latents are to tell; if left out, none"
+        None, description="level-2 products of the store to predict from the latents; if left out, none"
     )
     training: TrainingConfig = TrainingConfig()
 

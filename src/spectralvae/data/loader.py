@@ -25,7 +25,7 @@ from spectralvae.data.targets import TargetTransform
 from spectralvae.errors import ConfigError
 
 BATCHES_AHEAD = 2
-POSITIONS_TRIED = 2000  # at the start of a run: that hardly anything can be drawn from must show before it has begun
+POSITIONS_TRIED = 2000  # fail before training starts if almost no tile is admissible
 
 
 @dataclass(frozen=True)

@@ -154,23 +154,26 @@ def _check_copies(planned: Sequence[PlannedScene]) -> None:
         size = sum(file.stat().st_size for file in p.scene.files())
         by_size.setdefault(size, {})[p.scene.path.resolve()] = p
     by_excerpt: dict[str, list[PlannedScene]] = {}
-    for p in (p for group in by_size.values() if len(group) > 1 for p in group.values()):
-        by_excerpt.setdefault(_excerpt_digest(p.scene), []).append(p)
+    for group in by_size.values():
+        for p in group.values() if len(group) > 1 else ():
+            by_excerpt.setdefault(_excerpt_digest(p.scene), []).append(p)
     seen: dict[str, PlannedScene] = {}
-    for p in (p for group in by_excerpt.values() if len(group) > 1 for p in group):
-        twin = seen.setdefault(p.scene.sha256(), p)
-        if twin is not p:
-            problem = f"is a copy of {twin.scene.path}"
-            raise ConfigError(problem, key="inputs", path=p.scene.path, remedy="give it once")
+    for alike in by_excerpt.values():
+        for p in alike if len(alike) > 1 else ():
+            twin = seen.setdefault(p.scene.sha256(), p)
+            if twin is not p:
+                problem = f"is a copy of {twin.scene.path}"
+                raise ConfigError(problem, key="inputs", path=p.scene.path, remedy="give it once")
 
 
 def _excerpt_digest(scene: Scene) -> str:
     """SHA-256 of a few blocks of each of the scene's files, evenly spread from its start to its end; hexadecimal."""
     digest = hashlib.sha256()
     for path in scene.files():
-        with path.open("rb", buffering=0) as file:
+        last = max(0, path.stat().st_size - EXCERPT_BYTES)
+        with path.open("rb") as file:
             for i in range(EXCERPT_BLOCKS):
-                file.seek(max(0, path.stat().st_size - EXCERPT_BYTES) * i // (EXCERPT_BLOCKS - 1))
+                file.seek(last * i // (EXCERPT_BLOCKS - 1))
                 digest.update(file.read(EXCERPT_BYTES))
     return digest.hexdigest()
 

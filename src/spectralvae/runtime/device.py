@@ -13,7 +13,7 @@ from rich.console import Console
 from spectralvae.errors import ConfigError
 from spectralvae.runtime.ranks import Ranks
 
-ROOT = Path("/")  # of the kernel's own files
+ROOT = Path("/")  # where /proc and /sys are read
 
 
 def choose_device(name: str, ranks: Ranks, console: Console, *, key: str = "training.device") -> torch.device:
@@ -39,7 +39,7 @@ def choose_device(name: str, ranks: Ranks, console: Console, *, key: str = "trai
             return torch.device("cpu")
         free = _free_memory(n)
         if not free:
-            problem = f"all {n} CUDA devices are in exclusive use by other processes"
+            problem = f"none of the {n} CUDA devices accepts this process: they are full, or in exclusive use"
             raise ConfigError(problem, key=key, value=name, remedy="wait for them, or use cpu")
         best = max(free, key=lambda i: free[i])
         console.print(
@@ -68,8 +68,8 @@ def _free_memory(n: int) -> dict[int, int]:
         for i in range(n):
             # by UUID: NVML counts all devices, CUDA those of CUDA_VISIBLE_DEVICES, and in another order
             card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(i).uuid}")
-            exclusive = pynvml.nvmlDeviceGetComputeMode(card) == pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS
-            if not (exclusive and pynvml.nvmlDeviceGetComputeRunningProcesses(card)):
+            mode, busy = pynvml.nvmlDeviceGetComputeMode(card), pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+            if not (mode == pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS and busy):
                 free[i] = int(pynvml.nvmlDeviceGetMemoryInfo(card).free)
         return free
     except ImportError:
@@ -77,7 +77,7 @@ def _free_memory(n: int) -> dict[int, int]:
     except pynvml.NVMLError:  # no library, or slices of a device (MIG)
         free.clear()
     for i in range(n):
-        with suppress(RuntimeError):  # in exclusive use
+        with suppress(RuntimeError):  # the device is full, or in exclusive use
             free[i] = torch.cuda.mem_get_info(i)[0]
     return free
 
@@ -139,7 +139,7 @@ def _left_in_cgroups() -> Iterator[int]:
             stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
             limit = stat.get("hierarchical_memory_limit") or (folder / "memory.max").read_text().strip()
             if limit != "max":
-                # what is cached of files is given up when needed
+                # the page cache is reclaimed when memory is needed
                 cache = int(stat[f"{counts}active_file"]) + int(stat[f"{counts}inactive_file"])
                 yield int(limit) - int((folder / usage).read_text()) + cache
 

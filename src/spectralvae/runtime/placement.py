@@ -54,8 +54,8 @@ def set_arithmetic(device: torch.device, *, tf32: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     if device.type == "cuda":
-        # A run that was interrupted must resume exactly. The backward passes of the fused attention kernels add up in
-        # no fixed order; torch's own, which keeps the matrix of scores in memory, does not.
+        # An interrupted run must resume exactly. The fused attention kernels accumulate gradients in no fixed order;
+        # the plain kernel, which stores the matrix of scores, is deterministic.
         torch.backends.cudnn.deterministic = True
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -64,7 +64,7 @@ def set_arithmetic(device: torch.device, *, tf32: bool) -> None:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Compute without TF32 while the block runs; whoever called has their settings back."""
+    """Compute without TF32 while the block runs; the caller's settings are restored."""
     # the newer names can be read whichever the caller has set
     backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]

@@ -1,8 +1,8 @@
 """The processes that train one network together: how they find each other, and what they tell each other.
 
-torchrun and SLURM's srun start one process a GPU, each with the same command and config; who is who stands in the
-environment. Gradients are averaged by torch's DistributedDataParallel; what is here is the rest: every stop is decided
-by all together, and a process that is gone, or does not answer in time, ends the others.
+torchrun and SLURM's srun start one process a GPU, each with the same command and config; ranks come from the launcher's
+environment variables. torch's DistributedDataParallel averages the gradients. This module does the rest: the processes
+decide together when to stop, and a process that is lost or does not answer in time ends the others.
 """
 
 from __future__ import annotations

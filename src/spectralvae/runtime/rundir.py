@@ -70,7 +70,7 @@ class RunDir:
         overwrite: clear a directory that the same command made.
 
     Attributes:
-        opens_as: "fresh", which may mean that it is cleared first; "resumable"; or "finished", with nothing to do.
+        opens_as: "fresh"; "overwrite", which clears it first; "resumable"; or "finished", with nothing to do.
         record: what run.json says.
 
     Raises:
@@ -81,7 +81,7 @@ class RunDir:
         self.path = config.output_dir
         self.command = command
         self.config = dump_config(config)
-        self.opens_as: Literal["fresh", "resumable", "finished"] = "fresh"
+        self.opens_as: Literal["fresh", "overwrite", "resumable", "finished"] = "fresh"
         self.record: dict[str, Any] = {}
         self._changed: dict[str, list[Any]] = {}
         self._lock = ExitStack()
@@ -96,9 +96,11 @@ class RunDir:
         if before is None or before["command"] != command:
             problem = f"was made by {TOOL} {before['command']}" if before else f"has files, but none of {TOOL}"
             raise self._refusal(problem, _ANOTHER)
-        if not overwrite:
-            self.record = before
-            self._compare(config, before)
+        if overwrite:
+            self.opens_as = "overwrite"
+            return
+        self.record = before
+        self._compare(config, before)
 
     def _compare(self, config: CommandConfig, before: Mapping[str, Any]) -> None:
         """Find out whether the run of ``before`` is resumed or finished.
@@ -165,7 +167,8 @@ class RunDir:
                 raise self._refusal(problem, f"wait for it, stop it, or {_ANOTHER}")
             if self._read_record() != self._before:
                 raise self._refusal(f"another `{self.command}` has just used it", "look at it and start again")
-            if self._before and self.opens_as == "fresh":
+            if self.opens_as == "overwrite":
+                assert self._before is not None
                 # interrupted in the middle, it must still be known as ours (run.json goes last), and never as finished
                 write_atomic(self.path / "run.json", json.dumps({**self._before, "state": "failed"}))
                 order = {"zarr.json": 0, "manifest.json": 0, "run.json": 2}  # what says "complete" goes first
@@ -203,7 +206,7 @@ class RunDir:
         Raises:
             ConfigError: it does, and the directory is to be cleared.
         """
-        if self._before and self.opens_as == "fresh" and path.resolve().is_relative_to(self.path.resolve()):
+        if self.opens_as == "overwrite" and path.resolve().is_relative_to(self.path.resolve()):
             problem = f"lies in output_dir, {self.path}, which --overwrite would clear"
             raise ConfigError(problem, key=key, path=path, remedy="move it")
 

@@ -27,8 +27,7 @@ from spectralvae.training.engine import idle_parameters, out_of_memory
 from spectralvae.training.network import start_from
 from spectralvae.training.setup import Setup, set_up
 from spectralvae.training.trials import Check, checkpoint_bytes, in_bytes
-from spectralvae.weights.artifact import verify
-from spectralvae.weights.checkpoint import list_checkpoints, step_of
+from spectralvae.weights.checkpoint import find_valid, list_checkpoints, step_of
 
 MARKS = {True: "✓", False: "✗", None: "-"}
 TILES_READ = 8
@@ -176,23 +175,24 @@ def check_output_dir(setup: Setup) -> Check:
 
     Raises:
         ConfigError: it would not.
-        InputError: its newest checkpoint is corrupt.
+        RunError: none of its checkpoints is valid.
     """
-    path, store = setup.config.output_dir, setup.store
+    path = setup.config.output_dir
     run = RunDir("train", setup.config, overwrite=False)
     if run.in_use():
         raise ConfigError("is in use by a running `train`", key="output_dir", value=path)
-    if run.record.get("store_hash", store.hash) != store.hash:
-        problem = f"holds a run on a store other than {store.path}: its hash differs"
-        raise ConfigError(problem, key="output_dir", value=path)
+    record.check_store(run.record, setup.store)
     if run.opens_as == "finished":
         return Check(True, f"{path}: this run is finished; `train` has nothing to do", {"state": "finished"})
     if run.opens_as == "fresh":
         return Check(True, f"{path}: free", {"state": "free"})
     checkpoints = list_checkpoints(path)
-    if checkpoints:
-        verify(checkpoints[-1])
-    start = checkpoints[-1].name if checkpoints else "the start, as there is no checkpoint yet"
+    newest, corrupt = find_valid(path)
+    if newest is None:
+        record.check_never_saved(path, run.record)
+    start = newest.name if newest else "the start, as there is no checkpoint yet"
+    if corrupt:
+        start += f", as {', '.join(bad.name for bad, _ in corrupt)} cannot be read"
     text = f"{path}: holds this run (state: {run.record['state']}); `train` resumes it from {start}"
     return Check(True, text, {"state": run.record["state"], "checkpoints": len(checkpoints)})
 

@@ -134,7 +134,7 @@ class Logbook:
 
     Args:
         run: the run's directory.
-        step: where the run goes on; 0 for a fresh one.
+        step: where the run resumes; 0 for a fresh one.
         checkpoints: steps whose ``val_loss`` is wanted again.
         n_rows: how many rows of metrics there must be up to ``step``; None for any number.
 

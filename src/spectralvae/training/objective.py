@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from spectralvae.model import AutoencoderKL, DiagonalGaussianDistribution
 from spectralvae.training.supervision import Supervision
 
-METRICS = ("loss", "nll_loss", "kl_loss", "pixel_mse")  # of every run; a supervised one has one more a product
-
 # A metric by its name, as the sum over what it is a mean of, and how many there are: tensors on the device until
 # `to_host`, then numbers. Both add up over batches and processes. loss, nll_loss and kl_loss are means over tiles,
 # pixel_mse over valid samples, supervision_* over targets.
@@ -62,16 +60,11 @@ class Objective(nn.Module):
         model: the network.
         supervision: the head of a supervised run. In training it predicts from the sampled latents, in eval mode from
             the posterior's mode.
-
-    Attributes:
-        names: of its metrics.
     """
 
     def __init__(self, model: AutoencoderKL, supervision: Supervision | None = None) -> None:
         super().__init__()
         self.model, self.supervision = model, supervision
-        heads = [f"supervision_{product}" for product in supervision.products] if supervision else []
-        self.names = [*METRICS, *heads]
 
     def reconstruct(self, x: Tensor, mask: Tensor, noise: Tensor) -> Reconstruction:
         """Encode and decode.
@@ -88,6 +81,10 @@ class Objective(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, noise: Tensor, targets: Tensor | None = None) -> Outcome:
         """The loss of a batch and its metrics.
+
+        A further term is added to ``loss`` as a mean over tiles, so that neither the parts of a step nor the processes
+        change it, and logged under a name of its own in ``sums``, a tensor on the device: the metric ``loss`` stays
+        that of the network.
 
         Args:
             x, mask, noise: as of ``reconstruct``.

@@ -16,8 +16,10 @@ import torch
 
 from spectralvae.data.sampling import Crop
 from spectralvae.data.store import Store
+from spectralvae.errors import ConfigError, RunError
 from spectralvae.training.setup import Setup
 from spectralvae.version import __version__
+from spectralvae.weights.checkpoint import list_checkpoints
 from spectralvae.weights.provenance import Provenance, Scenes
 
 
@@ -59,7 +61,7 @@ FORMER_ARITHMETIC = {"32-true": "float32", "bf16-mixed": "bf16"}  # of runs that
 
 
 def environment(setup: Setup) -> dict[str, Any]:
-    """What run.json notes of a start, since it decides about rounding; all processes call it together."""
+    """Facts about a start that affect rounding, for run.json. A collective: every process must call it."""
     return {
         "arithmetic": ARITHMETIC[setup.config.training.precision],
         "versions": versions(),
@@ -83,13 +85,35 @@ def hash_of(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def check_store(run_record: Mapping[str, Any], store: Store) -> None:
+    """Refuse to resume a run on another store.
+
+    Raises:
+        ConfigError: the run was made on a store with another hash.
+    """
+    if run_record.get("store_hash", store.hash) != store.hash:
+        raise ConfigError("is not the store of this run: its hash differs", key="data.store", path=store.path)
+
+
+def check_never_saved(run: Path, run_record: Mapping[str, Any]) -> None:
+    """Refuse to start a run anew that has no valid checkpoint, but has saved some.
+
+    Raises:
+        RunError: they are corrupt or gone.
+    """
+    if list_checkpoints(run) or run_record.get("newest_checkpoint"):
+        problem = "all checkpoints are corrupt" if list_checkpoints(run) else "every checkpoint is gone"
+        remedy = "restore a valid one, or start afresh with --overwrite"
+        raise RunError(problem, path=run / "checkpoints", remedy=remedy)
+
+
 def other_tiles(state: Mapping[str, Any], crops: Sequence[Crop]) -> str | None:
     """What to warn of where versions differ in which validation tiles they choose; earlier ones did not note it."""
     if not crops or state.get("validation_tiles") == tiles_digest(crops):
         return None
     return (
-        f"another version chose the validation tiles until step {state['step']}, and they may be others now: val_* "
-        "before and after are not comparable, nor is `best`; `spectralvae evaluate` judges all alike"
+        f"the validation tiles up to step {state['step']} were chosen by another version and may differ: val_* before "
+        "and after are not comparable, nor is `best`; `spectralvae evaluate` compares all checkpoints on the same tiles"
     )
 
 

@@ -76,7 +76,7 @@ class Setup:
 
 
 def set_up(config: TrainConfig, ranks: Ranks, console: Console) -> Setup:
-    """Check all that a config can be wrong about, and build the network; nothing is written.
+    """A checked run, ready to start; nothing is written.
 
     Args:
         config: of the run.

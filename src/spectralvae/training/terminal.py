@@ -59,7 +59,7 @@ class Stopwatch:
         self._seconds[what] = self._seconds.get(what, 0.0) + time.monotonic() - began
 
     def seconds(self) -> dict[str, float]:
-        """Of all, and of each thing that is no training step."""
+        """Wall time in total and per non-training activity."""
         found = {"all": time.monotonic() - self._began, **self._seconds}
         return {what: round(seconds, 3) for what, seconds in found.items()}
 

@@ -9,8 +9,7 @@ import torch
 from rich.console import Console
 
 from spectralvae.config import TrainConfig
-from spectralvae.data.cache import load_scenes
-from spectralvae.errors import ConfigError, RunError
+from spectralvae.data.cache import SceneCache, load_scenes
 from spectralvae.runtime.console import warn
 from spectralvae.runtime.device import peak_memory
 from spectralvae.runtime.ranks import Ranks
@@ -61,9 +60,7 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
     with ranks.together():
         setup = set_up(config, ranks, console)
         if run:
-            if run.record.get("store_hash", setup.store.hash) != setup.store.hash:
-                problem = "is not the store of this run: its hash differs"
-                raise ConfigError(problem, key="data.store", path=setup.store.path)
+            record.check_store(run.record, setup.store)
             run.refuse_inside("data.store", setup.store.path)
             if initial is not None:
                 run.refuse_inside("training.init_from", initial)
@@ -78,7 +75,10 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
             if run:
                 stack.enter_context(run)
                 if run.opens_as == "resumable" and (changes := record.rounding_changes(run.record, environment)):
-                    warn(console, f"results will round otherwise than before ({'; '.join(changes)})")
+                    warn(
+                        console,
+                        f"results will round differently from the earlier part of the run ({'; '.join(changes)})",
+                    )
                 facts = {"store_hash": setup.store.hash, "n_parameters": setup.n_parameters, "seed": config.seed}
                 run.note(**environment, **started_from, config_hash=record.hash_of(run.config), **facts)
                 run.note_start(**environment)
@@ -92,6 +92,7 @@ def train(config: TrainConfig, run: RunDir | None, ranks: Ranks, console: Consol
             console.print(f"output directory: {config.output_dir.resolve()}")
             with ranks.together():
                 trainer = Trainer(setup, engine, run, state, console)
+            trainer.load_cache()
             if trainer.step == 0:
                 trainer.measure_start()
             trainer.loop(signals)
@@ -127,10 +128,8 @@ def restore_newest(run: RunDir | None, engine: Engine, console: Console) -> dict
         if newest is not None:
             console.print(f"resuming from {newest}")
             return restore(newest, engine.model, engine.optimizer, engine.supervision)
-        if run and (list_checkpoints(folder) or run.record.get("newest_checkpoint")):
-            problem = "all checkpoints are corrupt" if list_checkpoints(folder) else "every checkpoint is gone"
-            remedy = "restore a valid one, or start afresh with --overwrite"
-            raise RunError(problem, path=folder / "checkpoints", remedy=remedy)
+        if run:
+            record.check_never_saved(folder, run.record)
     return {}
 
 
@@ -174,12 +173,16 @@ class Trainer:
             )
         if state and (text := record.other_tiles(state, setup.validation.crops)):
             warn(console, text)
-        self.cache = None
-        if self.config.data.cache and self.step < self.config.training.n_steps:
-            self.cache = load_scenes(self.store, setup.sampler.scenes, setup.device, console)
+        self.cache: SceneCache | None = None
+
+    def load_cache(self) -> None:
+        """Keep the training scenes on the device, where the config asks for it and there are steps left."""
+        with self.ranks.together():
+            if self.config.data.cache and self.step < self.config.training.n_steps:
+                self.cache = load_scenes(self.store, self.setup.sampler.scenes, self.setup.device, self.console)
 
     def measure_start(self) -> None:
-        """Log what comes in, what to compare with, and how the untrained network does."""
+        """Log the first batch, the errors of the baselines, and the metrics of the untrained network."""
         with self.ranks.together():
             batch = next(iter(self.setup.stream(0, num_workers=0, cache=self.cache)))
             z = batch.tiles.cpu().float()
@@ -214,7 +217,7 @@ class Trainer:
         batches = iter(self.setup.stream(first_step, self.config.data.num_workers, self.cache))
         with ranks.together():
             if self.run and self.watch:
-                # a kill after the newest checkpoint may have cost what was to follow
+                # a run killed right after saving may have left old checkpoints and outdated plots
                 self._thin_out(self.run, self.watch)
                 self.watch.draw(self.step, "running" if self.step < n_steps else "finished")
             if self.step < n_steps:
@@ -223,7 +226,7 @@ class Trainer:
         with terminal(self.step, n_steps, self.console) as shown:
             while self.step < n_steps:
                 batch, following, lost = following, None, None
-                assert batch is not None, "it was lost, and all have heard of it"
+                assert batch is not None, "a lost batch has ended the loop"
                 if self.step == first_step:
                     engine.order_buckets(batch)
                 sums, norm = engine.gradients(batch)
@@ -269,7 +272,7 @@ class Trainer:
     # --- after an update ------------------------------------------------------------------------
 
     def _follow_up(self, metrics: dict[str, float], *, stopping: bool) -> None:
-        """Validate, log, save and draw, where it is time to."""
+        """Validate, log, save and draw if due."""
         training = self.config.training
         last = self.step == training.n_steps
         due = last or self.step % training.save_every == 0  # a stop must not wait for a validation

@@ -302,11 +302,14 @@ def overfit(setup: Setup) -> Check:
     """
     scale: int = setup.model.scale
     cells = max(4, setup.config.model.conv_kernel_size, -(-16 // scale))  # small, but enough for any padding
-    size = min(setup.config.data.tile_size, scale * cells)
+    tile = setup.config.data.tile_size
+    size = min(tile, scale * cells)
+    # attention is chosen by the size of a level, which shrinks with the tile
+    attn_sizes = [n * size // tile for n in setup.config.model.attn_sizes if n * size % tile == 0]
     config = changed(
         setup.config,
         data={"batch_size": OVERFIT_TILES, "tile_size": size, "cache": False},
-        model={"dropout_prob": 0.0, "shape": None},
+        model={"dropout_prob": 0.0, "shape": None, "attn_sizes": attn_sizes},
         optimizer={"lr": OVERFIT_LR, "warmup_steps": 0, "decay_steps": None},
         training={"gradient_accumulation": 1, "compile": False, "device": str(setup.device)},
     ).model_copy(update={"supervision": None})
@@ -380,7 +383,7 @@ def resume(setup: Setup) -> Check:
     if from_step != STOP_AT:
         return Check(False, f"{text}, not from its checkpoint", figures)
     if not differing:
-        same = "weights, optimizer and metrics have the same bytes as those of a run that was not"
+        same = "weights, optimizer and metrics are bit-identical to those of an uninterrupted run"
         return Check(True, f"{text}: {same}", figures)
     ok = setup.device.type == "cuda" and deviation <= CUDA_LIMIT
     names = ", ".join(Path(name).name for name in differing)

@@ -108,6 +108,8 @@ class Validation:
         """
         with engine.ranks.together():
             sums, channels, latents = self._sums(engine)
+        names = engine.ranks.broadcast(list(sums))  # the other processes may have no batch
+        sums = {name: sums.get(name, (0.0, 0.0)) for name in names}
         totals = engine.ranks.add({**sums, "channels": channels, "latents": latents})
         channels, latents = totals.pop("channels"), totals.pop("latents")
         metrics = {f"val_{name}": value for name, value in means(totals).items()}
@@ -115,7 +117,7 @@ class Validation:
 
     def _sums(self, engine: Engine) -> tuple[Sums, NDArray[np.float64], NDArray[np.float64]]:
         """Of this process's share: of the metrics, (3, C) by channel, (6, E) by latent channel."""
-        sums: Sums = dict.fromkeys(engine.objective.names, (0.0, 0.0))  # a process may have no batch
+        sums: Sums = {}
         channels, latents = np.zeros((3, self.store.normalization.n_channels)), np.zeros((6, self.noise_shape[0]))
         for crops, tiles, noise in self._batches(engine):
             targets = self.targets.read_all(crops, self.tile_size).to(engine.device) if self.targets else None

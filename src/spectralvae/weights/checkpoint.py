@@ -104,22 +104,30 @@ def newest_valid(run: Path, console: Console) -> Path | None:
     alternative is a run that cannot go on. It is renamed, or it would stay the run's newest, and `thin_out` would
     delete the good ones in its favour. One that is whole but cannot be used (of a newer format) ends the run.
     """
-    damaged: list[Path] = []
+    path, corrupt = find_valid(run)
+    for bad, error in corrupt:
+        warn(console, f"corrupt checkpoint passed over: {error}")
+        if path is None:
+            continue
+        aside = bad.with_name(f"damaged_{bad.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        bad.rename(aside)
+        console.print(f"renamed to {aside}")
+    return path
+
+
+def find_valid(run: Path) -> tuple[Path | None, list[tuple[Path, DamagedError]]]:
+    """The newest checkpoint that is whole, None if there is none; and those after it, which are corrupt."""
+    corrupt = []
     for path in reversed(list_checkpoints(run)):
         try:
             verify(path)
         except DamagedError as error:
-            warn(console, f"corrupt checkpoint passed over: {error}")
-            damaged.append(path)
-            continue
-        for bad in damaged:
-            aside = bad.with_name(f"damaged_{bad.name}")
-            if aside.exists():
-                shutil.rmtree(aside)
-            bad.rename(aside)
-            console.print(f"renamed to {aside}")
-        return path
-    return None
+            corrupt.append((path, error))
+        else:
+            return path, corrupt
+    return None, corrupt
 
 
 def restore(
