@@ -46,7 +46,8 @@ def workers(cluster: str | None, n_workers: int | None) -> Iterator[Runner]:
     except ImportError as error:
         remedy = 'pip install "spectralvae[prepare]"'
         raise ConfigError("Dask is not installed", key="cluster", value=cluster, remedy=remedy) from error
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # errors are told once, by whoever gets them
+    for name in ("distributed", "distributed.client"):  # whoever gets an error reports it, once
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with _client(distributed, cluster, n_workers) as client:
 
         def run(work: Work, scenes: Sequence[PlannedScene], advance: Callable[[int], None]) -> None:
